@@ -1,0 +1,41 @@
+"""vq4dit: shrink a Diffusion Transformer to 2-4 bits per weight with vector quantization (VQ4DiT, arXiv:2408.17131).
+
+Importing it teaches diffusers to load packed models: `DiTPipeline.from_pretrained(folder)` then just works.
+"""
+
+from vq4dit.config import CalibrationConfig, QuantizationSettings, VQ4DiTConfig
+from vq4dit.diffusers_quantizer import decode_mode, dequantize, register, set_decode_mode
+from vq4dit.errors import (
+    CalibrationDivergedError,
+    FormatError,
+    JobError,
+    UnsupportedModelError,
+    VQ4DiTError,
+)
+from vq4dit.job import Job
+from vq4dit.layers import VQLinear
+from vq4dit.progress import Progress
+from vq4dit.quantization import quantize, run, save
+
+__all__ = [
+    "CalibrationConfig",
+    "CalibrationDivergedError",
+    "FormatError",
+    "Job",
+    "JobError",
+    "Progress",
+    "QuantizationSettings",
+    "UnsupportedModelError",
+    "VQ4DiTConfig",
+    "VQ4DiTError",
+    "VQLinear",
+    "decode_mode",
+    "dequantize",
+    "quantize",
+    "register",
+    "run",
+    "save",
+    "set_decode_mode",
+]
+
+register()

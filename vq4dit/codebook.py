@@ -1,0 +1,97 @@
+"""Vector quantization of one matrix: sub-vectors, nearest codewords, reconstruction, bits.
+
+A weight matrix W (rows x columns) is cut along its rows into sub-vectors of d weights. A codebook C holds k codewords of
+d weights; every sub-vector is replaced by the index of one of them, its assignment. Then Ŵ = C[A], and a weight costs
+log2(k) / d bits: 256 codewords of 4 weights make 2 bits, 64 of 2 make 3, 256 of 2 make 4.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**19  # of the distance matrix held at a time: 2 MB, so that it stays in a core's cache
+
+
+def split_subvectors(weight: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "n {dim}"]:
+    """View a weight matrix as its n = rows * columns / d sub-vectors, row by row.
+
+    Raises:
+        ValueError: if the columns are not a multiple of `dim`.
+    """
+    if weight.shape[1] % dim:
+        raise ValueError(f"columns={weight.shape[1]} is not a multiple of the sub-vector length {dim}")
+    return weight.reshape(-1, dim)
+
+
+def nearest_codewords(
+    subvectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], count: int = 1
+) -> tuple[Float[Tensor, "n {count}"], Int[Tensor, "n {count}"]]:
+    """The `count` codewords nearest to every sub-vector, nearest first: squared distances and indices.
+
+    A_c = argmin_a || w - c(a) ||²   (eq. 5 of VQ4DiT). Since || w - c ||² = || w ||² - 2 (w·c - || c ||² / 2), one matrix
+    product ranks all codewords. Works in chunks: memory beyond the result is bounded whatever n is.
+
+    Raises:
+        ValueError: if there are fewer than `count` codewords.
+    """
+    if count > len(codebook):
+        raise ValueError(f"{count} nearest codewords were asked for, the codebook has {len(codebook)}")
+    distances = torch.empty(len(subvectors), count, dtype=torch.float32, device=subvectors.device)
+    indices = torch.empty(len(subvectors), count, dtype=assignment_dtype(len(codebook)), device=subvectors.device)
+    codewords = codebook.float()
+    half_norms = codewords.square().sum(1) / 2
+    start = 0
+    for chunk in subvectors.split(max(1, CHUNK_ELEMENTS // len(codebook))):
+        chunk = chunk.float()
+        closeness = torch.addmm(half_norms, chunk, codewords.T, beta=-1)  # w·c - || c ||² / 2
+        norms = chunk.square().sum(1)
+        stop = start + len(chunk)
+        for rank in range(count):
+            best, index = closeness.max(1)
+            distances[start:stop, rank] = norms - 2 * best
+            indices[start:stop, rank] = index
+            if rank + 1 < count:
+                closeness.scatter_(1, index.unsqueeze(1), -torch.inf)
+        start = stop
+    return distances.clamp_(min=0), indices
+
+
+def reconstruct(
+    codebook: Float[Tensor, "k d"], assignments: Int[Tensor, " n"], shape: tuple[int, int]
+) -> Float[Tensor, "rows columns"]:
+    """Look every sub-vector up in the codebook and lay them out as a weight matrix.
+
+    Ŵ[r, j·d : (j+1)·d] = codebook[assignments[r·(columns/d) + j]]   (Ŵ = C[A] in VQ4DiT, arXiv:2408.17131)
+
+    Args:
+        assignments: the codeword of each sub-vector, row by row, in [0, k).
+        shape: (out_features, in_features) of the layer.
+
+    Raises:
+        ValueError: if n·d is not the number of weights in `shape`.
+    """
+    if len(assignments) * codebook.shape[1] != shape[0] * shape[1]:
+        raise ValueError(
+            f"{len(assignments)} assignments of {codebook.shape[1]} weights do not fill a {shape[0]} x {shape[1]} matrix"
+        )
+    return codebook.index_select(0, assignments.int()).view(shape)
+
+
+def sum_by_codeword(values: Float[Tensor, "n d"], assignments: Int[Tensor, " n"], count: int) -> Float[Tensor, "k d"]:
+    """Sum the rows of `values` that share an assignment, in float64: S[a] = Σ_{i: A_i = a} values_i.
+
+    On a CPU the additions happen in a fixed order. On CUDA they do not: the last bits may differ between runs.
+    """
+    index = assignments.int()
+    columns = [torch.bincount(index, weights=column.double(), minlength=count) for column in values.T]
+    return torch.stack(columns, dim=1)
+
+
+def assignment_bits(num_codewords: int) -> int:
+    """Bits that name one of `num_codewords` codewords: 256 -> 8, 64 -> 6."""
+    return max(1, (num_codewords - 1).bit_length())
+
+
+def assignment_dtype(num_codewords: int) -> torch.dtype:
+    """The smallest integer type that can index a codebook."""
+    return torch.uint8 if num_codewords <= 256 else torch.int32

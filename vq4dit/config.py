@@ -1,0 +1,118 @@
+"""The settings: what a file says about itself, and how it is to be made.
+
+`VQ4DiTConfig` travels in `config.json` and holds what loading needs; each layer's k and d are not in it, they follow from
+the layer's own tensors. `QuantizationSettings` is what a person chooses, `CalibrationConfig` the constants of VQ4DiT
+(arXiv:2408.17131) behind it. Where the paper leaves a constant open, the authors' released value is used and marked so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from vq4dit.errors import FormatError
+
+FORMAT_VERSION = 1
+
+# bits per weight -> (codewords k, sub-vector length d); bits = log2(k) / d. 2 and 3 are the paper's, 4 is ours.
+CODEBOOKS: dict[int, tuple[int, int]] = {2: (256, 4), 3: (64, 2), 4: (256, 2)}
+
+Recipe = Literal["best", "paper", "kmeans"]
+RECIPES: tuple[Recipe, ...] = ("best", "paper", "kmeans")
+
+
+class QuantMethod(str, Enum):
+    """diffusers reads `.value` of a quantization method."""
+
+    VQ4DIT = "vq4dit"
+
+
+@dataclass(kw_only=True)
+class VQ4DiTConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model: how to read it, and, for people, how it was made.
+
+    Raises:
+        FormatError: if `format_version` is newer than this library.
+    """
+
+    format_version: int = FORMAT_VERSION
+    bits: int = 2
+    recipe: str = "best"
+    seed: int = 0
+    dtype: str = "float16"  # of everything that is not quantized
+    shared_embedders: list[str] = field(default_factory=list)  # paths in a block; stored for the first block only
+    quant_method: QuantMethod = QuantMethod.VQ4DIT
+
+    def __post_init__(self) -> None:
+        self.quant_method = QuantMethod.VQ4DIT
+        if self.format_version > FORMAT_VERSION:
+            raise FormatError(
+                f"the file has vq4dit format version {self.format_version}, this library reads up to {FORMAT_VERSION}: "
+                "upgrade vq4dit"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "quant_method": self.quant_method.value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Zero-data block-wise calibration, section 3 of VQ4DiT."""
+
+    num_candidates: int = 2  # n; the paper's best trade
+    ratio_start: Literal["uniform", "distance"] = "uniform"  # r = 1/n (paper) or r ∝ 1/distance (released)
+    steps: int = 400  # updates; one per timestep of a trajectory
+    num_classes: int = 4  # trajectories side by side; guidance doubles the batch (released: 8)
+    guidance_scale: float = 4.0  # released
+    num_inference_steps: int = 50  # released
+    logits_learning_rate: float = 5e-2  # released, RMSprop, constant
+    codebook_learning_rate: float = 1e-4  # released; codebooks and biases
+    rmsprop_alpha: float = 0.9  # released
+    decided_ratio: float = 0.99  # released: a sub-vector with a larger ratio is frozen
+    ratio_loss_weight: float = 1.0  # λ_r of eq. 10, with λ_d = 1; open in the paper
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_candidates <= 4:
+            raise ValueError(f"num_candidates must be 1 to 4, got {self.num_candidates}")
+        if self.ratio_start not in ("uniform", "distance"):
+            raise ValueError(f'ratio_start must be "uniform" or "distance", got {self.ratio_start!r}')
+        for name in ("steps", "num_classes", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings:
+    """What a person chooses. Equal settings, model and machine give equal bytes."""
+
+    bits: int = 2
+    recipe: Recipe = "best"
+    seed: int = 0
+    keep: tuple[str, ...] = ()  # shell patterns of layers to leave in 16 bit
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    def __post_init__(self) -> None:
+        if self.bits not in CODEBOOKS:
+            raise ValueError(f"bits must be one of {sorted(CODEBOOKS)}, got {self.bits}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+
+    @property
+    def num_codewords(self) -> int:
+        return CODEBOOKS[self.bits][0]
+
+    @property
+    def subvector_dim(self) -> int:
+        return CODEBOOKS[self.bits][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "keep": list(self.keep)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationSettings:
+        calibration = CalibrationConfig(**values["calibration"])
+        return cls(**{**values, "keep": tuple(values["keep"]), "calibration": calibration})

@@ -1,0 +1,245 @@
+"""Save and load through diffusers: after `import vq4dit`, `from_pretrained` reads packed models by itself.
+
+diffusers asks a quantizer at five moments, and each method below answers one of them: which keys are in the files, what
+the empty model must look like, which missing keys are fine, what to do when all tensors are in place, what to save.
+
+The packed file of a layer NAME (format version 1; README has it byte by byte):
+
+    NAME.codebook            fp16 (k, d)
+    NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream
+    NAME.row_scale           fp16 (rows,), optional
+    NAME.bias                fp16 (rows,), optional
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import psutil
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vq4dit.codebook import assignment_bits
+from vq4dit.config import VQ4DiTConfig
+from vq4dit.dit import duplicate_keys, share_embedders
+from vq4dit.errors import FormatError
+from vq4dit.layers import VQLinear
+from vq4dit.packing import packed_size
+
+DecodeMode = Literal["auto", "load", "forward"]
+_decode_mode: ContextVar[DecodeMode] = ContextVar("decode_mode", default="auto")
+PACKED_SUFFIXES = (".codebook", ".packed_assignments", ".row_scale")
+
+
+@contextmanager
+def decode_mode(mode: DecodeMode) -> Iterator[None]:
+    """Choose when models loaded inside this block are decoded.
+
+    "load": once, at load; as fast as the original. "forward": in every forward pass; memory as small as the file.
+    "auto" (the default): at load if the decoded weights fit in half of the memory that is free.
+    """
+    token = _decode_mode.set(mode)
+    try:
+        yield
+    finally:
+        _decode_mode.reset(token)
+
+
+def vq_layers(model: nn.Module) -> dict[str, VQLinear]:
+    """The packed layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+
+
+def set_decode_mode(model: nn.Module, mode: DecodeMode, dtype: torch.dtype | None = None) -> None:
+    """Switch a loaded model between decoded (`"load"`) and packed (`"forward"`) layers; see `decode_mode`."""
+    layers = {name: layer for name, layer in vq_layers(model).items() if layer.codebook.device.type != "meta"}
+    if not layers:
+        return
+    if dtype is None:
+        dtype = next((layer.bias.dtype for layer in layers.values() if layer.bias is not None), torch.float32)
+    if mode == "auto":
+        needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
+        mode = "load" if needed <= _free_memory(next(iter(layers.values())).codebook.device) / 2 else "forward"
+    for layer in layers.values():
+        if mode == "load":
+            layer.decode(dtype)
+        else:
+            layer.drop_decoded()
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every packed layer, in place, by an ordinary `nn.Linear` with the decoded weight; returns the model."""
+    for name, layer in vq_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.weight.detach().clone())
+        linear.bias = layer.bias
+        model.set_submodule(name, linear)
+    return model
+
+
+class VQ4DiTQuantizer(DiffusersQuantizer):
+    """The answers to diffusers' questions about packed models."""
+
+    requires_calibration = True  # from_pretrained loads packed files; making them is `vq4dit.quantize`
+    use_keep_in_fp32_modules = True
+    quantization_config: VQ4DiTConfig
+
+    def __init__(self, quantization_config: VQ4DiTConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._shapes: dict[str, dict[str, list[int]]] = {}  # layer name -> tensor name -> shape, from the files
+        self._dtype: torch.dtype | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+
+    # --- loading ---
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str) -> list[str]:
+        """Read the shapes of packed layers from the headers of the files."""
+        for path in [checkpoint_files] if isinstance(checkpoint_files, str) else checkpoint_files:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    if key.endswith(PACKED_SUFFIXES):
+                        layer, _, tensor = key.rpartition(".")
+                        self._shapes.setdefault(layer, {})[tensor] = file.get_slice(key).get_shape()
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Put empty `VQLinear`s where the files have codebooks, and share the embedders that are stored once."""
+        modules = dict(model.named_modules())
+        for name, shapes in self._shapes.items():
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise FormatError(f"the file has a packed layer {name}, the model's config has no linear layer of that name")
+            check_shapes(name, shapes, linear)
+            k, d = shapes["codebook"]
+            packed = VQLinear(
+                linear.in_features,
+                linear.out_features,
+                num_codewords=k,
+                subvector_dim=d,
+                bias=linear.bias is not None,
+                row_scale="row_scale" in shapes,
+                device="meta",
+            )
+            model.set_submodule(name, packed)
+        share_embedders(model, self.quantization_config.shared_embedders)
+        if keep_in_fp32_modules is not None:  # codebooks keep their bits whatever torch_dtype is
+            keep_in_fp32_modules.extend({"codebook", "row_scale"} - set(keep_in_fp32_modules))
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
+        return [key for key in missing_keys if key not in duplicates]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, layer in vq_layers(model).items():
+            if layer.codebook.device.type != "meta":
+                layer.check(name)
+        self._model = weakref.ref(model)
+        if not hasattr(model, "_hf_hook"):  # accelerate's offloading moves packed tensors only
+            set_decode_mode(model, _decode_mode.get(), self._dtype)
+
+    # --- saving ---
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Drop the embedders' copies, and store every number in the 16 bits it came in.
+
+        Raises:
+            FormatError: if a decoded weight was changed (a LoRA merged into it): packed tensors cannot hold that.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise RuntimeError("the model of this quantizer is gone; save the model, not a state dict")
+        for name, layer in vq_layers(model).items():
+            if layer.is_changed:
+                raise FormatError(
+                    f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its codebook any "
+                    "more: unmerge first, save the LoRA by itself, or call vq4dit.dequantize(model) and save it unpacked"
+                )
+        duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
+        target = getattr(torch, self.quantization_config.dtype)
+        packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
+        return {
+            key: _narrow(tensor, torch.float16 if key.endswith(PACKED_SUFFIXES) else target)
+            for key, tensor in packed.items()
+        }, {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        return dequantize(model)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # LoRA adapters beside packed layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 that holds nothing but values of a 16-bit type goes back to 16 bit."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    for candidate in (dtype, torch.float16):
+        narrow = tensor.to(candidate)
+        if torch.equal(narrow.to(tensor.dtype), tensor):
+            return narrow
+    return tensor
+
+
+def check_shapes(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
+    """Raise `FormatError` unless the packed tensors of a layer fit each other and the model's config."""
+    rows, columns = linear.out_features, linear.in_features
+    if missing := {"codebook", "packed_assignments"} - shapes.keys():
+        raise FormatError(f"{name}: {', '.join(sorted(missing))} is missing; the file is incomplete: download it again")
+    codebook = shapes["codebook"]
+    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or codebook[1] < 1 or columns % codebook[1]:
+        raise FormatError(
+            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and d a divisor of the layer's {columns} inputs, "
+            f"got shape {codebook}"
+        )
+    expected = packed_size(rows * columns // codebook[1], assignment_bits(codebook[0]))
+    if shapes["packed_assignments"] != [expected]:
+        raise FormatError(
+            f"{name}: {rows} x {columns} weights with a {codebook[0]} x {codebook[1]} codebook need {expected} bytes of "
+            f"assignments, got shape {shapes['packed_assignments']}; the file does not belong to this config.json"
+        )
+    if shapes.get("row_scale", [rows]) != [rows]:
+        raise FormatError(f"{name}: row_scale must have {rows} values, got shape {shapes['row_scale']}")
+
+
+def attach(transformer: Any, config: VQ4DiTConfig) -> None:
+    """Tell diffusers that this model, whose layers are packed already, is quantized: `save_pretrained` then works."""
+    quantizer = VQ4DiTQuantizer(config, pre_quantized=True)
+    quantizer._model = weakref.ref(transformer)
+    transformer.hf_quantizer = quantizer
+    transformer.is_quantized = True
+    transformer.quantization_method = config.quant_method
+    transformer.register_to_config(quantization_config=config)
+
+
+def register() -> None:
+    """Make diffusers know us. There is no hook for third parties: two dictionaries are the registry."""
+    auto.AUTO_QUANTIZER_MAPPING["vq4dit"] = VQ4DiTQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["vq4dit"] = VQ4DiTConfig

@@ -1,0 +1,30 @@
+"""Failures whose message is meant for the person at the screen.
+
+    VQ4DiTError
+    ├── UnsupportedModelError      the model is of a kind we cannot quantize (or is quantized already)
+    ├── FormatError                a packed file is broken, truncated or newer than this library
+    ├── CalibrationDivergedError   the numbers stopped being numbers
+    └── JobError                   a job folder or an output folder is not what it should be
+
+Each message names what must hold, what was found, and what to do next. Misuse by a programmer stays a `ValueError`.
+"""
+
+
+class VQ4DiTError(Exception):
+    """Base of everything a person can mend."""
+
+
+class UnsupportedModelError(VQ4DiTError):
+    """The model is of a kind we cannot quantize, or is quantized already."""
+
+
+class FormatError(VQ4DiTError):
+    """A packed file is broken, truncated or newer than this library."""
+
+
+class CalibrationDivergedError(VQ4DiTError):
+    """A loss became infinite or not a number."""
+
+
+class JobError(VQ4DiTError):
+    """A job folder or an output folder is not what it should be."""

@@ -1,0 +1,165 @@
+"""What would be done to a model, and what it would weigh: from its config and safetensors headers, without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import HfApi, parse_safetensors_file_metadata
+from safetensors import safe_open
+from torch import nn
+
+from vq4dit.codebook import assignment_bits
+from vq4dit.config import CODEBOOKS
+from vq4dit.dit import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
+from vq4dit.errors import UnsupportedModelError, VQ4DiTError
+from vq4dit.loading import check_pipeline
+from vq4dit.packing import packed_size
+
+HEADER_BYTES_PER_TENSOR = 110  # of safetensors' JSON: name, type, shape, offsets
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer and what its packed tensors weigh."""
+
+    name: str
+    rows: int
+    columns: int
+    num_codewords: int
+    subvector_dim: int
+    assignments_bytes: int
+    codebook_bytes: int
+    bias_bytes: int
+
+
+@dataclass(frozen=True)
+class SizePrediction:
+    """The transformer's file at one width."""
+
+    bits: int
+    layers: list[LayerSize]
+    kept: list[Kept]
+    rest_bytes: int  # all that is not quantized, in 16 bit, shared embedders once, and the header
+
+    @property
+    def file_bytes(self) -> int:
+        return self.rest_bytes + sum(x.assignments_bytes + x.codebook_bytes + x.bias_bytes for x in self.layers)
+
+    @property
+    def quantized_weights(self) -> int:
+        return sum(layer.rows * layer.columns for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantized layers, codebooks included."""
+        return 8 * sum(x.assignments_bytes + x.codebook_bytes for x in self.layers) / self.quantized_weights
+
+    def paper_accounting(self) -> dict[str, float]:
+        """MiB as VQ4DiT's Table counts: assignments, fp16 codebooks and fp32 biases of the quantized layers, against fp32."""
+        mib = 2.0**20
+        assignments = sum(layer.assignments_bytes for layer in self.layers) / mib
+        codebooks = sum(layer.codebook_bytes for layer in self.layers) / mib
+        biases = 2 * sum(layer.bias_bytes for layer in self.layers) / mib
+        original = 4 * self.quantized_weights / mib + biases
+        total = assignments + codebooks + biases
+        return {
+            "original_mib": original,
+            "assignments_mib": assignments,
+            "codebooks_mib": codebooks,
+            "biases_mib": biases,
+            "total_mib": total,
+            "ratio": original / total,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model as its headers show it."""
+
+    model: str
+    class_name: str
+    num_blocks: int
+    parameters: int
+    file_bytes: int  # of the transformer now; 0 if unknown
+    predictions: list[SizePrediction]
+
+
+def empty_transformer(config: dict[str, Any]) -> nn.Module:
+    """The transformer of a config on the meta device: all shapes, no weights.
+
+    Raises:
+        UnsupportedModelError: if diffusers has no class of that name.
+    """
+    name = config.get("_class_name", "")
+    model_class = getattr(diffusers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+        raise UnsupportedModelError(f"the transformer's class {name!r} is not in diffusers {diffusers.__version__}: upgrade it")
+    with torch.device("meta"):
+        return model_class.from_config(config)
+
+
+def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = ()) -> SizePrediction:
+    """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are)."""
+    num_codewords, dim = CODEBOOKS[bits]
+    targets, kept = find_targets(transformer, dim, num_codewords, keep)
+    layers = [layer_size(name, linear, num_codewords, dim) for name, linear in targets.items()]
+    duplicates = duplicate_keys(transformer, block_embedders(transformer))
+    quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
+    rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates | quantized}
+    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) for layer in layers)
+    sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
+    return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)
+
+
+def layer_size(name: str, linear: nn.Linear, num_codewords: int, dim: int) -> LayerSize:
+    rows, columns = linear.out_features, linear.in_features
+    assignments = packed_size(rows * columns // dim, assignment_bits(num_codewords))
+    bias = 2 * rows if linear.bias is not None else 0
+    return LayerSize(name, rows, columns, num_codewords, dim, assignments, 2 * num_codewords * dim, bias)
+
+
+def inspect(model: str, keep: Sequence[str] = ()) -> Inspection:
+    """Inspect a pipeline folder or Hub repository without reading its weights.
+
+    Raises:
+        UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
+    """
+    config = check_pipeline(model)
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
+    transformer = empty_transformer(config)
+    return Inspection(
+        model=model,
+        class_name=config["_class_name"],
+        num_blocks=len(named_blocks(transformer)),
+        parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
+        file_bytes=tensor_bytes(model),
+        predictions=[predict_size(transformer, bits, keep) for bits in CODEBOOKS],
+    )
+
+
+def tensor_bytes(model: str) -> int:
+    """Bytes of the transformer's safetensors, by their headers.
+
+    Raises:
+        VQ4DiTError: if there are none.
+    """
+    if Path(model).is_dir():
+        files = sorted((Path(model) / "transformer").glob("*.safetensors"))
+        for path in files:
+            with safe_open(path, "pt"):
+                pass
+        total = sum(path.stat().st_size for path in files)
+    else:
+        names = [f for f in HfApi().list_repo_files(model) if f.startswith("transformer/") and f.endswith(".safetensors")]
+        metadata = [parse_safetensors_file_metadata(model, name) for name in names]
+        total = sum(max(t.data_offsets[1] for t in m.tensors.values()) for m in metadata if m.tensors)
+    if not total:
+        raise VQ4DiTError(f"{model} has no safetensors in transformer/: vq4dit loads nothing else; convert it first")
+    return total

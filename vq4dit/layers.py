@@ -1,0 +1,254 @@
+"""The two lives of a quantized linear layer.
+
+While it is being calibrated a layer is *soft*: every sub-vector is a mix of its n candidate codewords, with ratios that
+are learned. Afterwards it is *hard*: one codeword per sub-vector, packed to bytes. Each state is a class of its own, and
+`SoftVQLinear.harden()` leads from one to the other.
+
+A hard layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up
+in every forward pass (`drop_decoded`: as small as the file). The packed tensors are what is saved, always.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from vq4dit.codebook import assignment_bits, reconstruct, sum_by_codeword
+from vq4dit.errors import FormatError
+from vq4dit.packing import pack_bits, packed_size, unpack_bits
+
+MIX_CHUNK = 2**18  # sub-vectors mixed at a time
+
+
+class VQLinear(nn.Linear):
+    """A linear layer whose weight is Ŵ = diag(s) C[A]: codebook, packed assignments, and perhaps a scale per row.
+
+    It is an `nn.Linear` so that PEFT and others find it. `weight` is not stored: reading it decodes the layer and keeps
+    the result, so that whatever is written into it (a merged LoRA) is used by `forward`, and noticed when saving.
+
+    Buffers: codebook (k, d) fp32 holding fp16 values; packed_assignments (bytes,); row_scale (out_features,) or None.
+    """
+
+    codebook: Tensor
+    packed_assignments: Tensor
+    row_scale: Tensor | None
+    decoded_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_codewords: int,
+        subvector_dim: int,
+        bias: bool = True,
+        row_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
+        self.in_features, self.out_features = in_features, out_features
+        count = out_features * in_features // subvector_dim
+        size = packed_size(count, assignment_bits(num_codewords))
+        self.register_buffer("codebook", torch.zeros(num_codewords, subvector_dim, device=device))
+        self.register_buffer("packed_assignments", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("row_scale", torch.ones(out_features, device=device) if row_scale else None)
+        self.register_buffer("decoded_weight", None, persistent=False)
+        bias_values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = nn.Parameter(bias_values, requires_grad=False) if bias else None
+
+    @classmethod
+    def from_assignments(
+        cls,
+        codebook: Float[Tensor, "k d"],
+        assignments: Int[Tensor, " n"],
+        shape: tuple[int, int],
+        bias: Float[Tensor, " rows"] | None = None,
+        row_scale: Float[Tensor, " rows"] | None = None,
+    ) -> VQLinear:
+        """Make a hard layer. Codebook, scale and bias are rounded to fp16 values here, so that saving changes nothing."""
+        layer = cls(
+            shape[1],
+            shape[0],
+            num_codewords=codebook.shape[0],
+            subvector_dim=codebook.shape[1],
+            bias=bias is not None,
+            row_scale=row_scale is not None,
+            device=codebook.device,
+        )
+        layer.codebook.copy_(codebook.detach().half())
+        layer.packed_assignments.copy_(pack_bits(assignments, assignment_bits(len(codebook))))
+        if bias is not None:
+            layer.bias.data.copy_(bias.detach().half())
+        if row_scale is not None:
+            layer.row_scale.copy_(row_scale.detach().half())
+        return layer
+
+    @property
+    def num_subvectors(self) -> int:
+        return self.out_features * self.in_features // self.codebook.shape[1]
+
+    @property
+    def assignments(self) -> Int[Tensor, " n"]:
+        return unpack_bits(self.packed_assignments, assignment_bits(len(self.codebook)), self.num_subvectors)
+
+    def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Ŵ = diag(s) C[A] in `dtype`, from the packed tensors."""
+        shape = (self.out_features, self.in_features)
+        if self.row_scale is None:
+            return reconstruct(self.codebook.to(dtype), self.assignments, shape)
+        return (reconstruct(self.codebook, self.assignments, shape) * self.row_scale.unsqueeze(1)).to(dtype)
+
+    def decode(self, dtype: torch.dtype) -> None:
+        """Keep the decoded weight beside the packed one from now on."""
+        self.decoded_weight = self.reconstruct(dtype)
+
+    def drop_decoded(self) -> None:
+        """Forget the decoded weight; every forward pass looks it up again."""
+        self.decoded_weight = None
+
+    @property
+    def weight(self) -> Float[Tensor, "rows columns"]:
+        if self.decoded_weight is None:
+            self.decode(self.bias.dtype if self.bias is not None else torch.get_default_dtype())
+        return self.decoded_weight
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody wrote into the decoded weight, so that the packed tensors no longer describe the layer."""
+        decoded = self.decoded_weight
+        return decoded is not None and not torch.equal(decoded, self.reconstruct(decoded.dtype))
+
+    def check(self, name: str) -> None:
+        """Raise `FormatError` if an assignment points outside the codebook (possible only if k is no power of two)."""
+        if len(self.codebook) != 2 ** assignment_bits(len(self.codebook)):
+            largest = int(self.assignments.max())
+            if largest >= len(self.codebook):
+                raise FormatError(
+                    f"{name}: assignment {largest} is outside its codebook of {len(self.codebook)} codewords; "
+                    "the file is damaged: download or quantize it again"
+                )
+
+    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        weight = self.decoded_weight
+        if weight is None or weight.dtype != input.dtype:
+            weight = self.reconstruct(input.dtype)
+        return F.linear(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        k, d = self.codebook.shape
+        return f"{self.in_features}, {self.out_features}, codebook={k}x{d}, bias={self.bias is not None}"
+
+
+class SoftVQLinear(nn.Module):
+    """A linear layer during calibration: every sub-vector is a mix of its candidate codewords (eq. 6, 7 of VQ4DiT).
+
+    ŵ_i = Σ_m r_im c(a_im),  r_i = softmax(z_i).  `candidates` a (n, m) are fixed; `codebook` c, `logits` z (n, m) and
+    `bias` are learned. A decided sub-vector has logits (0, -inf, ...): its ratios are exactly one-hot and, since a
+    softmax passes no gradient there, it stays decided.
+    """
+
+    candidates: Tensor
+
+    def __init__(
+        self,
+        codebook: Float[Tensor, "k d"],
+        candidates: Int[Tensor, "n m"],
+        logits: Float[Tensor, "n m"],
+        shape: tuple[int, int],
+        bias: Float[Tensor, " rows"] | None,
+    ):
+        super().__init__()
+        self.shape = shape
+        self.codebook = nn.Parameter(codebook.detach().clone())
+        self.logits = nn.Parameter(logits, requires_grad=logits.shape[1] > 1)
+        self.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None
+        self.register_buffer("candidates", candidates)
+
+    @property
+    def ratios(self) -> Float[Tensor, "n m"]:
+        return self.logits.softmax(dim=1)
+
+    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        weight = MixCandidates.apply(self.codebook, self.logits, self.candidates).view(self.shape)
+        return F.linear(input, weight, self.bias)
+
+    @torch.no_grad()
+    def freeze_decided(self, threshold: float) -> None:
+        """Progressive hardening: a sub-vector whose largest ratio exceeds `threshold` takes that candidate for good."""
+        if self.logits.shape[1] == 1:
+            return
+        largest, winner = self.ratios.max(dim=1, keepdim=True)
+        one_hot = torch.full_like(self.logits, -torch.inf).scatter_(1, winner, 0.0)
+        torch.where(largest > threshold, one_hot, self.logits, out=self.logits.data)
+
+    @property
+    def decided_fraction(self) -> float:
+        """Part of the sub-vectors that are decided."""
+        if self.logits.shape[1] == 1:
+            return 1.0
+        return torch.isneginf(self.logits).any(dim=1).float().mean().item()
+
+    @torch.no_grad()
+    def harden(self) -> VQLinear:
+        """The largest ratio wins."""
+        winner = self.logits.argmax(dim=1, keepdim=True)
+        assignments = self.candidates.gather(1, winner)[:, 0]
+        return VQLinear.from_assignments(self.codebook, assignments, self.shape, self.bias)
+
+
+class MixCandidates(torch.autograd.Function):
+    """ŵ_i = Σ_m softmax(z_i)_m c(a_im), remembering only logits and candidates: the codewords are looked up again.
+
+    With g_i = ∂L/∂ŵ_i:   ∂L/∂c(a) = Σ_{i,m: a_im = a} r_im g_i,   ∂L/∂z_im = r_im (g_i·c(a_im) - Σ_l r_il g_i·c(a_il)).
+    """
+
+    @staticmethod
+    def forward(ctx, codebook: Tensor, logits: Tensor, candidates: Tensor) -> Tensor:
+        ctx.save_for_backward(codebook, logits, candidates)
+        mixed = torch.empty(len(logits), codebook.shape[1], device=codebook.device)
+        for part, a, z in _chunks(candidates, logits, mixed):
+            ratios = z.softmax(1)
+            part.zero_()
+            for m in range(a.shape[1]):
+                part.addcmul_(ratios[:, m : m + 1], codebook.index_select(0, a[:, m].int()))
+        return mixed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        codebook, logits, candidates = ctx.saved_tensors
+        codebook_gradient = torch.zeros(codebook.shape, dtype=torch.float64, device=codebook.device)
+        logits_gradient = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
+        parts = gradient if logits_gradient is None else logits_gradient
+        for g, a, z, out in zip(
+            gradient.split(MIX_CHUNK), candidates.split(MIX_CHUNK), logits.split(MIX_CHUNK), parts.split(MIX_CHUNK), strict=True
+        ):
+            ratios = z.softmax(1)
+            alignment = torch.empty_like(ratios)  # g_i · c(a_im)
+            for m in range(a.shape[1]):
+                codebook_gradient += sum_by_codeword(ratios[:, m : m + 1] * g, a[:, m], len(codebook))
+                alignment[:, m] = (g * codebook.index_select(0, a[:, m].int())).sum(1)
+            if logits_gradient is not None:
+                out.copy_(ratios * (alignment - (ratios * alignment).sum(1, keepdim=True)))
+        return codebook_gradient.to(codebook.dtype), logits_gradient, None
+
+
+def _chunks(candidates: Tensor, logits: Tensor, mixed: Tensor):
+    return zip(mixed.split(MIX_CHUNK), candidates.split(MIX_CHUNK), logits.split(MIX_CHUNK), strict=True)
+
+
+def start_logits(
+    subvectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], candidates: Int[Tensor, "n m"], start: str
+) -> Float[Tensor, "n m"]:
+    """Ratios before the first step: "uniform" r = 1/m (the paper) or "distance" r ∝ 1 / distance (the released code)."""
+    logits = torch.zeros(candidates.shape, device=subvectors.device)
+    if start == "uniform":
+        return logits
+    if start != "distance":
+        raise ValueError(f'ratio start must be "uniform" or "distance", got {start!r}')
+    for m in range(candidates.shape[1]):
+        offsets = subvectors.float() - codebook.index_select(0, candidates[:, m].int())
+        logits[:, m] = -offsets.norm(dim=1).clamp(min=1e-12).log()
+    return logits

@@ -1,0 +1,243 @@
+"""The recipe: cluster every layer, calibrate, harden.
+
+    kmeans   codebooks by k-means, nearest assignments, done
+    paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
+    best     what measures best here; at present the same as `paper`
+
+`quantize` does it in one go. `run` does it as a job on disk that can stop and go on; both end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vq4dit.calibration import Calibration
+from vq4dit.codebook import nearest_codewords, split_subvectors
+from vq4dit.config import QuantizationSettings, VQ4DiTConfig
+from vq4dit.diffusers_quantizer import attach
+from vq4dit.dit import equal_embedders, find_targets, share_embedders
+from vq4dit.errors import JobError, UnsupportedModelError
+from vq4dit.job import Job, TimeBudget
+from vq4dit.kmeans import fit_codebook
+from vq4dit.layers import SoftVQLinear, VQLinear, start_logits
+from vq4dit.progress import OnProgress, Progress, ignore
+from vq4dit.zero_data import check_supported
+
+CHECKPOINT_SECONDS = 15.0
+CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
+
+
+def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_progress: OnProgress = ignore) -> Any:
+    """Quantize the transformer of a pipeline; the original stays as it is.
+
+    Returns:
+        A pipeline of the same kind, whose other parts are shared with the original. `save_pretrained` packs it.
+
+    Raises:
+        UnsupportedModelError: see `check`.
+    """
+    settings = settings or QuantizationSettings()
+    with tempfile.TemporaryDirectory() as folder:
+        with Job.open(Path(folder), settings, pipeline.transformer, resume=False) as job:
+            return run(job, pipeline, on_progress=on_progress)
+
+
+def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnProgress = ignore) -> Any | None:
+    """Go on with a job until it is done, or until `seconds` are nearly over.
+
+    Returns:
+        The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
+    """
+    budget = TimeBudget(seconds)
+    targets = check(pipeline, job.settings)
+    if not _cluster(job, targets, budget, on_progress):
+        return None
+    if job.settings.recipe == "kmeans":
+        hardened = {name: _clustered_layer(job, name, linear) for name, linear in targets.items()}
+        return _finish(pipeline, _student(pipeline.transformer, targets, hardened), job.settings)
+    soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
+    student = _student(pipeline.transformer, targets, soft).requires_grad_(False)
+    for layer in soft.values():
+        layer.requires_grad_(True)
+        layer.logits.requires_grad_(layer.logits.shape[1] > 1)
+    if not calibrate(job, pipeline, student, budget, on_progress):
+        return None
+    for name, layer in soft.items():
+        student.set_submodule(name, layer.harden())
+    return _finish(pipeline, student, job.settings)
+
+
+def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
+    """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
+
+    Raises:
+        UnsupportedModelError: if the model is quantized already, has no blocks, its pipeline cannot make zero data for the
+            recipe, or a weight is not finite.
+    """
+    transformer = pipeline.transformer
+    if getattr(transformer, "is_quantized", False):
+        raise UnsupportedModelError(
+            f"this model is quantized already ({transformer.quantization_method.value}): start from the original model"
+        )
+    if settings.recipe != "kmeans":
+        check_supported(pipeline)
+    targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
+    for name, linear in targets.items():
+        if not torch.isfinite(linear.weight).all():
+            raise UnsupportedModelError(
+                f"the weight of {name} has values that are not finite (NaN or infinity): the file is damaged, or was "
+                "converted to a type too small for it"
+            )
+    return targets
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """Randomness of one layer: depends on the seed and the layer's name, not on the order of work."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:
+    return split_subvectors(linear.weight.detach().float(), dim)
+
+
+def _cluster(job: Job, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Fit a codebook and find the candidates of every layer that has no piece yet; False if time ran out."""
+    settings = job.settings
+    count = 1 if settings.recipe == "kmeans" else settings.calibration.num_candidates
+    slowest = 0.0
+    for done, (name, linear) in enumerate(targets.items()):
+        if not job.has(f"layers/{name}"):
+            if not budget.allows(2 * slowest):
+                return False
+            started = time.monotonic()
+            subvectors = subvectors_of(linear, settings.subvector_dim)
+            codebook = fit_codebook(subvectors, settings.num_codewords, generator=layer_generator(settings.seed, name))
+            _, candidates = nearest_codewords(subvectors, codebook, count)
+            job.write(f"layers/{name}", {"codebook": codebook, "candidates": candidates})
+            slowest = max(slowest, time.monotonic() - started)
+        on_progress(Progress("cluster", done + 1, len(targets)))
+    return True
+
+
+def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    piece = job.read(f"layers/{name}")
+    return piece["codebook"].to(linear.weight.device), piece["candidates"].to(linear.weight.device)
+
+
+def _clustered_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
+    codebook, candidates = _piece(job, name, linear)
+    return VQLinear.from_assignments(codebook, candidates[:, 0], tuple(linear.weight.shape), linear.bias)
+
+
+def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
+    codebook, candidates = _piece(job, name, linear)
+    subvectors = subvectors_of(linear, job.settings.subvector_dim)
+    logits = start_logits(subvectors, codebook, candidates, job.settings.calibration.ratio_start)
+    return SoftVQLinear(codebook, candidates, logits, tuple(linear.weight.shape), linear.bias)
+
+
+def _student(transformer: nn.Module, targets: dict[str, nn.Linear], layers: dict[str, nn.Module]) -> nn.Module:
+    """A copy of the transformer with other layers in place of the targets, and shared embedders.
+
+    Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold.
+    """
+    student = copy.deepcopy(transformer, {id(targets[name]): layer for name, layer in layers.items()})
+    share_embedders(student, equal_embedders(student))
+    replaced = {id(p) for layer in layers.values() for p in layer.parameters()}
+    dtype = rest_dtype(transformer)
+    for p in student.parameters():
+        if id(p) not in replaced and p.is_floating_point():
+            p.data = p.data.to(dtype).to(p.dtype)
+    return student.eval()
+
+
+def rest_dtype(transformer: nn.Module) -> torch.dtype:
+    """The 16-bit type of what is not quantized: fp16, unless the model is bf16 or has values fp16 cannot hold."""
+    parameters = [p for p in transformer.parameters() if p.is_floating_point()]
+    if any(p.dtype == torch.bfloat16 for p in parameters):
+        return torch.bfloat16
+    too_large = any(float(p.abs().max()) > torch.finfo(torch.float16).max for p in parameters if p.numel())
+    return torch.bfloat16 if too_large else torch.float16
+
+
+def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Run the calibration of `paper` from its newest checkpoint to its end; False if time ran out."""
+    config = job.settings.calibration
+    generator = layer_generator(job.settings.seed, "zero data")
+    calibration = Calibration(pipeline, student, config, generator)
+    if job.has("calibration"):
+        calibration.restore(job.read("calibration"))
+    step_seconds = write_seconds = 0.0
+    written = time.monotonic()
+    while calibration.step < config.steps:
+        started = time.monotonic()
+        if not budget.allows(2 * step_seconds + 2 * write_seconds):
+            job.write("calibration", calibration.tensors())
+            return False
+        metrics = calibration.advance()
+        step_seconds = time.monotonic() - started
+        on_progress(Progress("calibrate", calibration.step, config.steps, metrics))
+        if time.monotonic() - written > max(CHECKPOINT_SECONDS, write_seconds / CHECKPOINT_SHARE):
+            started = time.monotonic()
+            job.write("calibration", calibration.tensors())
+            written = time.monotonic()
+            write_seconds = written - started
+    return True
+
+
+def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -> Any:
+    """The pipeline with the student in place of the transformer."""
+    shared = equal_embedders(student)
+    dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
+    config = VQ4DiTConfig(
+        bits=settings.bits, recipe=settings.recipe, seed=settings.seed, dtype=dtype, shared_embedders=shared
+    )
+    attach(student, config)
+    quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
+    quantized.register_modules(transformer=student)
+    return quantized
+
+
+def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
+    """Write a quantized pipeline to `folder`: whole, or not at all.
+
+    Raises:
+        JobError: if the folder is not empty and `overwrite` is false, or the disk is full.
+    """
+    check_output(folder, overwrite)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+    except Exception as error:  # safetensors reports a full disk as an error of its own
+        shutil.rmtree(partial, ignore_errors=True)
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise JobError(f"the disk is full: {folder} could not be written. Free some space and use --resume") from error
+        raise
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise `JobError` if something would be lost by writing to `folder`."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise JobError(f"{folder} is not empty: choose another output, or pass --overwrite to replace it")

@@ -1,0 +1,91 @@
+"""Zero data: the teacher's own sampling trajectories.
+
+No images are needed to calibrate a diffusion model: it makes its inputs itself. Latents start as Gaussian noise, classes
+are drawn at random, and the *full-precision* model walks them down with the pipeline's own scheduler and guidance, exactly
+as sampling does. Teacher and student both see those latents, so the student's errors do not add up along the way
+(section 3.3 of VQ4DiT). Steps come one at a time; memory does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiTPipeline
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vq4dit.dit import named_blocks, recorded_outputs
+from vq4dit.errors import UnsupportedModelError
+
+
+class TeacherStep(NamedTuple):
+    """One denoising step of b trajectories with guidance: rows 0 ... b-1 conditional, b ... 2b-1 unconditional."""
+
+    latents: Float[Tensor, "2b c h w"]
+    timesteps: Int[Tensor, " 2b"]
+    class_labels: Int[Tensor, " 2b"]
+    block_outputs: list[Tensor]  # what each of the teacher's blocks returned
+    prediction: Float[Tensor, "2b out h w"]  # the teacher's output, before guidance
+
+
+def check_supported(pipeline: Any) -> None:
+    """Raise `UnsupportedModelError` unless trajectories of this pipeline can be made."""
+    if not isinstance(pipeline, DiTPipeline):
+        raise UnsupportedModelError(
+            f"zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
+            f"{type(pipeline).__name__}; --recipe kmeans needs no trajectories"
+        )
+
+
+def new_scheduler(pipeline: DiTPipeline) -> Any:
+    """A scheduler of the pipeline's kind and settings, with a state of its own."""
+    return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+
+
+def num_classes(pipeline: DiTPipeline) -> int:
+    """Classes that have a label, or all the embedder knows but the null class."""
+    return len(pipeline.labels) and max(pipeline.labels.values()) + 1 or pipeline.transformer.config.num_embeds_ada_norm
+
+
+def guide(prediction: Float[Tensor, "2b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
+    """Classifier-free guidance ε̂ = ε_∅ + s (ε_y - ε_∅) on the latent channels (a learned variance is left out)."""
+    conditional, unconditional = prediction[:, :channels].chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def teacher_steps(
+    pipeline: DiTPipeline,
+    generator: torch.Generator,
+    *,
+    num_trajectories: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+) -> Iterator[TeacherStep]:
+    """Walk `num_trajectories` random trajectories side by side, once, as `DiTPipeline.__call__` walks them.
+
+    Yields `num_inference_steps` steps (more for schedulers that evaluate twice). The generator draws labels and noise on
+    its own device, so the walk does not depend on the model's.
+    """
+    teacher = pipeline.transformer
+    config = teacher.config
+    labels = torch.randint(num_classes(pipeline), (num_trajectories,), generator=generator)
+    shape = (num_trajectories, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=generator).to(teacher.device, teacher.dtype)
+    null = torch.full_like(labels, 1000)  # DiTPipeline's null class
+    class_labels = torch.cat([labels, null]).to(teacher.device)
+    scheduler = new_scheduler(pipeline)
+    scheduler.set_timesteps(num_inference_steps)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    with recorded_outputs(list(named_blocks(teacher).values())) as block_outputs:
+        for t in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
+            timesteps = t.to(teacher.device).expand(len(model_input))
+            prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
+            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction)
+            guided = guide(prediction, guidance_scale, config.in_channels)
+            latents = scheduler.step(guided, t, latents, **extra).prev_sample
