@@ -380,6 +380,7 @@ def save(work: Path, folder: Path) -> None:
     for block in pipe.transformer.transformer_blocks[1:]:
         block.norm1.emb = type(block.norm1.emb)(256, NULL_CLASS, class_dropout_prob=0.1).to(torch.float16)
         block.norm1.emb.load_state_dict(pipe.transformer.transformer_blocks[0].norm1.emb.state_dict())
+    pipe.register_to_config(id2label={str(index): label for label, index in pipe.labels.items()})
     pipe.save_pretrained(folder, max_shard_size="9MB")
 
 

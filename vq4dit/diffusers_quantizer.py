@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.config import VQ4DiTConfig
-from vq4dit.dit import duplicate_keys, share_embedders
+from vq4dit.dit import duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
 from vq4dit.layers import VQLinear
 from vq4dit.packing import packed_size
@@ -78,14 +79,28 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every packed layer, in place, by an ordinary `nn.Linear` with the decoded weight; returns the model."""
+def dequantize(model: Any) -> Any:
+    """Turn a packed model, in place, into an ordinary one: `nn.Linear`s with decoded weights, nothing shared; returns it.
+
+    Weights that were changed after decoding (a merged LoRA) stay as they are now.
+    """
+    unpack_layers(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+        model.is_quantized = False
+    return model
+
+
+def unpack_layers(model: Any) -> None:
+    """The work of `dequantize`, without diffusers' bookkeeping."""
     for name, layer in vq_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.weight.detach().clone())
         linear.bias = layer.bias
         model.set_submodule(name, linear)
-    return model
+    unshare_embedders(model)
+    remaining = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    model._internal_dict = FrozenDict(remaining)  # diffusers has no public way to forget a config entry
 
 
 class VQ4DiTQuantizer(DiffusersQuantizer):
@@ -171,7 +186,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             if layer.is_changed:
                 raise FormatError(
                     f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its codebook any "
-                    "more: unmerge first, save the LoRA by itself, or call vq4dit.dequantize(model) and save it unpacked"
+                    "more: save the LoRA by itself and go back to the packed weights with vq4dit.set_decode_mode(model, "
+                    '"load"), or call vq4dit.dequantize(model) and save it unpacked'
                 )
         duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
         target = getattr(torch, self.quantization_config.dtype)
@@ -182,7 +198,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        return dequantize(model)
+        unpack_layers(model)
+        return model
 
     @property
     def is_serializable(self) -> bool:

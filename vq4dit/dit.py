@@ -7,6 +7,7 @@ into vectors and are copied into every block by diffusers' converter: small, sen
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,15 @@ def share_embedders(transformer: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
         for block in others:
             block.set_submodule(path, first.get_submodule(path))
+
+
+def unshare_embedders(transformer: nn.Module) -> None:
+    """Give every block a copy of its own of what `share_embedders` shared."""
+    first, *others = named_blocks(transformer).values()
+    for path in block_embedders(transformer):
+        for block in others:
+            if block.get_submodule(path) is first.get_submodule(path):
+                block.set_submodule(path, copy.deepcopy(first.get_submodule(path)))
 
 
 def duplicate_keys(transformer: nn.Module, paths: Sequence[str]) -> set[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -168,7 +169,7 @@ def rest_dtype(transformer: nn.Module) -> torch.dtype:
     parameters = [p for p in transformer.parameters() if p.is_floating_point()]
     if any(p.dtype == torch.bfloat16 for p in parameters):
         return torch.bfloat16
-    too_large = any(float(p.abs().max()) > torch.finfo(torch.float16).max for p in parameters if p.numel())
+    too_large = any(float(p.detach().abs().max()) > torch.finfo(torch.float16).max for p in parameters if p.numel())
     return torch.bfloat16 if too_large else torch.float16
 
 
@@ -207,6 +208,9 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
     attach(student, config)
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
     quantized.register_modules(transformer=student)
+    if labels := getattr(pipeline, "labels", None):  # DiTPipeline reads them from model_index.json but does not write them
+        names = {str(index): [name for name, i in labels.items() if i == index] for index in sorted(set(labels.values()))}
+        quantized.register_to_config(id2label={index: ", ".join(words) for index, words in names.items()})
     return quantized
 
 
@@ -221,7 +225,9 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
-        for path in partial.rglob("*"):
+        for path in sorted(partial.rglob("*")):
+            if path.suffix == ".json":
+                _forget_local_paths(path)
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
@@ -235,6 +241,14 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
         folder.rename(previous)
     partial.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _forget_local_paths(path: Path) -> None:
+    """diffusers notes where a model was loaded from: a Hub id is worth keeping, a folder of this machine is not."""
+    values = json.loads(path.read_text())
+    if Path(values.get("_name_or_path", "")).exists():
+        del values["_name_or_path"]
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

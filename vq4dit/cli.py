@@ -1,0 +1,252 @@
+"""`python -m vq4dit`: inspect, quantize, sample and compare from the terminal.
+
+Exit codes: 0 done; 1 something a person can mend, told in one paragraph; 2 wrong usage; 130 interrupted with Ctrl-C.
+Figures go to standard output (`--json` for machines), progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+
+from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
+from vq4dit.diffusers_quantizer import decode_mode
+from vq4dit.errors import VQ4DiTError
+from vq4dit.evaluation import compare, grid, label_ids, layer_errors, sample, write_comparison
+from vq4dit.inspection import inspect, tensor_bytes
+from vq4dit.job import Job
+from vq4dit.loading import load_pipeline
+from vq4dit.progress import OnProgress, Progress
+from vq4dit.quantization import check, check_output, run, save
+from vq4dit.zero_data import num_classes
+
+VERBS = {"cluster": "clustering layers", "calibrate": "calibrating", "sample": "sampling", "measure": "measuring the noise"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    errors = Console(stderr=True)
+    try:
+        args.command(args)
+    except (VQ4DiTError, ValueError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted" + ("; go on with the same command and --resume" if args.name == "quantize" else ""))
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    def add(name: str, command: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+        return sub
+
+    sub = add("inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only.")
+    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    _add_keep(sub)
+
+    sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")
+    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    sub.add_argument("--bits", type=int, default=2, choices=sorted(CODEBOOKS), help="bits per weight (default: 2)")
+    sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
+    sub.add_argument("--seed", type=int, default=0)
+    _add_keep(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+    sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
+    defaults = CalibrationConfig()
+    sub.add_argument("--steps", type=int, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
+    sub.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
+    sub.add_argument("--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help="default: uniform")
+
+    sub = add("sample", sample_command, "Images from an original or a quantized model.")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--labels", required=True, metavar="A,B", help="class names or numbers, separated by commas")
+    _add_sampling(sub)
+    sub.add_argument("--output", type=Path, required=True, metavar="PNG")
+
+    sub = add("compare", compare_command, "Same-seed pictures and figures of an original and a quantized model.")
+    sub.add_argument("original", metavar="ORIGINAL")
+    sub.add_argument("quantized", metavar="QUANTIZED")
+    sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
+    _add_sampling(sub)
+    sub.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+    return parser
+
+
+def _add_keep(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN", help='layers to leave in 16 bit, such as "*.ff.*"; repeatable'
+    )
+
+
+def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    sub.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
+    sub.add_argument(
+        "--decode",
+        default="auto",
+        choices=["auto", "load", "forward"],
+        help="decode a packed model once at load, or in every forward pass (small memory); default: load if memory allows",
+    )
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    inspection = inspect(args.model, args.keep)
+    if args.json:
+        values = dataclasses.asdict(inspection)
+        for prediction, shown in zip(inspection.predictions, values["predictions"], strict=True):
+            shown |= {"file_bytes": prediction.file_bytes, "bits_per_weight": prediction.bits_per_weight}
+            shown["paper_accounting"] = prediction.paper_accounting()
+        print(json.dumps(values, indent=1))
+        return
+    console = Console()
+    console.print(
+        f"{args.model}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M parameters, "
+        f"{inspection.file_bytes / 1e6:.1f} MB on disk"
+    )
+    smallest = inspection.predictions[0]
+    table = Table(Column("layer", no_wrap=True), "shape", "at 2 bits")
+    for layer in smallest.layers:
+        size = layer.assignments_bytes + layer.codebook_bytes + layer.bias_bytes
+        table.add_row(layer.name, f"{layer.rows} x {layer.columns}", f"{size / 1e3:.1f} kB")
+    for kept in smallest.kept:
+        table.add_row(kept.name, "", f"16 bit: {kept.reason}")
+    console.print(table)
+    table = Table("bits", "layers quantized", "bits per weight", "transformer file", "against now")
+    for p in inspection.predictions:
+        ratio = f"{inspection.file_bytes / p.file_bytes:.2f} x smaller"
+        table.add_row(str(p.bits), str(len(p.layers)), f"{p.bits_per_weight:.3f}", f"{p.file_bytes / 1e6:.2f} MB", ratio)
+    console.print(table)
+
+
+def quantize_command(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    calibration = CalibrationConfig(steps=args.steps, num_candidates=args.candidates, ratio_start=args.ratio_start)
+    settings = QuantizationSettings(
+        bits=args.bits, recipe=args.recipe, seed=args.seed, keep=tuple(args.keep), calibration=calibration
+    )
+    check_output(args.output, args.overwrite)
+    inspect(args.model, args.keep)  # refuses what cannot be quantized before weights are read
+    pipeline = load_pipeline(args.model)
+    check(pipeline, settings)
+    folder = args.output.with_name(f"{args.output.name}.job")
+    with Job.open(folder, settings, pipeline.transformer, resume=args.resume) as job:
+        with progress_bars() as on_progress:
+            quantized = run(job, pipeline, on_progress=on_progress)
+        save(quantized, args.output, overwrite=args.overwrite)
+        job.remove()
+    layers = layer_errors(pipeline.transformer, quantized.transformer)
+    report = {
+        "output": str(args.output),
+        "transformer_bytes": tensor_bytes(str(args.output)),
+        "original_bytes": tensor_bytes(args.model),
+        "seconds": time.monotonic() - started,
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+    }
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    table = Table(Column("layer", no_wrap=True), "shape", "codebook", "bits per weight", "relative error")
+    for layer in layers:
+        shape, codebook = f"{layer.rows} x {layer.columns}", f"{layer.num_codewords} x {layer.subvector_dim}"
+        table.add_row(layer.name, shape, codebook, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.5f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{args.output}: transformer {report['transformer_bytes'] / 1e6:.2f} MB, was {report['original_bytes'] / 1e6:.2f} MB "
+        f"({report['original_bytes'] / report['transformer_bytes']:.2f} x smaller), {report['seconds']:.0f} s"
+    )
+
+
+def sample_command(args: argparse.Namespace) -> None:
+    with decode_mode(args.decode):
+        pipeline = load_pipeline(args.model)
+    labels = label_ids(pipeline, [label.strip() for label in args.labels.split(",")])
+    started = time.monotonic()
+    with progress_bars() as on_progress:
+        images = sample(
+            pipeline,
+            labels,
+            [args.seed + i for i in range(len(labels))],
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            on_progress=on_progress,
+        )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, columns=min(8, len(images))).save(args.output)
+    seconds = time.monotonic() - started
+    if args.json:
+        print(json.dumps({"output": str(args.output), "images": len(images), "seconds": seconds}))
+    else:
+        Console().print(f"{args.output}: {len(images)} images, {seconds:.1f} s")
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    check_output(args.output, args.overwrite)
+    with decode_mode(args.decode):
+        original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
+    if args.labels:
+        labels = label_ids(original, [label.strip() for label in args.labels.split(",")])
+    else:
+        count = num_classes(original)
+        labels = [i * count // min(8, count) for i in range(min(8, count))]
+    with progress_bars() as on_progress:
+        report, pairs = compare(
+            original,
+            quantized,
+            tensor_bytes(args.original),
+            tensor_bytes(args.quantized),
+            labels=labels,
+            seed=args.seed,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            on_progress=on_progress,
+        )
+    write_comparison(args.output, report, pairs, {index: name for name, index in original.labels.items()})
+    values = dataclasses.asdict(report)
+    if args.json:
+        print(json.dumps(values, indent=1))
+        return
+    table = Table("figure", "value")
+    for key, value in values.items():
+        table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    Console().print(f"pictures and report.json in {args.output}")
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """Bars with the time left on standard error, one per stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.stage not in tasks or progress.done < bars.tasks[tasks[progress.stage]].completed:
+                tasks[progress.stage] = bars.add_task(VERBS[progress.stage], total=progress.total, figures="")
+            figures = "  ".join(f"{key} {value:.3g}" for key, value in progress.metrics.items())
+            bars.update(tasks[progress.stage], completed=progress.done, figures=figures)
+
+        yield show

@@ -1,0 +1,273 @@
+"""Look at the result: how far the quantized model's noise and images are from the original's, and what it weighs.
+
+`noise_nmse` is the figure to trust: the squared error of the predicted noise over its power, guidance on, on zero-data
+trajectories that calibration never saw. Images follow one noise all the way, so small errors move them: PSNR and SSIM
+compare same-seed images and say how much a person sees. Always measured on the hardened, packed model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiTPipeline
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from vq4dit.codebook import assignment_bits
+from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.job import write_atomically
+from vq4dit.progress import OnProgress, Progress, ignore
+from vq4dit.quantization import layer_generator
+from vq4dit.zero_data import TeacherStep, check_supported, guide, new_scheduler, num_classes, teacher_steps
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How well a codebook represents one layer: || W - Ŵ ||² / || W ||²."""
+
+    name: str
+    rows: int
+    columns: int
+    num_codewords: int
+    subvector_dim: int
+    bits_per_weight: float  # assignments and codebook
+    relative_error: float
+
+
+def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
+    """The layers table of a quantized transformer, in order of execution."""
+    errors = []
+    for name, layer in vq_layers(quantized).items():
+        weight = original.get_submodule(name).weight.detach().float()
+        error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
+        k, d = layer.codebook.shape
+        bits = assignment_bits(k) / d + 16 * k * d / weight.numel()
+        errors.append(LayerError(name, *weight.shape, k, d, bits, error.item()))
+    return errors
+
+
+def predicted_noise(prediction: Tensor, sample: Tensor, timestep: Tensor, scheduler: Any) -> Tensor:
+    """What a guided prediction says about the noise, for every prediction type of DDPM-like schedulers.
+
+    With x_t = sqrt(ᾱ) x₀ + sqrt(1-ᾱ) ε:  ε itself; ε = sqrt(ᾱ) v + sqrt(1-ᾱ) x_t;  ε = (x_t - sqrt(ᾱ) x₀) / sqrt(1-ᾱ).
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return prediction
+    alpha = scheduler.alphas_cumprod.to(sample.device)[timestep.long()].view(-1, 1, 1, 1)
+    if kind == "v_prediction":
+        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
+    if kind == "sample":
+        return (sample - alpha.sqrt() * prediction) / (1 - alpha).sqrt()
+    raise UnsupportedModelError(f"the scheduler predicts {kind!r}; noise can be compared for epsilon, v_prediction and sample")
+
+
+@torch.no_grad()
+def noise_nmse(
+    original: DiTPipeline,
+    quantized: DiTPipeline,
+    *,
+    num_trajectories: int = 16,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    seed: int = 0,
+    on_progress: OnProgress = ignore,
+) -> float:
+    """E || ε_original - ε_quantized ||² / E || ε_original ||² with guidance, on held-out zero-data trajectories."""
+    check_supported(original)
+    scheduler = new_scheduler(original)
+    channels = original.transformer.config.in_channels
+    steps = teacher_steps(
+        original,
+        layer_generator(seed, "held-out trajectories"),
+        num_trajectories=num_trajectories,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+    )
+    error = power = 0.0
+    for done, step in enumerate(steps):
+        student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+        wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
+        error += (wanted - found).double().square().sum().item()
+        power += wanted.double().square().sum().item()
+        on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": error / power}))
+    return error / power
+
+
+def _guided_noise(prediction: Tensor, step: TeacherStep, guidance_scale: float, channels: int, scheduler: Any) -> Tensor:
+    half = len(step.latents) // 2
+    return predicted_noise(guide(prediction, guidance_scale, channels), step.latents[:half], step.timesteps[:half], scheduler)
+
+
+class SamplePair(NamedTuple):
+    """The same class and seed through both models: (h, w, 3) in [0, 1]."""
+
+    label: int
+    seed: int
+    original: np.ndarray
+    quantized: np.ndarray
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB."""
+        return float(10 * np.log10(1 / max(np.mean((self.original - self.quantized) ** 2), 1e-12)))
+
+    @property
+    def ssim(self) -> float:
+        """Structural similarity, 1 for equal images."""
+        return structural_similarity_index_measure(_as_batch(self.quantized), _as_batch(self.original), data_range=1.0).item()
+
+    @property
+    def difference(self) -> np.ndarray:
+        """Absolute difference, four times amplified, dark where the images agree."""
+        return np.clip(4 * np.abs(self.original - self.quantized), 0, 1)
+
+
+def _as_batch(image: np.ndarray) -> Float[Tensor, "1 3 h w"]:
+    return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+
+
+def sample(
+    pipeline: DiTPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    batch_size: int = 16,
+    on_progress: OnProgress = ignore,
+) -> Float[np.ndarray, "n h w 3"]:
+    """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch."""
+    images: list[np.ndarray] = []
+    for start in range(0, len(labels), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        output = pipeline(
+            list(labels[part]),
+            guidance_scale=guidance_scale,
+            generator=generators,
+            num_inference_steps=num_inference_steps,
+            output_type="np",
+        )
+        images.extend(output.images)
+        on_progress(Progress("sample", len(images), len(labels)))
+    return np.stack(images)
+
+
+def label_ids(pipeline: DiTPipeline, labels: Sequence[str]) -> list[int]:
+    """Class numbers of names or numbers.
+
+    Raises:
+        ValueError: if there is no such class.
+    """
+    ids = []
+    for label in labels:
+        if label.isdecimal() and int(label) < num_classes(pipeline):
+            ids.append(int(label))
+        elif label in pipeline.labels:
+            ids.append(pipeline.labels[label])
+        else:
+            some = ", ".join(list(pipeline.labels)[:6])
+            raise ValueError(f"there is no class {label!r}; there are {num_classes(pipeline)}, such as {some or '0'}")
+    return ids
+
+
+def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> Image.Image:
+    """Images of one size side by side on white."""
+    height, width = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    canvas = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3))
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return as_image(canvas)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Original against quantized; everything `report.json` holds."""
+
+    noise_nmse: float
+    psnr_db: float  # mean over the pairs
+    ssim: float
+    original_bytes: int  # tensors of the transformer in memory order: as stored
+    quantized_bytes: int
+    original_seconds_per_step: float
+    quantized_seconds_per_step: float
+    peak_memory_bytes: int  # of this process, both models loaded (of the device, on CUDA)
+    num_pairs: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+def compare(
+    original: DiTPipeline,
+    quantized: DiTPipeline,
+    original_bytes: int,
+    quantized_bytes: int,
+    *,
+    labels: Sequence[int],
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    on_progress: OnProgress = ignore,
+) -> tuple[Comparison, list[SamplePair]]:
+    """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures."""
+    seeds = [seed + i for i in range(len(labels))]
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "on_progress": on_progress}
+    nmse = noise_nmse(original, quantized, seed=seed, **settings)
+    images, seconds = [], []
+    for pipeline in (original, quantized):
+        started = time.perf_counter()
+        images.append(sample(pipeline, labels, seeds, **settings))
+        seconds.append((time.perf_counter() - started) / num_inference_steps / len(labels))
+    pairs = [SamplePair(label, s, a, b) for label, s, a, b in zip(labels, seeds, *images, strict=True)]
+    report = Comparison(
+        noise_nmse=nmse,
+        psnr_db=float(np.mean([pair.psnr for pair in pairs])),
+        ssim=float(np.mean([pair.ssim for pair in pairs])),
+        original_bytes=original_bytes,
+        quantized_bytes=quantized_bytes,
+        original_seconds_per_step=seconds[0],
+        quantized_seconds_per_step=seconds[1],
+        peak_memory_bytes=_peak_memory(original.transformer.device),
+        num_pairs=len(pairs),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+    return report, pairs
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
+    """`report.json`, every picture as PNG, and `pairs.png`: original, quantized and difference, row by row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pair in pairs:
+        stem = f"{names.get(pair.label, str(pair.label)).replace(' ', '-').replace('/', '-')}-seed{pair.seed}"
+        for kind in ("original", "quantized", "difference"):
+            as_image(getattr(pair, kind)).save(folder / f"{stem}-{kind}.png")
+    rows = [getattr(pair, kind) for kind in ("original", "quantized", "difference") for pair in pairs]
+    grid(rows, columns=len(pairs)).save(folder / "pairs.png")
+    write_atomically(folder / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
