@@ -332,8 +332,8 @@ def train_dit(work: Path, seed: int, steps: int, stop_at: int | None) -> None:
     classes = classes[~held_out]
     scheduler = new_scheduler()
     alphas = scheduler.alphas_cumprod
-    dit = new_dit().train()
-    dit = dit.to(torch.bfloat16)
+    dit = new_dit().train().to(torch.bfloat16)
+    dit.transformer_blocks[0].norm1.emb.class_embedder.eval()  # labels are dropped below, from our own generator
     trainer = Trainer({n: p for n, p in dit.named_parameters() if p.requires_grad}, generator, EMA_DECAY)
     checkpoint = Checkpoint(work / "dit.safetensors")
     if stored := checkpoint.load():

@@ -113,6 +113,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: VQ4DiTConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._shapes: dict[str, dict[str, list[int]]] = {}  # layer name -> tensor name -> shape, from the files
+        self._duplicates: dict[str, str] = {}
         self._dtype: torch.dtype | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -154,12 +155,17 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             )
             model.set_submodule(name, packed)
         share_embedders(model, self.quantization_config.shared_embedders)
+        self._duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
         if keep_in_fp32_modules is not None:  # codebooks keep their bits whatever torch_dtype is
             keep_in_fp32_modules.extend({"codebook", "row_scale"} - set(keep_in_fp32_modules))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
-        return [key for key in missing_keys if key not in duplicates]
+        return [key for key in missing_keys if key not in self._duplicates]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Offer the embedders stored once under every block's name, as offloading looks them up."""
+        present = {key: state_dict[original] for key, original in self._duplicates.items() if original in state_dict}
+        return {**state_dict, **present}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, layer in vq_layers(model).items():

@@ -158,11 +158,16 @@ def unshare_embedders(transformer: nn.Module) -> None:
                 block.set_submodule(path, copy.deepcopy(first.get_submodule(path)))
 
 
-def duplicate_keys(transformer: nn.Module, paths: Sequence[str]) -> set[str]:
-    """State-dict keys of every block but the first that name shared embedders."""
-    names = list(named_blocks(transformer))[1:]
-    prefixes = tuple(f"{name}.{path}." for name in names for path in paths)
-    return {key for key in transformer.state_dict() if key.startswith(prefixes)} if prefixes else set()
+def duplicate_keys(transformer: nn.Module, paths: Sequence[str]) -> dict[str, str]:
+    """State-dict keys of shared embedders in every block but the first, and the first block's key for each."""
+    first, *others = named_blocks(transformer)
+    prefixes = {f"{name}.{path}.": f"{first}.{path}." for name in others for path in paths}
+    duplicates = {}
+    for key in transformer.state_dict():
+        for prefix, original in prefixes.items():
+            if key.startswith(prefix):
+                duplicates[key] = original + key.removeprefix(prefix)
+    return duplicates
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = ()) ->
     layers = [layer_size(name, linear, num_codewords, dim) for name, linear in targets.items()]
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
-    rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates | quantized}
+    rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
     num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) for layer in layers)
     sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
     return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)

@@ -28,12 +28,10 @@ class VQLinear(nn.Linear):
     It is an `nn.Linear` so that PEFT and others find it. `weight` is not stored: reading it decodes the layer and keeps
     the result, so that whatever is written into it (a merged LoRA) is used by `forward`, and noticed when saving.
 
-    Buffers: codebook (k, d) fp32 holding fp16 values; packed_assignments (bytes,); row_scale (out_features,) or None.
+    codebook (k, d) fp32 holding fp16 values; packed_assignments (bytes,) uint8; row_scale (out_features,) or None. They are
+    parameters, not buffers, because that is what offloading moves; none of them takes gradients.
     """
 
-    codebook: Tensor
-    packed_assignments: Tensor
-    row_scale: Tensor | None
     decoded_weight: Tensor | None
 
     def __init__(
@@ -52,12 +50,11 @@ class VQLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         count = out_features * in_features // subvector_dim
         size = packed_size(count, assignment_bits(num_codewords))
-        self.register_buffer("codebook", torch.zeros(num_codewords, subvector_dim, device=device))
-        self.register_buffer("packed_assignments", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("row_scale", torch.ones(out_features, device=device) if row_scale else None)
+        self.codebook = _frozen(torch.zeros(num_codewords, subvector_dim, device=device))
+        self.packed_assignments = _frozen(torch.zeros(size, dtype=torch.uint8, device=device))
+        self.row_scale = _frozen(torch.ones(out_features, device=device)) if row_scale else None
         self.register_buffer("decoded_weight", None, persistent=False)
-        bias_values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = nn.Parameter(bias_values, requires_grad=False) if bias else None
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_assignments(
@@ -140,6 +137,10 @@ class VQLinear(nn.Linear):
     def extra_repr(self) -> str:
         k, d = self.codebook.shape
         return f"{self.in_features}, {self.out_features}, codebook={k}x{d}, bias={self.bias is not None}"
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 class SoftVQLinear(nn.Module):
