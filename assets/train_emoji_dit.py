@@ -17,6 +17,7 @@ an interrupted run and an uninterrupted one see the same batches. Needs `npm` an
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -377,9 +378,9 @@ def pipeline(work: Path) -> DiTPipeline:
 def save(work: Path, folder: Path) -> None:
     """fp16, shards under 9 MB. Every block gets its own copy of the embedder, as diffusers' loader expects."""
     pipe = pipeline(work).to(torch.float16)
-    for block in pipe.transformer.transformer_blocks[1:]:
-        block.norm1.emb = type(block.norm1.emb)(256, NULL_CLASS, class_dropout_prob=0.1).to(torch.float16)
-        block.norm1.emb.load_state_dict(pipe.transformer.transformer_blocks[0].norm1.emb.state_dict())
+    first, *others = pipe.transformer.transformer_blocks
+    for block in others:
+        block.norm1.emb = copy.deepcopy(first.norm1.emb)
     pipe.register_to_config(id2label={str(index): label for label, index in pipe.labels.items()})
     pipe.save_pretrained(folder, max_shard_size="9MB")
 
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="length of the schedule (autoencoder 3000, dit 40000, decoder 4000)")
     parser.add_argument("--stop-at", type=int, default=None, help="dit only: stop at this step of the schedule")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "save":
         save(args.work, HERE / "emoji-dit")

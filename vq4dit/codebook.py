@@ -6,7 +6,7 @@ log2(k) / d bits: 256 codewords of 4 weights make 2 bits, 64 of 2 make 3, 256 of
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**19  # of the distance matrix held at a time: 2 MB, so that it stays in a core's cache
@@ -25,7 +25,7 @@ def split_subvectors(weight: Float[Tensor, "rows columns"], dim: int) -> Float[T
 
 def nearest_codewords(
     subvectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], count: int = 1
-) -> tuple[Float[Tensor, "n {count}"], Int[Tensor, "n {count}"]]:
+) -> tuple[Float[Tensor, "n {count}"], Integer[Tensor, "n {count}"]]:
     """The `count` codewords nearest to every sub-vector, nearest first: squared distances and indices.
 
     A_c = argmin_a || w - c(a) ||²   (eq. 5 of VQ4DiT). Since || w - c ||² = || w ||² - 2 (w·c - || c ||² / 2), one matrix
@@ -57,7 +57,7 @@ def nearest_codewords(
 
 
 def reconstruct(
-    codebook: Float[Tensor, "k d"], assignments: Int[Tensor, " n"], shape: tuple[int, int]
+    codebook: Float[Tensor, "k d"], assignments: Integer[Tensor, " n"], shape: tuple[int, int]
 ) -> Float[Tensor, "rows columns"]:
     """Look every sub-vector up in the codebook and lay them out as a weight matrix.
 
@@ -77,7 +77,7 @@ def reconstruct(
     return codebook.index_select(0, assignments.int()).view(shape)
 
 
-def sum_by_codeword(values: Float[Tensor, "n d"], assignments: Int[Tensor, " n"], count: int) -> Float[Tensor, "k d"]:
+def sum_by_codeword(values: Float[Tensor, "n d"], assignments: Integer[Tensor, " n"], count: int) -> Float[Tensor, "k d"]:
     """Sum the rows of `values` that share an assignment, in float64: S[a] = Σ_{i: A_i = a} values_i.
 
     On a CPU the additions happen in a fixed order. On CUDA they do not: the last bits may differ between runs.

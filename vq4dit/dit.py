@@ -33,7 +33,7 @@ def named_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks by name, in order of execution.
 
     Raises:
-        UnsupportedModelError: if the model has no such lists (it is no transformer).
+        UnsupportedModelError: if the model has no such lists. (A UNet has some: pipelines are told apart by their parts.)
     """
     found: dict[str, nn.Module] = {}
 
@@ -54,8 +54,8 @@ def named_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _num_linears(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Linear) for m in module.modules())
+def _num_linears(module: nn.Module | None) -> int:
+    return sum(isinstance(m, nn.Linear) for m in module.modules()) if module is not None else 0
 
 
 def is_embedder(module: nn.Module) -> bool:

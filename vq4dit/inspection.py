@@ -61,10 +61,10 @@ class SizePrediction:
         return 8 * sum(x.assignments_bytes + x.codebook_bytes for x in self.layers) / self.quantized_weights
 
     def paper_accounting(self) -> dict[str, float]:
-        """MiB as VQ4DiT's Table counts: assignments, fp16 codebooks and fp32 biases of the quantized layers, against fp32."""
+        """MiB as VQ4DiT's Table counts: assignments, and codebooks and biases in fp32, against fp32 layers."""
         mib = 2.0**20
         assignments = sum(layer.assignments_bytes for layer in self.layers) / mib
-        codebooks = sum(layer.codebook_bytes for layer in self.layers) / mib
+        codebooks = 2 * sum(layer.codebook_bytes for layer in self.layers) / mib
         biases = 2 * sum(layer.bias_bytes for layer in self.layers) / mib
         original = 4 * self.quantized_weights / mib + biases
         total = assignments + codebooks + biases

@@ -4,8 +4,8 @@ k-means minimises the inertia Σ_i || w_i - c(a_i) ||². Seeding draws each next
 the squared distance to the nearest one so far; Lloyd's iteration then alternates assigning sub-vectors to their nearest
 codeword and moving codewords to the mean of theirs, which never raises the inertia.
 
-Large layers are clustered on a random part of their sub-vectors: with 256 of them per codeword the inertia over *all* is
-within a fraction of a percent of the full run (tests/benchmarks/kmeans.py), at a fraction of the time.
+Large layers are clustered on a random part of their sub-vectors: with 512 of them per codeword the inertia over *all* is
+within a percent of the full run (tests/benchmarks/kmeans.py measures it), at a fraction of the time.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vq4dit.codebook import nearest_codewords, sum_by_codeword
 
-MAX_POINTS_PER_CODEWORD = 256
+MAX_POINTS_PER_CODEWORD = 512
 SEEDING_POINTS_PER_CODEWORD = 32
 
 

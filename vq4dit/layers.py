@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
 from vq4dit.codebook import assignment_bits, reconstruct, sum_by_codeword
@@ -60,7 +60,7 @@ class VQLinear(nn.Linear):
     def from_assignments(
         cls,
         codebook: Float[Tensor, "k d"],
-        assignments: Int[Tensor, " n"],
+        assignments: Integer[Tensor, " n"],
         shape: tuple[int, int],
         bias: Float[Tensor, " rows"] | None = None,
         row_scale: Float[Tensor, " rows"] | None = None,
@@ -88,7 +88,7 @@ class VQLinear(nn.Linear):
         return self.out_features * self.in_features // self.codebook.shape[1]
 
     @property
-    def assignments(self) -> Int[Tensor, " n"]:
+    def assignments(self) -> Integer[Tensor, " n"]:
         return unpack_bits(self.packed_assignments, assignment_bits(len(self.codebook)), self.num_subvectors)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
@@ -129,10 +129,19 @@ class VQLinear(nn.Linear):
                 )
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        weight = self.decoded_weight
-        if weight is None or weight.dtype != input.dtype:
-            weight = self.reconstruct(input.dtype)
+        decoded = self.decoded_weight
+        weight = self.reconstruct(input.dtype) if decoded is None else decoded.to(input.dtype)
         return F.linear(input, weight, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """Let `.to(dtype)` change the bias and the decoded weight, never the codebook: the file's numbers stay exact."""
+        exact = {name: getattr(self, name) for name in ("codebook", "row_scale") if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, _frozen(before.detach().to(moved.device)))
+        return self
 
     def extra_repr(self) -> str:
         k, d = self.codebook.shape
@@ -156,7 +165,7 @@ class SoftVQLinear(nn.Module):
     def __init__(
         self,
         codebook: Float[Tensor, "k d"],
-        candidates: Int[Tensor, "n m"],
+        candidates: Integer[Tensor, "n m"],
         logits: Float[Tensor, "n m"],
         shape: tuple[int, int],
         bias: Float[Tensor, " rows"] | None,
@@ -209,7 +218,7 @@ class MixCandidates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, codebook: Tensor, logits: Tensor, candidates: Tensor) -> Tensor:
         ctx.save_for_backward(codebook, logits, candidates)
-        mixed = torch.empty(len(logits), codebook.shape[1], device=codebook.device)
+        mixed = torch.empty(len(logits), codebook.shape[1], dtype=codebook.dtype, device=codebook.device)
         for part, a, z in _chunks(candidates, logits, mixed):
             ratios = z.softmax(1)
             part.zero_()
@@ -241,7 +250,7 @@ def _chunks(candidates: Tensor, logits: Tensor, mixed: Tensor):
 
 
 def start_logits(
-    subvectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], candidates: Int[Tensor, "n m"], start: str
+    subvectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], candidates: Integer[Tensor, "n m"], start: str
 ) -> Float[Tensor, "n m"]:
     """Ratios before the first step: "uniform" r = 1/m (the paper) or "distance" r ∝ 1 / distance (the released code)."""
     logits = torch.zeros(candidates.shape, device=subvectors.device)

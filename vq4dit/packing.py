@@ -9,7 +9,7 @@ directions work on groups of eight, with shifts only. For b = 8 the stream is th
 """
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 GROUP = 8  # values; any b of them make b whole bytes
@@ -20,7 +20,7 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack_bits(values: Int[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
+def pack_bits(values: Integer[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
     """Write values of `bits` bits each (1 to 16) as a little-endian bit stream of ceil(n * bits / 8) bytes.
 
     Raises:
@@ -41,7 +41,7 @@ def pack_bits(values: Int[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
     return (packed & 0xFF).to(torch.uint8).flatten()[: packed_size(len(values), bits)]
 
 
-def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int[Tensor, " n"]:
+def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Integer[Tensor, " n"]:
     """Undo `pack_bits`: int32 values, or the uint8 bytes themselves when `bits` is 8.
 
     Raises:

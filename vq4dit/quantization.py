@@ -49,6 +49,7 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
         UnsupportedModelError: see `check`.
     """
     settings = settings or QuantizationSettings()
+    check(pipeline, settings)
     with tempfile.TemporaryDirectory() as folder:
         with Job.open(Path(folder), settings, pipeline.transformer, resume=False) as job:
             return run(job, pipeline, on_progress=on_progress)
@@ -66,12 +67,9 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
         return None
     if job.settings.recipe == "kmeans":
         hardened = {name: _clustered_layer(job, name, linear) for name, linear in targets.items()}
-        return _finish(pipeline, _student(pipeline.transformer, targets, hardened), job.settings)
+        return _finish(pipeline, student_with(pipeline.transformer, hardened), job.settings)
     soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
-    student = _student(pipeline.transformer, targets, soft).requires_grad_(False)
-    for layer in soft.values():
-        layer.requires_grad_(True)
-        layer.logits.requires_grad_(layer.logits.shape[1] > 1)
+    student = student_with(pipeline.transformer, soft)
     if not calibrate(job, pipeline, student, budget, on_progress):
         return None
     for name, layer in soft.items():
@@ -86,7 +84,12 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
         UnsupportedModelError: if the model is quantized already, has no blocks, its pipeline cannot make zero data for the
             recipe, or a weight is not finite.
     """
-    transformer = pipeline.transformer
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedModelError(
+            f"a {type(pipeline).__name__} has no transformer; vq4dit quantizes diffusion transformers such as "
+            "facebook/DiT-XL-2-256"
+        )
     if getattr(transformer, "is_quantized", False):
         raise UnsupportedModelError(
             f"this model is quantized already ({transformer.quantization_method.value}): start from the original model"
@@ -149,17 +152,19 @@ def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
     return SoftVQLinear(codebook, candidates, logits, tuple(linear.weight.shape), linear.bias)
 
 
-def _student(transformer: nn.Module, targets: dict[str, nn.Linear], layers: dict[str, nn.Module]) -> nn.Module:
-    """A copy of the transformer with other layers in place of the targets, and shared embedders.
+def student_with(transformer: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """A copy of the transformer with the given layers in their places, and shared embedders.
 
-    Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold.
+    Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold. It is frozen;
+    only the given layers may learn.
     """
-    student = copy.deepcopy(transformer, {id(targets[name]): layer for name, layer in layers.items()})
+    student = copy.deepcopy(transformer, {id(transformer.get_submodule(name)): layer for name, layer in layers.items()})
     share_embedders(student, equal_embedders(student))
     replaced = {id(p) for layer in layers.values() for p in layer.parameters()}
     dtype = rest_dtype(transformer)
     for p in student.parameters():
         if id(p) not in replaced and p.is_floating_point():
+            p.requires_grad_(False)
             p.data = p.data.to(dtype).to(p.dtype)
     return student.eval()
 
@@ -246,7 +251,7 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
 def _forget_local_paths(path: Path) -> None:
     """diffusers notes where a model was loaded from: a Hub id is worth keeping, a folder of this machine is not."""
     values = json.loads(path.read_text())
-    if Path(values.get("_name_or_path", "")).exists():
+    if (origin := values.get("_name_or_path")) and Path(origin).exists():
         del values["_name_or_path"]
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTPipeline
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from vq4dit.dit import named_blocks, recorded_outputs
@@ -24,11 +24,11 @@ from vq4dit.errors import UnsupportedModelError
 class TeacherStep(NamedTuple):
     """One denoising step of b trajectories with guidance: rows 0 ... b-1 conditional, b ... 2b-1 unconditional."""
 
-    latents: Float[Tensor, "2b c h w"]
-    timesteps: Int[Tensor, " 2b"]
-    class_labels: Int[Tensor, " 2b"]
+    latents: Float[Tensor, "twice_b c h w"]
+    timesteps: Integer[Tensor, " twice_b"]
+    class_labels: Integer[Tensor, " twice_b"]
     block_outputs: list[Tensor]  # what each of the teacher's blocks returned
-    prediction: Float[Tensor, "2b out h w"]  # the teacher's output, before guidance
+    prediction: Float[Tensor, "twice_b out h w"]  # the teacher's output, before guidance
 
 
 def check_supported(pipeline: Any) -> None:
@@ -50,13 +50,12 @@ def num_classes(pipeline: DiTPipeline) -> int:
     return len(pipeline.labels) and max(pipeline.labels.values()) + 1 or pipeline.transformer.config.num_embeds_ada_norm
 
 
-def guide(prediction: Float[Tensor, "2b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
+def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
     """Classifier-free guidance ε̂ = ε_∅ + s (ε_y - ε_∅) on the latent channels (a learned variance is left out)."""
     conditional, unconditional = prediction[:, :channels].chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-@torch.no_grad()
 def teacher_steps(
     pipeline: DiTPipeline,
     generator: torch.Generator,
@@ -83,9 +82,10 @@ def teacher_steps(
     extra = {"generator": generator} if takes_generator else {}
     with recorded_outputs(list(named_blocks(teacher).values())) as block_outputs:
         for t in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
-            timesteps = t.to(teacher.device).expand(len(model_input))
-            prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
+            with torch.no_grad():  # never around a yield: the listener may want gradients
+                model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
+                timesteps = t.to(teacher.device).expand(len(model_input))
+                prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
+                guided = guide(prediction, guidance_scale, config.in_channels)
+                latents = scheduler.step(guided, t, latents, **extra).prev_sample
             yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction)
-            guided = guide(prediction, guidance_scale, config.in_channels)
-            latents = scheduler.step(guided, t, latents, **extra).prev_sample

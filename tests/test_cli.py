@@ -1,0 +1,188 @@
+"""The commands as a new user types them, and everything they can get wrong."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vq4dit.cli import main
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def failure(capsys, *arguments: object) -> str:
+    """What a failing command says on standard error."""
+    assert run(*arguments) == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+def quick(model, output, *more: object) -> list[object]:
+    return ["quantize", model, "--output", output, "--recipe", "paper", "--steps", 3, *more]
+
+
+@pytest.fixture(autouse=True)
+def loading_bars_off(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_the_whole_way_from_a_model_to_a_report(tmp_path, model_folder, capsys):
+    assert run("inspect", model_folder, "--json") == 0
+    predicted = json.loads(capsys.readouterr().out)
+    assert run(*quick(model_folder, tmp_path / "q", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["layers"]) == 14 and 0 < report["layers"][0]["relative_error"] < 0.2
+    assert report["transformer_bytes"] < report["original_bytes"] / 4
+    assert report["transformer_bytes"] == pytest.approx(predicted["predictions"][0]["file_bytes"], rel=0.01)
+    assert not (tmp_path / "q.job").exists()
+    assert run("sample", tmp_path / "q", "--labels", "cat, 2", "--steps", 2, "--output", tmp_path / "grid.png") == 0
+    assert Image.open(tmp_path / "grid.png").size == (18, 8)
+    capsys.readouterr()
+    assert run("compare", model_folder, tmp_path / "q", "--steps", 2, "--output", tmp_path / "cmp", "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "cmp" / "report.json").read_text()) == compared
+    assert 0 < compared["noise_nmse"] < 1 and compared["num_pairs"] == 3
+    names = {path.name for path in (tmp_path / "cmp").iterdir()}
+    assert {"pairs.png", "cat-seed0-original.png", "dog-seed1-quantized.png", "fox-seed2-difference.png"} <= names
+
+
+def test_tables_are_printed_for_people(tmp_path, model_folder, capsys):
+    assert run("inspect", model_folder) == 0
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    assert run("compare", model_folder, tmp_path / "q", "--steps", 1, "--output", tmp_path / "c") == 0
+    shown = capsys.readouterr().out
+    for words in ("16 bit: embedder", "transformer_blocks.1.ff.net.2", "relative error", "smaller", "noise_nmse"):
+        assert words in shown
+
+
+def test_a_model_compared_with_itself_has_no_error(tmp_path, model_folder, capsys):
+    assert run("compare", model_folder, model_folder, "--steps", 1, "--output", tmp_path / "c", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["noise_nmse"] == 0 and report["ssim"] == pytest.approx(1) and report["psnr_db"] > 100
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["quantize"], ["sample"], ["compare"]], ids=str)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*command, "--help")
+    assert stopped.value.code == 0 and "usage: python -m vq4dit" in capsys.readouterr().out
+
+
+# --- bad input ---
+
+
+def test_bits_5_is_wrong_usage(model_folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("quantize", model_folder, "--output", "x", "--bits", 5)
+    assert stopped.value.code == 2 and "invalid choice: 5" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_told(tmp_path, capsys):
+    said = failure(capsys, "inspect", tmp_path / "nowhere")
+    assert "there is no folder" in said and "check the path" in said
+
+
+def test_a_hub_id_without_network_is_told(tmp_path, capsys):
+    said = failure(capsys, "quantize", "nobody/no-such-dit", "--output", tmp_path / "q")
+    assert "the Hugging Face Hub cannot be reached" in said and "nobody/no-such-dit" in said
+
+
+def test_a_folder_that_is_no_pipeline_is_told(tmp_path, capsys):
+    said = failure(capsys, "inspect", tmp_path)
+    assert "no model_index.json" in said and "DiT-XL-2-256" in said
+
+
+def test_a_unet_pipeline_is_refused_by_name(tmp_path, capsys):
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    said = failure(capsys, "quantize", tmp_path, "--output", tmp_path / "q")
+    assert "StableDiffusionPipeline with a UNet" in said and "vq4dit quantizes pipelines with a diffusion transformer" in said
+
+
+def test_a_quantized_model_is_refused(tmp_path, quantized_folder, capsys):
+    said = failure(capsys, "quantize", quantized_folder, "--output", tmp_path / "q")
+    assert "quantized already (vq4dit): start from the original model" in said
+
+
+def test_a_full_output_folder_is_refused_before_any_work(tmp_path, model_folder, capsys):
+    (tmp_path / "file").write_text("mine")
+    said = failure(capsys, "quantize", model_folder, "--output", tmp_path)
+    assert "is not empty" in said and "--overwrite" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_overwrite_replaces_the_output(tmp_path, model_folder):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "old").write_text("old")
+    assert run(*quick(model_folder, tmp_path / "q", "--overwrite")) == 0
+    assert not (tmp_path / "q" / "old").exists() and (tmp_path / "q" / "model_index.json").exists()
+
+
+def test_a_keep_pattern_that_matches_nothing_is_told(tmp_path, model_folder, capsys):
+    said = failure(capsys, "quantize", model_folder, "--output", tmp_path / "q", "--keep", "*.mlp.*")
+    assert "no linear layer of a block matches '*.mlp.*'" in said and "transformer_blocks.0" in said
+
+
+def test_nan_weights_are_told_before_any_work(tmp_path, model_folder, capsys):
+    broken = shutil.copytree(model_folder, tmp_path / "nan")
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer_blocks.1.ff.net.2.weight"][3, 4] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    said = failure(capsys, "quantize", broken, "--output", tmp_path / "q")
+    assert "transformer_blocks.1.ff.net.2 has values that are not finite" in said
+    assert not (tmp_path / "q").exists() and not (tmp_path / "q.job").exists()
+
+
+def test_a_truncated_model_is_told(tmp_path, model_folder, capsys):
+    broken = shutil.copytree(model_folder, tmp_path / "cut")
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "truncated or damaged" in failure(capsys, "quantize", broken, "--output", tmp_path / "q")
+
+
+def test_pickled_weights_are_never_loaded(tmp_path, model_folder, capsys):
+    pickled = shutil.copytree(model_folder, tmp_path / "pickled")
+    path = pickled / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    assert "no safetensors in transformer/" in failure(capsys, "quantize", pickled, "--output", tmp_path / "q")
+
+
+def test_an_unknown_class_is_told(tmp_path, model_folder, capsys):
+    said = failure(capsys, "sample", model_folder, "--labels", "whale", "--output", tmp_path / "x.png")
+    assert "there is no class 'whale'; there are 3, such as cat, dog, fox" in said
+
+
+def test_a_model_too_small_for_any_codebook_is_told(tmp_path, capsys):
+    from conftest import new_pipeline
+
+    new_pipeline(num_attention_heads=1, attention_head_dim=8).save_pretrained(tmp_path / "mini")
+    assert "large enough to quantize" in failure(capsys, "quantize", tmp_path / "mini", "--output", tmp_path / "q")
+
+
+def test_ctrl_c_leaves_no_half_written_result_and_resume_finishes(tmp_path, model_folder):
+    command = [sys.executable, "-W", "ignore", "-m", "vq4dit"]
+    arguments = [str(a) for a in quick(model_folder, tmp_path / "q", "--steps", 100000)]
+    process = subprocess.Popen(command + arguments, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    layers = tmp_path / "q.job" / "layers"
+    deadline = time.time() + 120
+    while len(list(layers.glob("*.safetensors"))) < 14 and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said
+    assert not (tmp_path / "q").exists() and (tmp_path / "q.job" / "job.json").exists()
+    assert run(*quick(model_folder, tmp_path / "q")) == 1  # the unfinished job is not overwritten
+    assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 1  # 3 steps are other settings than 100000
+    shutil.rmtree(tmp_path / "q.job")
+    assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 0

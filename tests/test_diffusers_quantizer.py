@@ -1,0 +1,201 @@
+"""What people do with a loaded model: decode modes, moving, compiling, adapters, dequantizing, broken files."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import vq4dit
+from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.loading import load_pipeline
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+LAYER = "transformer_blocks.0.attn1.to_q"
+
+
+def load(folder) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+
+
+@torch.no_grad()
+def output(model, arguments):
+    return model(**arguments).sample
+
+
+def decoded_bytes(model) -> int:
+    tensors = (layer.decoded_weight for layer in vq_layers(model).values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def test_both_decode_modes_give_the_same_output(quantized_folder, one_step_input):
+    with vq4dit.decode_mode("load"):
+        fast = load(quantized_folder)
+    with vq4dit.decode_mode("forward"):
+        small = load(quantized_folder)
+    assert decoded_bytes(small) == 0 < decoded_bytes(fast)
+    assert torch.equal(output(fast, one_step_input), output(small, one_step_input))
+    assert decoded_bytes(small) == 0
+
+
+def test_auto_decodes_only_if_memory_allows(quantized_folder, monkeypatch):
+    assert decoded_bytes(load(quantized_folder)) > 0
+    monkeypatch.setattr("vq4dit.diffusers_quantizer._free_memory", lambda device: 1000)
+    assert decoded_bytes(load(quantized_folder)) == 0
+
+
+def test_the_mode_can_be_switched_after_loading(quantized_folder, one_step_input):
+    model = load(quantized_folder)
+    wanted = output(model, one_step_input)
+    for mode, is_decoded in (("forward", False), ("load", True)):
+        vq4dit.set_decode_mode(model, mode)
+        assert bool(decoded_bytes(model)) is is_decoded
+        assert torch.equal(output(model, one_step_input), wanted)
+
+
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_compiled_equals_eager(quantized_folder, one_step_input, mode):
+    model = load(quantized_folder)
+    vq4dit.set_decode_mode(model, mode)
+    torch._dynamo.reset()
+    block = torch.compile(model.transformer_blocks[0].attn1.to_q, fullgraph=True)
+    hidden = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(block(hidden), model.transformer_blocks[0].attn1.to_q(hidden))
+
+
+@pytest.mark.cuda
+def test_moving_to_a_gpu_keeps_the_output(quantized_folder, one_step_input):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = load(quantized_folder)
+    wanted = output(model, one_step_input)
+    moved = {name: tensor.to("cuda") for name, tensor in one_step_input.items()}
+    torch.testing.assert_close(output(model.to("cuda"), moved).cpu(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_moving_to_another_device_moves_everything(quantized_folder):
+    model = load(quantized_folder).to("meta")
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
+
+
+@pytest.mark.parametrize("mode", ["load", "forward"])
+@pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
+def test_a_merged_lora_is_used_and_never_lost_silently(tmp_path, quantized_folder, one_step_input, mode, safe):
+    model = load(quantized_folder)
+    vq4dit.set_decode_mode(model, mode)
+    plain = output(model, one_step_input)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    wanted = output(adapted, one_step_input)
+    assert (wanted - plain).abs().max() > 1e-3
+    merged = adapted.merge_and_unload(safe_merge=safe)
+    torch.testing.assert_close(output(merged, one_step_input), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(vq4dit.FormatError, match="merged LoRA"):
+        merged.save_pretrained(tmp_path / "lost")
+    vq4dit.dequantize(merged).save_pretrained(tmp_path / "plain")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(output(again, one_step_input), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_packed_weights_come_back_after_a_merge(tmp_path, quantized_folder, one_step_input):
+    model = load(quantized_folder)
+    wanted = output(model, one_step_input)
+    vq_layers(model)[LAYER].weight.data += 1
+    assert not torch.equal(output(model, one_step_input), wanted)
+    vq4dit.set_decode_mode(model, "load")
+    assert torch.equal(output(model, one_step_input), wanted)
+    model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dequantize", [vq4dit.dequantize, lambda model: model.dequantize()], ids=["ours", "diffusers"])
+def test_dequantized_is_an_ordinary_model(tmp_path, quantized_folder, one_step_input, dequantize):
+    model = load(quantized_folder)
+    wanted = output(model, one_step_input)
+    ordinary = dequantize(model)
+    assert not vq_layers(ordinary) and not ordinary.is_quantized
+    assert torch.equal(output(ordinary, one_step_input), wanted)
+    ordinary.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(output(DiTTransformer2DModel.from_pretrained(tmp_path / "plain"), one_step_input), wanted)
+
+
+# --- broken files ---
+
+
+@pytest.fixture
+def broken(tmp_path, quantized_folder):
+    """A copy of the quantized model, to break."""
+    return shutil.copytree(quantized_folder, tmp_path / "broken")
+
+
+def change_tensors(folder, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_a_newer_format_version_is_refused(broken):
+    path = broken / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(vq4dit.FormatError, match="format version 2, this library reads up to 1: upgrade vq4dit"):
+        DiTPipeline.from_pretrained(broken)
+
+
+def test_a_truncated_file_is_refused(broken):
+    content = (broken / WEIGHTS).read_bytes()
+    (broken / WEIGHTS).write_bytes(content[:-100])
+    with pytest.raises(vq4dit.FormatError, match="truncated or damaged"):
+        load_pipeline(str(broken))
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):  # diffusers reads it before we are asked
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [((1024,), "a codebook is"), ((256, 3), "a codebook is"), ((16, 4), "need 512 bytes"), ((256, 2), "need 2048 bytes")],
+    ids=["one-dimensional", "d-no-divisor", "other-k", "other-d"],
+)
+def test_a_codebook_of_the_wrong_shape_is_refused(broken, shape, message):
+    change_tensors(broken, lambda tensors: tensors.update({f"{LAYER}.codebook": torch.zeros(shape, dtype=torch.float16)}))
+    with pytest.raises(vq4dit.FormatError, match=message):
+        load(broken)
+
+
+def test_missing_assignments_are_refused(broken):
+    change_tensors(broken, lambda tensors: tensors.pop(f"{LAYER}.packed_assignments"))
+    with pytest.raises(vq4dit.FormatError, match="packed_assignments is missing"):
+        load(broken)
+
+
+def test_an_assignment_out_of_range_is_refused(broken):
+    def shorten(tensors):
+        tensors[f"{LAYER}.codebook"] = tensors[f"{LAYER}.codebook"][:200].clone()
+        tensors[f"{LAYER}.packed_assignments"][7] = 201
+
+    change_tensors(broken, shorten)
+    with pytest.raises(vq4dit.FormatError, match="is outside its codebook of 200 codewords"):
+        load(broken)
+
+
+def test_a_packed_layer_the_config_does_not_know_is_refused(broken):
+    def add(tensors):
+        tensors["nowhere.codebook"] = torch.zeros(16, 4)
+        tensors["nowhere.packed_assignments"] = torch.zeros(8, dtype=torch.uint8)
+
+    change_tensors(broken, add)
+    with pytest.raises(vq4dit.FormatError, match="packed layer nowhere"):
+        load(broken)
+
+
+def test_without_our_import_diffusers_says_what_is_missing(quantized_folder, monkeypatch):
+    from diffusers.quantizers import auto
+
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "vq4dit")
+    with pytest.raises(ValueError, match="Unknown quantization type, got vq4dit"):
+        load(quantized_folder)

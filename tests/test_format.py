@@ -1,0 +1,73 @@
+"""Format version 1: files made once load for ever, and need nothing but numpy and safetensors to be read."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from vq4dit.layers import VQLinear
+
+GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
+
+
+def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
+    """README's description of the format, in numpy."""
+    codebook = tensors[f"{name}.codebook"]  # (k, d) fp16
+    k, d = codebook.shape
+    bits = max(1, int(k - 1).bit_length())
+    count = rows * columns // d
+    stream = np.unpackbits(tensors[f"{name}.packed_assignments"], bitorder="little")[: count * bits]
+    assignments = stream.reshape(count, bits) @ (1 << np.arange(bits))
+    weight = codebook[assignments].reshape(rows, columns).astype(np.float32)
+    if f"{name}.row_scale" in tensors:
+        weight *= tensors[f"{name}.row_scale"].astype(np.float32)[:, None]
+    return weight
+
+
+def golden_layers() -> dict[str, VQLinear]:
+    """One layer of every kind: widths of 2, 3, 4 bits, k no power of two, a row scale, no bias."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = {"two": (256, 4, False, True), "three": (64, 2, False, True), "four": (256, 2, True, True), "odd": (200, 4, True, False)}
+    layers = {}
+    for name, (k, d, scaled, biased) in kinds.items():
+        assignments = torch.randint(k, (8 * 24 // d,), generator=generator)
+        codebook = torch.randint(-512, 512, (k, d), generator=generator) / 256
+        row_scale = torch.randint(1, 9, (8,), generator=generator) / 4 if scaled else None
+        bias = torch.arange(8) / 8 if biased else None
+        layers[name] = VQLinear.from_assignments(codebook, assignments, (8, 24), bias, row_scale)
+    return layers
+
+
+def test_a_file_is_read_by_its_description_with_numpy_alone():
+    tensors = load_file(GOLDEN)
+    for name, layer in golden_layers().items():
+        np.testing.assert_array_equal(decode(tensors, name, 8, 24), layer.reconstruct(torch.float32).numpy())
+
+
+def test_packed_bytes_never_change():
+    tensors = load_file(GOLDEN)
+    for name, layer in golden_layers().items():
+        assert layer.packed_assignments.numpy().tobytes() == tensors[f"{name}.packed_assignments"].tobytes()
+    digest = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    assert digest == "5ef0809deff32ab1f97cfd0ae21227a24430668cbe9e92c336f97cb7655e5bc0"
+
+
+def test_a_quantized_model_is_read_with_numpy_alone(quantized_folder):
+    from diffusers import DiTTransformer2DModel
+
+    tensors = load_file(quantized_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    model = DiTTransformer2DModel.from_pretrained(quantized_folder, subfolder="transformer")
+    names = [key.removesuffix(".codebook") for key in tensors if key.endswith(".codebook")]
+    assert len(names) == 14
+    for name in names:
+        layer = model.get_submodule(name)
+        wanted = layer.reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(decode(tensors, name, layer.out_features, layer.in_features), wanted)
+
+
+@pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])
+def test_assignments_take_log2_k_bits_each(name, size):
+    assert golden_layers()[name].packed_assignments.numel() == size

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.inspection import empty_transformer, inspect, predict_size
+
+DIT_XL_2 = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+}
+
+
+@pytest.fixture(scope="module")
+def dit_xl() -> DiTTransformer2DModel:
+    return empty_transformer(DIT_XL_2)
+
+
+@pytest.mark.parametrize("bits, megabytes", [(2, 179.6), (3, 262.8), (4, 346.6)])
+def test_dit_xl_weighs_what_the_arithmetic_says(dit_xl, bits, megabytes):
+    prediction = predict_size(dit_xl, bits)
+    assert len(prediction.layers) == 196
+    assert prediction.quantized_weights == 668_860_416
+    assert prediction.file_bytes / 1e6 == pytest.approx(megabytes, rel=0.01)
+
+
+def test_the_accounting_of_the_paper_is_reproduced(dit_xl):
+    accounting = predict_size(dit_xl, 2).paper_accounting()
+    assert accounting["original_mib"] == pytest.approx(2553.35, abs=0.01)
+    assert accounting["assignments_mib"] == pytest.approx(159.47, abs=0.01)
+    assert accounting["codebooks_mib"] == pytest.approx(0.77, abs=0.01)
+    assert accounting["biases_mib"] == pytest.approx(1.85, abs=0.01)
+    assert accounting["total_mib"] == pytest.approx(162.08, abs=0.01)
+    assert accounting["ratio"] == pytest.approx(15.75, abs=0.005)
+
+
+def test_nothing_is_read_but_headers(model_folder, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("safetensors.torch.load_file", read)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", read)
+    inspection = inspect(model_folder)
+    assert inspection.num_blocks == 2
+    assert inspection.file_bytes > inspection.predictions[0].file_bytes
+    assert {tensor.device.type for tensor in empty_transformer(DIT_XL_2).parameters()} == {"meta"}
+
+
+def test_kept_layers_are_listed_with_the_reason(model_folder):
+    kept = {layer.name: layer.reason for layer in inspect(model_folder, ["*.0.ff.*"]).predictions[0].kept}
+    assert kept["transformer_blocks.0.ff.net.2"] == "kept by '*.0.ff.*'"
+    assert kept["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1"] == "embedder"
+
+
+def test_an_unknown_class_is_refused():
+    with pytest.raises(UnsupportedModelError, match="'NoSuchModel' is not in diffusers"):
+        empty_transformer({"_class_name": "NoSuchModel"})
+
+
+def test_the_json_of_an_inspection_is_plain(model_folder):
+    import dataclasses
+
+    json.dumps(dataclasses.asdict(inspect(model_folder)))

@@ -1,0 +1,192 @@
+"""A job survives everything, and ends in the same bytes."""
+
+import dataclasses
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import new_pipeline, new_transformer, quick_settings
+
+import vq4dit
+from vq4dit import Job, JobError, job, quantization
+from vq4dit.job import TimeBudget, fingerprint, write_atomically
+
+RUNNER = Path(__file__).with_name("job_runner.py")
+
+
+def run_process(folder: Path, output: Path, moment: int) -> int:
+    return subprocess.run([sys.executable, "-W", "ignore", RUNNER, folder, output, str(moment)], timeout=300).returncode
+
+
+def saved_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def uninterrupted(tmp_path: Path) -> dict[str, bytes]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        vq4dit.save(vq4dit.quantize(new_pipeline(), quick_settings()), tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    return saved_bytes(tmp_path / "whole")
+
+
+def test_killed_at_ten_moments_and_resumed_each_time_it_ends_in_the_same_bytes(tmp_path):
+    # files in order: job.json, 14 layers, then one checkpoint a step; each run goes on where the last one died
+    for moment in (1, 2, 5, 4, 7, 1, 2, 3, 4, 1):
+        assert run_process(tmp_path / "job", tmp_path / "out", moment) == -9
+        assert not (tmp_path / "out").exists()
+    assert run_process(tmp_path / "job", tmp_path / "out", 0) == 0
+    assert not (tmp_path / "job").exists()
+    assert saved_bytes(tmp_path / "out") == uninterrupted(tmp_path)
+
+
+def test_slices_of_a_time_budget_end_in_the_same_bytes(tmp_path):
+    pipeline, settings = new_pipeline(), quick_settings()
+    wanted = uninterrupted(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    slices = 0
+    quantized = None
+    while quantized is None:
+        with Job.open(tmp_path / "job", settings, pipeline.transformer, resume=True) as opened:
+            quantized = vq4dit.run(opened, pipeline, seconds=0.4)
+        slices += 1
+        assert slices < 200
+    torch.set_num_threads(threads)
+    vq4dit.save(quantized, tmp_path / "sliced")
+    assert slices > 1
+    assert saved_bytes(tmp_path / "sliced") == wanted
+
+
+def test_a_time_budget_stops_before_it_is_over(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(job.time, "monotonic", lambda: now)
+    budget = TimeBudget(45)
+    assert budget.allows(44)
+    now = 40.0
+    assert budget.allows(4) and not budget.allows(6)
+    assert TimeBudget(None).allows(1e9)
+
+
+def test_a_listener_may_cancel_and_nothing_finished_is_lost(tmp_path, pipeline):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(progress):
+        if progress.stage == "cluster" and progress.done == 5:
+            raise Cancelled
+
+    settings = quick_settings()
+    with pytest.raises(Cancelled), Job.open(tmp_path, settings, pipeline.transformer, resume=False) as opened:
+        vq4dit.run(opened, pipeline, on_progress=cancel)
+    assert len(list((tmp_path / "layers").glob("*.safetensors"))) == 5
+
+
+def test_progress_counts_every_layer_and_step_once(pipeline):
+    seen = []
+    vq4dit.quantize(pipeline, quick_settings(), seen.append)
+    assert [(p.stage, p.done, p.total) for p in seen] == [
+        *(("cluster", i + 1, 14) for i in range(14)),
+        *(("calibrate", i + 1, 12) for i in range(12)),
+    ]
+    assert all(p.metrics["block_mse"] > 0 for p in seen[14:])
+
+
+def test_other_settings_are_refused(tmp_path, transformer):
+    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+    with pytest.raises(JobError, match="other settings .bits=2 there, 3 now."):
+        Job.open(tmp_path, quick_settings(bits=3), transformer, resume=True)
+
+
+def test_other_weights_are_refused(tmp_path, transformer):
+    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+    with torch.no_grad():
+        transformer.proj_out_2.bias[0] += 1e-3
+    with pytest.raises(JobError, match="other weights"):
+        Job.open(tmp_path, quick_settings(), transformer, resume=True)
+
+
+def test_an_unfinished_job_is_not_overwritten(tmp_path, transformer):
+    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+    with pytest.raises(JobError, match="unfinished job.*--resume"):
+        Job.open(tmp_path, quick_settings(), transformer, resume=False)
+
+
+def test_two_processes_cannot_work_on_one_job(tmp_path, transformer):
+    with Job.open(tmp_path, quick_settings(), transformer, resume=False):
+        with pytest.raises(JobError, match="another process"):
+            Job.open(tmp_path, quick_settings(), transformer, resume=True)
+    Job.open(tmp_path, quick_settings(), transformer, resume=True).close()
+
+
+def test_a_damaged_piece_is_named(tmp_path, transformer):
+    with Job.open(tmp_path, quick_settings(), transformer, resume=False) as opened:
+        (tmp_path / "layers" / "x.safetensors").write_bytes(b"garbage!")
+        with pytest.raises(JobError, match="x.safetensors is damaged"):
+            opened.read("layers/x")
+
+
+def test_a_full_disk_is_told_and_leaves_no_partial_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job.os, "fsync", full)
+    with pytest.raises(JobError, match="the disk is full.*--resume"):
+        write_atomically(tmp_path / "piece.safetensors", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_really_full_leaves_no_half_written_result(tmp_path, pipeline):
+    """On a real file system of 200 kB, if this machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        quantized = vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+        with pytest.raises(JobError, match="the disk is full"):
+            vq4dit.save(quantized, disk / "out")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_fingerprints_follow_names_shapes_and_values():
+    a, b = new_transformer(), new_transformer()
+    assert fingerprint(a) == fingerprint(b)
+    assert fingerprint(a) != fingerprint(new_transformer(num_layers=3))
+
+
+def test_settings_survive_the_trip_through_json():
+    settings = quick_settings(keep=("*.ff.*",), calibration={"num_candidates": 3})
+    assert vq4dit.QuantizationSettings.from_dict(settings.to_dict()) == settings
+    assert dataclasses.asdict(settings)["calibration"]["num_candidates"] == 3
+
+
+def test_an_output_that_is_not_empty_is_never_overwritten_unasked(tmp_path, pipeline):
+    quantized = vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(JobError, match="not empty.*--overwrite"):
+        vq4dit.save(quantized, tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_the_old_result(tmp_path, pipeline, monkeypatch):
+    quantized = vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+    vq4dit.save(quantized, tmp_path / "out")
+    before = saved_bytes(tmp_path / "out")
+
+    def fail(*args, **kwargs):
+        raise OSError("I/O error")
+
+    monkeypatch.setattr(quantization.os, "fsync", fail)
+    with pytest.raises(OSError, match="I/O error"):
+        vq4dit.save(quantized, tmp_path / "out", overwrite=True)
+    assert saved_bytes(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,71 @@
+import diffusers
+import pytest
+import torch
+from conftest import new_pipeline
+
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.zero_data import check_supported, guide, teacher_steps
+
+
+def walk(pipeline, seed=0, steps=4, trajectories=2, guidance_scale=4.0):
+    generator = torch.Generator().manual_seed(seed)
+    return list(
+        teacher_steps(
+            pipeline,
+            generator,
+            num_trajectories=trajectories,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+        )
+    )
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_the_teacher_walks_exactly_as_the_pipeline_samples(pipeline, scheduler):
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    seen = []
+    hook = pipeline.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (2,), generator=generator)
+    pipeline(labels.tolist(), generator=generator, num_inference_steps=4, guidance_scale=3.0)
+    hook.remove()
+    steps = walk(pipeline, seed=3, guidance_scale=3.0)
+    assert len(seen) == len(steps) == 4
+    for wanted, step in zip(seen, steps, strict=True):
+        assert torch.equal(step.latents, wanted)
+        assert step.class_labels.tolist() == [*labels.tolist(), 1000, 1000]
+
+
+def test_same_seed_gives_the_same_walk(pipeline):
+    for a, b in zip(walk(pipeline), walk(pipeline), strict=True):
+        assert torch.equal(a.prediction, b.prediction)
+
+
+def test_every_block_is_recorded_and_no_hook_is_left(pipeline):
+    for step in walk(pipeline):
+        assert [tuple(output.shape) for output in step.block_outputs] == [(4, 16, 64)] * 2
+    assert not any(block._forward_hooks for block in pipeline.transformer.transformer_blocks)
+
+
+def test_an_abandoned_walk_leaves_no_hook(pipeline):
+    steps = teacher_steps(
+        pipeline, torch.Generator(), num_trajectories=1, guidance_scale=2.0, num_inference_steps=5
+    )
+    next(steps)
+    steps.close()
+    assert not any(block._forward_hooks for block in pipeline.transformer.transformer_blocks)
+
+
+def test_guidance_of_one_is_the_conditional_prediction(generator):
+    prediction = torch.randn(4, 8, 2, 2, generator=generator)
+    torch.testing.assert_close(guide(prediction, 1.0, channels=4), prediction[:2, :4])
+
+
+def test_a_learned_variance_is_left_out():
+    steps = walk(new_pipeline(out_channels=8))
+    assert steps[0].prediction.shape == (4, 8, 8, 8)
+
+
+def test_other_pipelines_are_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match="this is a str; --recipe kmeans"):
+        check_supported("not a pipeline")
