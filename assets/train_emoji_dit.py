@@ -108,7 +108,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.master, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.generator, self.ema_decay, self.step = generator, ema_decay, 0
         for p in self.master:  # so that the state exists before a checkpoint is read
-            self.optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def update(self, learning_rate: float) -> None:
         """One optimiser step from the gradients of the live parameters, which are then cleared."""
@@ -128,7 +132,12 @@ class Trainer:
         moments = ((n, self.optimizer.state[m]) for n, m in zip(self.names, self.master, strict=True))
         out = {"generator": self.generator.get_state()}
         for (name, state), m, e in zip(moments, self.master, self.ema, strict=True):
-            out |= {f"master/{name}": m.detach(), f"ema/{name}": e, f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+            out |= {
+                f"master/{name}": m.detach(),
+                f"ema/{name}": e,
+                f"m/{name}": state["exp_avg"],
+                f"v/{name}": state["exp_avg_sq"],
+            }
         return out
 
     @torch.no_grad()
@@ -323,7 +332,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def train_dit(work: Path, seed: int, steps: int, stop_at: int | None) -> None:
-    """Minimise E || v - DiT(x_t, t, y) ||² with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x₀ (Salimans & Ho 2022), y dropped 10 % of the time."""
+    """Minimise E || v - DiT(x_t, t, y) ||² with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x₀ (Salimans & Ho 2022); y is dropped at 10 %."""
     torch.manual_seed(seed)  # initial weights
     generator = torch.Generator().manual_seed(seed)
     images = render(work)
@@ -390,7 +399,9 @@ def main() -> None:
     parser.add_argument("stage", choices=["autoencoder", "dit", "decoder", "save"])
     parser.add_argument("--work", type=Path, default=HERE / "emoji-work", help="packages, images, checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=None, help="length of the schedule (autoencoder 3000, dit 40000, decoder 4000)")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="length of the schedule (autoencoder 3000, dit 40000, decoder 4000)"
+    )
     parser.add_argument("--stop-at", type=int, default=None, help="dit only: stop at this step of the schedule")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

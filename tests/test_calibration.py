@@ -98,6 +98,3 @@ def test_paper_is_closer_to_the_original_than_kmeans(pipeline):
         quantized = quantize(pipeline, settings)
         errors[recipe] = noise_nmse(pipeline, quantized, num_trajectories=4, num_inference_steps=5)
     assert errors["paper"] < 0.7 * errors["kmeans"]
-
-
-

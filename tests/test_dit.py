@@ -75,8 +75,9 @@ def test_every_family_has_targets_in_every_block(family):
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)),
         nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])}),
         nn.ModuleDict({"blocks": nn.ModuleList()}),
+        nn.ModuleDict({"attentions": nn.ModuleList([None])}),
     ],
-    ids=["convolutions", "single linears", "empty list"],
+    ids=["convolutions", "single linears", "empty list", "list of nothing"],
 )
 def test_a_model_without_blocks_is_refused(model):
     with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} has no transformer blocks"):

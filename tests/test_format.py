@@ -30,7 +30,12 @@ def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -
 def golden_layers() -> dict[str, VQLinear]:
     """One layer of every kind: widths of 2, 3, 4 bits, k no power of two, a row scale, no bias."""
     generator = torch.Generator().manual_seed(1)
-    kinds = {"two": (256, 4, False, True), "three": (64, 2, False, True), "four": (256, 2, True, True), "odd": (200, 4, True, False)}
+    kinds = {
+        "two": (256, 4, False, True),
+        "three": (64, 2, False, True),
+        "four": (256, 2, True, True),
+        "odd": (200, 4, True, False),
+    }
     layers = {}
     for name, (k, d, scaled, biased) in kinds.items():
         assignments = torch.randint(k, (8 * 24 // d,), generator=generator)

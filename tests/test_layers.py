@@ -253,3 +253,19 @@ def test_distance_start_is_finite_on_a_codeword():
 def test_an_unknown_start_is_refused():
     with pytest.raises(ValueError, match='must be "uniform" or "distance", got \'random\''):
         start_logits(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(1, 1, dtype=torch.int32), "random")
+
+
+def test_what_is_written_in_another_dtype_is_used_too(generator):
+    layer = VQLinear.from_assignments(**new_parts(64, generator))  # without a bias the weight is decoded to fp32
+    layer.weight.data += torch.randn(SHAPE, generator=generator)
+    half = torch.randn(3, COLUMNS, generator=generator).half()
+    torch.testing.assert_close(layer(half), F.linear(half, layer.weight.half()))
+    assert not torch.equal(layer(half), F.linear(half, layer.reconstruct(torch.float16)))
+
+
+def test_casting_keeps_the_codebook_exact(generator):
+    layer = VQLinear.from_assignments(**new_parts(64, generator, bias=True, row_scale=True))
+    codebook, row_scale = layer.codebook.clone(), layer.row_scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.codebook, codebook) and torch.equal(layer.row_scale, row_scale)

@@ -40,9 +40,7 @@ def test_loaded_images_equal_those_before_saving_bit_by_bit(tmp_path, pipeline, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shard", ["5GB", "60KB"], ids=["one-file", "sharded"])
 def test_save_load_save_gives_the_same_bytes(tmp_path, pipeline, dtype, shard):
-    vq4dit.save(
-        vq4dit.quantize(pipeline, quick_settings(recipe="kmeans")), tmp_path / "a", max_shard_size=shard
-    )
+    vq4dit.save(vq4dit.quantize(pipeline, quick_settings(recipe="kmeans")), tmp_path / "a", max_shard_size=shard)
     loaded = load(tmp_path / "a", dtype=dtype)
     loaded.save_pretrained(tmp_path / "b", max_shard_size=shard)
     a, b = file_bytes(tmp_path / "a"), file_bytes(tmp_path / "b")

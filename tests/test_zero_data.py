@@ -48,9 +48,7 @@ def test_every_block_is_recorded_and_no_hook_is_left(pipeline):
 
 
 def test_an_abandoned_walk_leaves_no_hook(pipeline):
-    steps = teacher_steps(
-        pipeline, torch.Generator(), num_trajectories=1, guidance_scale=2.0, num_inference_steps=5
-    )
+    steps = teacher_steps(pipeline, torch.Generator(), num_trajectories=1, guidance_scale=2.0, num_inference_steps=5)
     next(steps)
     steps.close()
     assert not any(block._forward_hooks for block in pipeline.transformer.transformer_blocks)

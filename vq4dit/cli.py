@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1]
+    )
     commands = parser.add_subparsers(dest="name", required=True)
 
     def add(name: str, command: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
@@ -60,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the figures as JSON")
         return sub
 
-    sub = add("inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only.")
+    sub = add(
+        "inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only."
+    )
     sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     _add_keep(sub)
 
@@ -123,8 +127,8 @@ def inspect_command(args: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(
-        f"{args.model}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M parameters, "
-        f"{inspection.file_bytes / 1e6:.1f} MB on disk"
+        f"{args.model}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M "
+        f"parameters, {inspection.file_bytes / 1e6:.1f} MB on disk"
     )
     smallest = inspection.predictions[0]
     table = Table(Column("layer", no_wrap=True), "shape", "at 2 bits")
@@ -155,14 +159,16 @@ def quantize_command(args: argparse.Namespace) -> None:
     with Job.open(folder, settings, pipeline.transformer, resume=args.resume) as job:
         with progress_bars() as on_progress:
             quantized = run(job, pipeline, on_progress=on_progress)
+            assert quantized is not None  # it had all the time it wanted
         save(quantized, args.output, overwrite=args.overwrite)
         job.remove()
     layers = layer_errors(pipeline.transformer, quantized.transformer)
+    now, before, seconds = tensor_bytes(str(args.output)), tensor_bytes(args.model), time.monotonic() - started
     report = {
         "output": str(args.output),
-        "transformer_bytes": tensor_bytes(str(args.output)),
-        "original_bytes": tensor_bytes(args.model),
-        "seconds": time.monotonic() - started,
+        "transformer_bytes": now,
+        "original_bytes": before,
+        "seconds": seconds,
         "layers": [dataclasses.asdict(layer) for layer in layers],
     }
     if args.json:
@@ -175,8 +181,8 @@ def quantize_command(args: argparse.Namespace) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{args.output}: transformer {report['transformer_bytes'] / 1e6:.2f} MB, was {report['original_bytes'] / 1e6:.2f} MB "
-        f"({report['original_bytes'] / report['transformer_bytes']:.2f} x smaller), {report['seconds']:.0f} s"
+        f"{args.output}: transformer {now / 1e6:.2f} MB, was {before / 1e6:.2f} MB "
+        f"({before / now:.2f} x smaller), {seconds:.0f} s"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -25,7 +25,7 @@ Recipe = Literal["best", "paper", "kmeans"]
 RECIPES: tuple[Recipe, ...] = ("best", "paper", "kmeans")
 
 
-class QuantMethod(str, Enum):
+class QuantMethod(StrEnum):
     """diffusers reads `.value` of a quantization method."""
 
     VQ4DIT = "vq4dit"

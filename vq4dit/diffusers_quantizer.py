@@ -199,8 +199,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         target = getattr(torch, self.quantization_config.dtype)
         packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
         return {
-            key: _narrow(tensor, torch.float16 if key.endswith(PACKED_SUFFIXES) else target)
-            for key, tensor in packed.items()
+            key: _narrow(tensor, torch.float16 if key.endswith(PACKED_SUFFIXES) else target) for key, tensor in packed.items()
         }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

@@ -101,7 +101,9 @@ def find_targets(
     return targets, kept
 
 
-def _reason_to_keep(linear, name, embedders, patterns, subvector_dim, num_codewords) -> str | None:
+def _reason_to_keep(
+    linear: nn.Linear, name: str, embedders: list[str], patterns: list[str], subvector_dim: int, num_codewords: int
+) -> str | None:
     if any(f"{name}.".startswith(embedder) for embedder in embedders):
         return "embedder"
     if patterns:

@@ -49,11 +49,12 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     """The layers table of a quantized transformer, in order of execution."""
     errors = []
     for name, layer in vq_layers(quantized).items():
-        weight = original.get_submodule(name).weight.detach().float()
+        rows, columns = layer.out_features, layer.in_features
+        weight = original.get_parameter(f"{name}.weight").detach().float()
         error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
         k, d = layer.codebook.shape
         bits = assignment_bits(k) / d + 16 * k * d / weight.numel()
-        errors.append(LayerError(name, *weight.shape, k, d, bits, error.item()))
+        errors.append(LayerError(name, rows, columns, k, d, bits, error.item()))
     return errors
 
 
@@ -183,7 +184,7 @@ def label_ids(pipeline: DiTPipeline, labels: Sequence[str]) -> list[int]:
     return ids
 
 
-def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> Image.Image:
+def grid(images: Sequence[np.ndarray] | np.ndarray, columns: int, gap: int = 2) -> Image.Image:
     """Images of one size side by side on white."""
     height, width = images[0].shape[:2]
     rows = -(-len(images) // columns)
@@ -230,7 +231,11 @@ def compare(
 ) -> tuple[Comparison, list[SamplePair]]:
     """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures."""
     seeds = [seed + i for i in range(len(labels))]
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "on_progress": on_progress}
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "on_progress": on_progress,
+    }
     nmse = noise_nmse(original, quantized, seed=seed, **settings)
     images, seconds = [], []
     for pipeline in (original, quantized):

@@ -97,7 +97,7 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
         UnsupportedModelError: if diffusers has no class of that name.
     """
     name = config.get("_class_name", "")
-    model_class = getattr(diffusers, name, None)
+    model_class: Any = getattr(diffusers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise UnsupportedModelError(f"the transformer's class {name!r} is not in diffusers {diffusers.__version__}: upgrade it")
     with torch.device("meta"):

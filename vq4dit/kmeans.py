@@ -9,7 +9,7 @@ within a percent of the full run (tests/benchmarks/kmeans.py measures it), at a 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from vq4dit.codebook import nearest_codewords, sum_by_codeword
@@ -62,7 +62,10 @@ def seed_codebook(
 
 
 def move_codewords(
-    points: Float[Tensor, "n d"], assignments, distances: Float[Tensor, " n"], codebook: Float[Tensor, "k d"]
+    points: Float[Tensor, "n d"],
+    assignments: Integer[Tensor, " n"],
+    distances: Float[Tensor, " n"],
+    codebook: Float[Tensor, "k d"],
 ) -> Float[Tensor, "k d"]:
     """Lloyd's update c(a) = mean of the sub-vectors assigned to a; empty codewords go where the error is largest."""
     sums = sum_by_codeword(points, assignments, len(codebook))

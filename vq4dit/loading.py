@@ -43,7 +43,9 @@ def read_json(model: str, filename: str) -> dict[str, Any]:
 
 def _download(model: str, filename: str) -> str:
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise VQ4DiTError(f"there is no folder {model}, and it is no Hub id either (those look like owner/name): check the path")
+        raise VQ4DiTError(
+            f"there is no folder {model}, and it is no Hub id either (those look like owner/name): check the path"
+        )
     try:
         return hf_hub_download(model, filename)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
         )
     if getattr(transformer, "is_quantized", False):
         raise UnsupportedModelError(
-            f"this model is quantized already ({transformer.quantization_method.value}): start from the original model"
+            f"this model is quantized already ({pipeline.transformer.quantization_method.value}): start from the original model"
         )
     if settings.recipe != "kmeans":
         check_supported(pipeline)
@@ -142,17 +143,17 @@ def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 def _clustered_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
     codebook, candidates = _piece(job, name, linear)
-    return VQLinear.from_assignments(codebook, candidates[:, 0], tuple(linear.weight.shape), linear.bias)
+    return VQLinear.from_assignments(codebook, candidates[:, 0], (linear.out_features, linear.in_features), linear.bias)
 
 
 def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
     codebook, candidates = _piece(job, name, linear)
     subvectors = subvectors_of(linear, job.settings.subvector_dim)
     logits = start_logits(subvectors, codebook, candidates, job.settings.calibration.ratio_start)
-    return SoftVQLinear(codebook, candidates, logits, tuple(linear.weight.shape), linear.bias)
+    return SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
 
 
-def student_with(transformer: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the transformer with the given layers in their places, and shared embedders.
 
     Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold. It is frozen;
@@ -207,9 +208,7 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
     """The pipeline with the student in place of the transformer."""
     shared = equal_embedders(student)
     dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
-    config = VQ4DiTConfig(
-        bits=settings.bits, recipe=settings.recipe, seed=settings.seed, dtype=dtype, shared_embedders=shared
-    )
+    config = VQ4DiTConfig(bits=settings.bits, recipe=settings.recipe, seed=settings.seed, dtype=dtype, shared_embedders=shared)
     attach(student, config)
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
     quantized.register_modules(transformer=student)
