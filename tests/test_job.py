@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ RUNNER = Path(__file__).with_name("job_runner.py")
 
 
 def run_process(folder: Path, output: Path, moment: int) -> int:
-    return subprocess.run([sys.executable, "-W", "ignore", RUNNER, folder, output, str(moment)], timeout=300).returncode
+    environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
+    command = [sys.executable, "-W", "ignore", RUNNER, folder, output, str(moment)]
+    return subprocess.run(command, timeout=300, env=environment).returncode
 
 
 def saved_bytes(folder: Path) -> dict[str, bytes]:
@@ -66,10 +69,10 @@ def test_slices_of_a_time_budget_end_in_the_same_bytes(tmp_path):
 def test_a_time_budget_stops_before_it_is_over(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(job.time, "monotonic", lambda: now)
-    budget = TimeBudget(45)
-    assert budget.allows(44)
+    budget = TimeBudget(45.0)
+    assert budget.allows(44.0)
     now = 40.0
-    assert budget.allows(4) and not budget.allows(6)
+    assert budget.allows(4.0) and not budget.allows(6.0)
     assert TimeBudget(None).allows(1e9)
 
 

@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = CalibrationConfig()
     sub.add_argument("--steps", type=int, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
     sub.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
-    sub.add_argument("--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help="default: uniform")
+    sub.add_argument(
+        "--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}"
+    )
 
     sub = add("sample", sample_command, "Images from an original or a quantized model.")
     sub.add_argument("model", metavar="MODEL")

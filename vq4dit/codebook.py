@@ -44,16 +44,28 @@ def nearest_codewords(
     for chunk in subvectors.split(max(1, CHUNK_ELEMENTS // len(codebook))):
         chunk = chunk.float()
         closeness = torch.addmm(half_norms, chunk, codewords.T, beta=-1)  # w·c - || c ||² / 2
-        norms = chunk.square().sum(1)
         stop = start + len(chunk)
         for rank in range(count):
-            best, index = closeness.max(1)
-            distances[start:stop, rank] = norms - 2 * best
+            index = argmax_of_rows(closeness)
             indices[start:stop, rank] = index
+            distances[start:stop, rank] = (chunk - codewords.index_select(0, index)).square().sum(1)
             if rank + 1 < count:
-                closeness.scatter_(1, index.unsqueeze(1), -torch.inf)
+                closeness.scatter_(1, index.unsqueeze(1), torch.finfo(torch.float32).min)
         start = stop
-    return distances.clamp_(min=0), indices
+    return distances, indices
+
+
+def argmax_of_rows(values: Float[Tensor, "n k"]) -> Integer[Tensor, " n"]:
+    """The column of the largest value of each row; overwrites the low bits of `values`.
+
+    A maximum without its index is three times faster than `argmax`, so for k <= 256 the index takes the place of the low
+    eight mantissa bits of its value and comes out with it. Values that agree to a part in 2^15 count as equal.
+    """
+    if values.shape[1] > 256:
+        return values.argmax(dim=1)
+    columns = torch.arange(values.shape[1], dtype=torch.int32, device=values.device)
+    values.view(torch.int32).bitwise_and_(~0xFF).bitwise_or_(columns)
+    return values.amax(dim=1).view(torch.int32).bitwise_and_(0xFF).long()
 
 
 def reconstruct(

@@ -45,7 +45,7 @@ class VQ4DiTConfig(QuantizationConfigMixin):
     seed: int = 0
     dtype: str = "float16"  # of everything that is not quantized
     shared_embedders: list[str] = field(default_factory=list)  # paths in a block; stored for the first block only
-    quant_method: QuantMethod = QuantMethod.VQ4DIT
+    quant_method: str = QuantMethod.VQ4DIT
 
     def __post_init__(self) -> None:
         self.quant_method = QuantMethod.VQ4DIT
@@ -56,7 +56,7 @@ class VQ4DiTConfig(QuantizationConfigMixin):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "quant_method": self.quant_method.value}
+        return {**dataclasses.asdict(self), "quant_method": QuantMethod.VQ4DIT.value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class CalibrationConfig:
     """Zero-data block-wise calibration, section 3 of VQ4DiT."""
 
     num_candidates: int = 2  # n; the paper's best trade
-    ratio_start: Literal["uniform", "distance"] = "uniform"  # r = 1/n (paper) or r ∝ 1/distance (released)
+    ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
     steps: int = 400  # updates; one per timestep of a trajectory
     num_classes: int = 4  # trajectories side by side; guidance doubles the batch (released: 8)
     guidance_scale: float = 4.0  # released

@@ -11,14 +11,13 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import HfApi, parse_safetensors_file_metadata
-from safetensors import safe_open
 from torch import nn
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.loading import check_pipeline
+from vq4dit.loading import check_files, check_pipeline
 from vq4dit.packing import packed_size
 
 HEADER_BYTES_PER_TENSOR = 110  # of safetensors' JSON: name, type, shape, offsets
@@ -97,9 +96,10 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
         UnsupportedModelError: if diffusers has no class of that name.
     """
     name = config.get("_class_name", "")
-    model_class: Any = getattr(diffusers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise UnsupportedModelError(f"the transformer's class {name!r} is not in diffusers {diffusers.__version__}: upgrade it")
+    model_class: Any = found
     with torch.device("meta"):
         return model_class.from_config(config)
 
@@ -148,14 +148,11 @@ def tensor_bytes(model: str) -> int:
     """Bytes of the transformer's safetensors, by their headers.
 
     Raises:
-        VQ4DiTError: if there are none.
+        VQ4DiTError: if there are none, or one is damaged.
     """
     if Path(model).is_dir():
-        files = sorted((Path(model) / "transformer").glob("*.safetensors"))
-        for path in files:
-            with safe_open(path, "pt"):
-                pass
-        total = sum(path.stat().st_size for path in files)
+        check_files(Path(model) / "transformer")
+        total = sum(path.stat().st_size for path in (Path(model) / "transformer").glob("*.safetensors"))
     else:
         names = [f for f in HfApi().list_repo_files(model) if f.startswith("transformer/") and f.endswith(".safetensors")]
         metadata = [parse_safetensors_file_metadata(model, name) for name in names]

@@ -95,11 +95,16 @@ class Job:
             raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")
         (folder / "layers").mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        if path.exists():
-            _compare(json.loads(path.read_text()), description, folder)
-        else:
-            write_atomically(path, json.dumps(description, indent=1, sort_keys=True).encode())
-        return cls(folder, settings, lock)
+        job = cls(folder, settings, lock)
+        try:
+            if path.exists():
+                _compare(json.loads(path.read_text()), description, folder)
+            else:
+                write_atomically(path, json.dumps(description, indent=1, sort_keys=True).encode())
+        except JobError:
+            job.close()
+            raise
+        return job
 
     def has(self, piece: str) -> bool:
         return self._path(piece).exists()

@@ -142,12 +142,12 @@ class VQLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQLinear:
         """Let `.to(dtype)` change the bias and the decoded weight, never the codebook: the file's numbers stay exact."""
-        exact = {name: getattr(self, name) for name in ("codebook", "row_scale") if getattr(self, name) is not None}
+        exact = {name: getattr(self, name).data for name in ("codebook", "row_scale") if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             moved = getattr(self, name)
             if moved.dtype != before.dtype:
-                setattr(self, name, _frozen(before.detach().to(moved.device)))
+                moved.data = before.to(moved.device)
         return self
 
     def extra_repr(self) -> str:

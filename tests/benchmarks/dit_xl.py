@@ -65,7 +65,7 @@ def main() -> None:
         written, predicted = report["transformer_bytes"] / 1e6, predictions[bits].file_bytes / 1e6
         print(
             f"kmeans {bits} bits: {measured.seconds:.0f} s, peak {measured.peak_bytes / 1e9:.2f} GB, "
-            f"{len(report['layers'])} layers, {written:.2f} MB written, {predicted:.2f} MB predicted ({written / predicted:.4f})",
+            f"{len(report['layers'])} layers, {written:.2f} MB written, {predicted:.2f} MB predicted",
             flush=True,
         )
     accounting = predictions[2].paper_accounting()
