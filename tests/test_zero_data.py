@@ -54,9 +54,10 @@ def test_an_abandoned_walk_leaves_no_hook(pipeline):
     assert not any(block._forward_hooks for block in pipeline.transformer.transformer_blocks)
 
 
-def test_guidance_of_one_is_the_conditional_prediction(generator):
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+def test_guidance_up_to_one_is_the_conditional_prediction(guidance_scale, generator):
     prediction = torch.randn(4, 8, 2, 2, generator=generator)
-    torch.testing.assert_close(guide(prediction, 1.0, channels=4), prediction[:2, :4])
+    assert torch.equal(guide(prediction, guidance_scale, channels=4), prediction[:2, :4])
 
 
 def test_a_learned_variance_is_left_out():

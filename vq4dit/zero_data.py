@@ -51,8 +51,13 @@ def num_classes(pipeline: DiTPipeline) -> int:
 
 
 def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
-    """Classifier-free guidance ε̂ = ε_∅ + s (ε_y - ε_∅) on the latent channels (a learned variance is left out)."""
+    """Classifier-free guidance ε̂ = ε_∅ + s (ε_y - ε_∅) on the latent channels (a learned variance is left out).
+
+    Up to s = 1 it is ε_y, as in `DiTPipeline`.
+    """
     conditional, unconditional = prediction[:, :channels].chunk(2)
+    if guidance_scale <= 1:
+        return conditional
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
