@@ -77,7 +77,7 @@ def quantized_folder(tmp_path_factory):
 def quick_settings(**changes) -> vq4dit.QuantizationSettings:
     """`paper` with few steps."""
     calibration = changes.pop("calibration", {})
-    quick = vq4dit.CalibrationConfig(**({"steps": 12, "num_inference_steps": 5, "num_classes": 2} | calibration))
+    quick = vq4dit.CalibrationConfig(**({"steps": 12, "num_inference_steps": 5, "num_trajectories": 2} | calibration))
     return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": quick} | changes))
 
 

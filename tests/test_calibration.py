@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_a_number_stops_the_calibration(pipeline):
 def test_paper_is_closer_to_the_original_than_kmeans(pipeline):
     errors = {}
     for recipe in ("kmeans", "paper"):
-        settings = quick_settings(recipe=recipe, calibration={"steps": 100, "num_inference_steps": 10, "num_classes": 4})
+        settings = quick_settings(recipe=recipe, calibration={"steps": 100, "num_inference_steps": 10, "num_trajectories": 4})
         quantized = quantize(pipeline, settings)
         errors[recipe] = noise_nmse(pipeline, quantized, num_trajectories=4, num_inference_steps=5)
     assert errors["paper"] < 0.7 * errors["kmeans"]

@@ -139,7 +139,7 @@ class Calibration:
         self._trajectory = teacher_steps(
             self.pipeline,
             self.generator,
-            num_trajectories=self.config.num_classes,
+            num_trajectories=self.config.num_trajectories,
             guidance_scale=self.config.guidance_scale,
             num_inference_steps=self.config.num_inference_steps,
         )

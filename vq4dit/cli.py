@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import VQ4DiTError
-from vq4dit.evaluation import compare, grid, label_ids, layer_errors, sample, write_comparison
+from vq4dit.evaluation import LayerError, compare, grid, label_ids, layer_errors, sample, write_comparison
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job
 from vq4dit.loading import load_pipeline
@@ -79,6 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     defaults = CalibrationConfig()
     sub.add_argument("--steps", type=int, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
+    sub.add_argument(
+        "--trajectories",
+        type=int,
+        default=defaults.num_trajectories,
+        help=f"calibration trajectories side by side (default: {defaults.num_trajectories})",
+    )
     sub.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
     sub.add_argument(
         "--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}"
@@ -149,10 +155,7 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    calibration = CalibrationConfig(steps=args.steps, num_candidates=args.candidates, ratio_start=args.ratio_start)
-    settings = QuantizationSettings(
-        bits=args.bits, recipe=args.recipe, seed=args.seed, keep=tuple(args.keep), calibration=calibration
-    )
+    settings = settings_of(args)
     check_output(args.output, args.overwrite)
     inspect(args.model, args.keep)  # refuses what cannot be quantized before weights are read
     pipeline = load_pipeline(args.model)
@@ -165,26 +168,42 @@ def quantize_command(args: argparse.Namespace) -> None:
         save(quantized, args.output, overwrite=args.overwrite)
         job.remove()
     layers = layer_errors(pipeline.transformer, quantized.transformer)
-    now, before, seconds = tensor_bytes(str(args.output)), tensor_bytes(args.model), time.monotonic() - started
     report = {
         "output": str(args.output),
-        "transformer_bytes": now,
-        "original_bytes": before,
-        "seconds": seconds,
+        "transformer_bytes": tensor_bytes(str(args.output)),
+        "original_bytes": tensor_bytes(args.model),
+        "seconds": time.monotonic() - started,
         "layers": [dataclasses.asdict(layer) for layer in layers],
     }
     if args.json:
         print(json.dumps(report, indent=1))
-        return
+    else:
+        print_layers(report, layers)
+
+
+def settings_of(args: argparse.Namespace) -> QuantizationSettings:
+    calibration = CalibrationConfig(
+        steps=args.steps,
+        num_trajectories=args.trajectories,
+        num_candidates=args.candidates,
+        ratio_start=args.ratio_start,
+    )
+    return QuantizationSettings(
+        bits=args.bits, recipe=args.recipe, seed=args.seed, keep=tuple(args.keep), calibration=calibration
+    )
+
+
+def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
     table = Table(Column("layer", no_wrap=True), "shape", "codebook", "bits per weight", "relative error")
     for layer in layers:
         shape, codebook = f"{layer.rows} x {layer.columns}", f"{layer.num_codewords} x {layer.subvector_dim}"
         table.add_row(layer.name, shape, codebook, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.5f}")
     console = Console()
     console.print(table)
+    now, before = report["transformer_bytes"], report["original_bytes"]
     console.print(
-        f"{args.output}: transformer {now / 1e6:.2f} MB, was {before / 1e6:.2f} MB "
-        f"({before / now:.2f} x smaller), {seconds:.0f} s"
+        f"{report['output']}: transformer {now / 1e6:.2f} MB, was {before / 1e6:.2f} MB ({before / now:.2f} x smaller), "
+        f"{report['seconds']:.0f} s"
     )
 
 

@@ -66,7 +66,7 @@ class CalibrationConfig:
     num_candidates: int = 2  # n; the paper's best trade
     ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
     steps: int = 400  # updates; one per timestep of a trajectory
-    num_classes: int = 4  # trajectories side by side; guidance doubles the batch (released: 8)
+    num_trajectories: int = 4  # of random classes, trajectories side by side; guidance doubles the batch (released: 8)
     guidance_scale: float = 4.0  # released
     num_inference_steps: int = 50  # released
     logits_learning_rate: float = 5e-2  # released, RMSprop, constant
@@ -80,7 +80,7 @@ class CalibrationConfig:
             raise ValueError(f"num_candidates must be 1 to 4, got {self.num_candidates}")
         if self.ratio_start not in ("uniform", "distance"):
             raise ValueError(f'ratio_start must be "uniform" or "distance", got {self.ratio_start!r}')
-        for name in ("steps", "num_classes", "num_inference_steps"):
+        for name in ("steps", "num_trajectories", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -72,10 +72,20 @@ def main() -> None:
     print("the paper's accounting at 2 bits:", {key: round(value, 2) for key, value in accounting.items()})
     if args.calibration_steps:
         output = args.work / "paper-2bit"
-        options = ["--bits", "2", "--recipe", "paper", "--steps", str(args.calibration_steps), "--overwrite"]
+        options = [
+            "--bits",
+            "2",
+            "--recipe",
+            "paper",
+            "--steps",
+            str(args.calibration_steps),
+            "--trajectories",
+            "1",
+            "--overwrite",
+        ]
         measured = run_vq4dit("quantize", str(model), "--output", str(output), *options)
         peak = measured.peak_bytes / 1e9
-        print(f"paper 2 bits, {args.calibration_steps} steps: {measured.seconds:.0f} s, peak {peak:.2f} GB")
+        print(f"paper 2 bits, {args.calibration_steps} steps of one trajectory: {measured.seconds:.0f} s, peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":
