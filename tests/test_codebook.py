@@ -108,3 +108,12 @@ def test_assignments_that_do_not_fill_the_matrix_are_refused():
 def test_more_neighbours_than_codewords_are_refused():
     with pytest.raises(ValueError, match="4 nearest codewords were asked for, the codebook has 3"):
         nearest_codewords(torch.zeros(5, 2), torch.zeros(3, 2), 4)
+
+
+def test_a_common_offset_costs_no_precision(generator):
+    """Sub-vectors far from the origin and close together are ranked as if they were centred."""
+    subvectors = 1 + 1e-3 * torch.randn(2000, 4, generator=generator)
+    codebook = subvectors[:64].clone()
+    distances, _ = nearest_codewords(subvectors, codebook)
+    exact = (subvectors.double().unsqueeze(1) - codebook.double()).square().sum(2).amin(1)
+    assert distances.double().sum() < 1.001 * exact.sum()

@@ -38,11 +38,12 @@ def nearest_codewords(
         raise ValueError(f"{count} nearest codewords were asked for, the codebook has {len(codebook)}")
     distances = torch.empty(len(subvectors), count, dtype=torch.float32, device=subvectors.device)
     indices = torch.empty(len(subvectors), count, dtype=assignment_dtype(len(codebook)), device=subvectors.device)
-    codewords = codebook.float()
+    center = codebook.float().mean(dim=0)  # distances do not change, and a common offset would cost precision
+    codewords = codebook.float() - center
     half_norms = codewords.square().sum(1) / 2
     start = 0
     for chunk in subvectors.split(max(1, CHUNK_ELEMENTS // len(codebook))):
-        chunk = chunk.float()
+        chunk = chunk.float() - center
         closeness = torch.addmm(half_norms, chunk, codewords.T, beta=-1)  # w·c - || c ||² / 2
         stop = start + len(chunk)
         for rank in range(count):
