@@ -41,7 +41,7 @@ def main() -> None:
     quantization.CHECKPOINT_SHARE = 1e9
     pipeline = new_pipeline()
     die_at(moment)
-    with vq4dit.Job.open(folder, quick_settings(), pipeline.transformer, resume=True) as job:
+    with vq4dit.Job.open(folder, quick_settings(), pipeline, resume=True) as job:
         vq4dit.save(vq4dit.run(job, pipeline), output)
         job.remove()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import new_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -122,9 +123,52 @@ def test_a_full_output_folder_is_refused_before_any_work(tmp_path, model_folder,
 
 def test_overwrite_replaces_the_output(tmp_path, model_folder):
     (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "model_index.json").write_text("{}")
     (tmp_path / "q" / "old").write_text("old")
     assert run(*quick(model_folder, tmp_path / "q", "--overwrite")) == 0
     assert not (tmp_path / "q" / "old").exists() and (tmp_path / "q" / "model_index.json").exists()
+
+
+def test_a_folder_that_is_no_result_is_never_replaced(tmp_path, model_folder, capsys):
+    (tmp_path / "precious.txt").write_text("mine")
+    said = failure(capsys, "quantize", model_folder, "--output", tmp_path, "--overwrite")
+    assert "none of our results" in said and (tmp_path / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("output", ["model", "model/", "model/../model", "."])
+def test_the_model_itself_is_never_replaced(tmp_path, model_folder, capsys, monkeypatch, output):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    said = failure(capsys, "quantize", model, "--output", output, "--overwrite")
+    assert "choose another output" in said and (model / "model_index.json").exists()
+
+
+def test_patterns_with_brackets_are_shown_whole(tmp_path, model_folder, capsys):
+    said = failure(capsys, "quantize", model_folder, "--output", tmp_path / "q", "--keep", "*.to_[xy]")
+    assert "'*.to_[xy]'" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--steps", "-1"], ["--guidance", "nan"], ["--output", "x.xyz"], ["--output", "."]],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_wrong_numbers_and_names_are_wrong_usage(model_folder, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        run("sample", model_folder, "--labels", "cat", "--output", "x.png", *arguments)
+    assert stopped.value.code == 2
+
+
+def test_an_output_below_a_file_is_told(tmp_path, model_folder, capsys):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in failure(capsys, *quick(model_folder, tmp_path / "file" / "q"))
+
+
+def test_three_bits_do_not_need_two(tmp_path, capsys):
+    new_pipeline(num_attention_heads=1, attention_head_dim=16).save_pretrained(tmp_path / "mini")
+    assert "256 codewords" in failure(capsys, "quantize", tmp_path / "mini", "--output", tmp_path / "q")
+    assert run(*quick(tmp_path / "mini", tmp_path / "q", "--bits", 3)) == 0
 
 
 def test_a_keep_pattern_that_matches_nothing_is_told(tmp_path, model_folder, capsys):
@@ -139,7 +183,7 @@ def test_nan_weights_are_told_before_any_work(tmp_path, model_folder, capsys):
     tensors["transformer_blocks.1.ff.net.2.weight"][3, 4] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
     said = failure(capsys, "quantize", broken, "--output", tmp_path / "q")
-    assert "transformer_blocks.1.ff.net.2 has values that are not finite" in said
+    assert "transformer_blocks.1.ff.net.2.weight has values that are not finite" in said
     assert not (tmp_path / "q").exists() and not (tmp_path / "q.job").exists()
 
 
@@ -164,25 +208,36 @@ def test_an_unknown_class_is_told(tmp_path, model_folder, capsys):
 
 
 def test_a_model_too_small_for_any_codebook_is_told(tmp_path, capsys):
-    from conftest import new_pipeline
-
     new_pipeline(num_attention_heads=1, attention_head_dim=8).save_pretrained(tmp_path / "mini")
     assert "large enough to quantize" in failure(capsys, "quantize", tmp_path / "mini", "--output", tmp_path / "q")
 
 
 def test_ctrl_c_leaves_no_half_written_result_and_resume_finishes(tmp_path, model_folder):
     command = [sys.executable, "-W", "ignore", "-m", "vq4dit"]
-    arguments = [str(a) for a in quick(model_folder, tmp_path / "q", "--steps", 100000)]
+    arguments = [str(a) for a in quick(model_folder, tmp_path / "q", "--steps", 60)]
     process = subprocess.Popen(command + arguments, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     layers = tmp_path / "q.job" / "layers"
     deadline = time.time() + 120
     while len(list(layers.glob("*.safetensors"))) < 14 and time.time() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in said
     assert not (tmp_path / "q").exists() and (tmp_path / "q.job" / "job.json").exists()
-    assert run(*quick(model_folder, tmp_path / "q")) == 1  # the unfinished job is not overwritten
-    assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 1  # 3 steps are other settings than 100000
-    shutil.rmtree(tmp_path / "q.job")
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 60)) == 1  # an unfinished job is not overwritten
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 50, "--resume")) == 1  # other settings
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 60, "--resume")) == 0
+    assert (tmp_path / "q" / "model_index.json").exists() and not (tmp_path / "q.job").exists()
+
+
+def test_killed_between_saving_and_cleaning_up_it_can_be_resumed(tmp_path, model_folder, monkeypatch):
+    def killed(job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vq4dit.job.Job.remove", killed)
+        assert run(*quick(model_folder, tmp_path / "q")) == 130
+    saved = (tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 0
+    assert (tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == saved
+    assert not (tmp_path / "q.job").exists()

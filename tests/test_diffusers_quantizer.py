@@ -1,5 +1,6 @@
 """What people do with a loaded model: decode modes, moving, compiling, adapters, dequantizing, broken files."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -152,13 +153,54 @@ def change_tensors(folder, change) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def test_a_newer_format_version_is_refused(broken):
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"format_version": 2}, "format version 2, this library reads up to 1: upgrade vq4dit"),
+        ({"format_version": 2, "rotation": "hadamard"}, "format version 2"),
+        ({"format_version": "1"}, "must have a format_version"),
+        ({"rotation": "hadamard"}, "has no entry 'rotation'"),
+        ({"shared_embedders": ["norm9.emb"]}, "blocks share norm9.emb"),
+    ],
+    ids=["newer", "newer with unknown entries", "not a number", "unknown entry", "unknown embedder"],
+)
+def test_a_config_that_cannot_be_read_is_refused(broken, entries, message):
     path = broken / "transformer" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"] |= entries
     path.write_text(json.dumps(config))
-    with pytest.raises(vq4dit.FormatError, match="format version 2, this library reads up to 1: upgrade vq4dit"):
+    with pytest.raises(vq4dit.FormatError, match=message):
         DiTPipeline.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    "key", ["proj_out_2.weight", f"{LAYER}.bias", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.bias"]
+)
+def test_a_missing_tensor_is_refused(broken, key):
+    change_tensors(broken, lambda tensors: tensors.pop(key))
+    with pytest.raises(vq4dit.FormatError, match=f"tensors are missing, such as {key}"):
+        load(broken)
+
+
+def test_assignments_of_another_type_are_refused(broken):
+    change_tensors(broken, lambda t: t.update({f"{LAYER}.packed_assignments": t[f"{LAYER}.packed_assignments"].half()}))
+    with pytest.raises(vq4dit.FormatError, match="must be of type U8, got F16"):
+        load(broken)
+
+
+def test_a_copy_does_not_lose_a_merged_lora_either(tmp_path, quantized_folder):
+    model = load(quantized_folder)
+    copied = copy.deepcopy(model)
+    del model
+    copied.save_pretrained(tmp_path / "copied")
+    vq_layers(copied)[LAYER].weight.data += 1
+    with pytest.raises(vq4dit.FormatError, match="merged LoRA"):
+        copied.save_pretrained(tmp_path / "lost")
+
+
+def test_an_unknown_decode_mode_is_told(quantized_folder):
+    with pytest.raises(ValueError, match='got "?.foward'):
+        vq4dit.set_decode_mode(load(quantized_folder), "foward")
 
 
 def test_a_truncated_file_is_refused(broken):

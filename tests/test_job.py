@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import new_pipeline, new_transformer, quick_settings
+from conftest import new_pipeline, quick_settings
 
 import vq4dit
 from vq4dit import Job, JobError, job, quantization
@@ -56,7 +56,7 @@ def test_slices_of_a_time_budget_end_in_the_same_bytes(tmp_path):
     slices = 0
     quantized = None
     while quantized is None:
-        with Job.open(tmp_path / "job", settings, pipeline.transformer, resume=True) as opened:
+        with Job.open(tmp_path / "job", settings, pipeline, resume=True) as opened:
             quantized = vq4dit.run(opened, pipeline, seconds=0.4)
         slices += 1
         assert slices < 200
@@ -85,7 +85,7 @@ def test_a_listener_may_cancel_and_nothing_finished_is_lost(tmp_path, pipeline):
             raise Cancelled
 
     settings = quick_settings()
-    with pytest.raises(Cancelled), Job.open(tmp_path, settings, pipeline.transformer, resume=False) as opened:
+    with pytest.raises(Cancelled), Job.open(tmp_path, settings, pipeline, resume=False) as opened:
         vq4dit.run(opened, pipeline, on_progress=cancel)
     assert len(list((tmp_path / "layers").glob("*.safetensors"))) == 5
 
@@ -100,35 +100,35 @@ def test_progress_counts_every_layer_and_step_once(pipeline):
     assert all(p.metrics["block_mse"] > 0 for p in seen[14:])
 
 
-def test_other_settings_are_refused(tmp_path, transformer):
-    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+def test_other_settings_are_refused(tmp_path, pipeline):
+    Job.open(tmp_path, quick_settings(), pipeline, resume=False).close()
     with pytest.raises(JobError, match="other settings .bits=2 there, 3 now."):
-        Job.open(tmp_path, quick_settings(bits=3), transformer, resume=True)
+        Job.open(tmp_path, quick_settings(bits=3), pipeline, resume=True)
 
 
-def test_other_weights_are_refused(tmp_path, transformer):
-    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+def test_other_weights_are_refused(tmp_path, pipeline):
+    Job.open(tmp_path, quick_settings(), pipeline, resume=False).close()
     with torch.no_grad():
-        transformer.proj_out_2.bias[0] += 1e-3
+        pipeline.transformer.proj_out_2.bias[0] += 1e-3
     with pytest.raises(JobError, match="other weights"):
-        Job.open(tmp_path, quick_settings(), transformer, resume=True)
+        Job.open(tmp_path, quick_settings(), pipeline, resume=True)
 
 
-def test_an_unfinished_job_is_not_overwritten(tmp_path, transformer):
-    Job.open(tmp_path, quick_settings(), transformer, resume=False).close()
+def test_an_unfinished_job_is_not_overwritten(tmp_path, pipeline):
+    Job.open(tmp_path, quick_settings(), pipeline, resume=False).close()
     with pytest.raises(JobError, match="unfinished job.*--resume"):
-        Job.open(tmp_path, quick_settings(), transformer, resume=False)
+        Job.open(tmp_path, quick_settings(), pipeline, resume=False)
 
 
-def test_two_processes_cannot_work_on_one_job(tmp_path, transformer):
-    with Job.open(tmp_path, quick_settings(), transformer, resume=False):
+def test_two_processes_cannot_work_on_one_job(tmp_path, pipeline):
+    with Job.open(tmp_path, quick_settings(), pipeline, resume=False):
         with pytest.raises(JobError, match="another process"):
-            Job.open(tmp_path, quick_settings(), transformer, resume=True)
-    Job.open(tmp_path, quick_settings(), transformer, resume=True).close()
+            Job.open(tmp_path, quick_settings(), pipeline, resume=True)
+    Job.open(tmp_path, quick_settings(), pipeline, resume=True).close()
 
 
-def test_a_damaged_piece_is_named(tmp_path, transformer):
-    with Job.open(tmp_path, quick_settings(), transformer, resume=False) as opened:
+def test_a_damaged_piece_is_named(tmp_path, pipeline):
+    with Job.open(tmp_path, quick_settings(), pipeline, resume=False) as opened:
         (tmp_path / "layers" / "x.safetensors").write_bytes(b"garbage!")
         with pytest.raises(JobError, match="x.safetensors is damaged"):
             opened.read("layers/x")
@@ -161,9 +161,40 @@ def test_a_disk_that_is_really_full_leaves_no_half_written_result(tmp_path, pipe
 
 
 def test_fingerprints_follow_names_shapes_and_values():
-    a, b = new_transformer(), new_transformer()
+    a, b = new_pipeline(), new_pipeline()
     assert fingerprint(a) == fingerprint(b)
-    assert fingerprint(a) != fingerprint(new_transformer(num_layers=3))
+    assert fingerprint(a) != fingerprint(new_pipeline(num_layers=3))
+
+
+def test_another_scheduler_is_another_job():
+    changed = new_pipeline()
+    changed.scheduler.register_to_config(beta_end=0.03)
+    assert fingerprint(changed) != fingerprint(new_pipeline())
+
+
+def test_pieces_without_a_description_are_not_used(tmp_path, pipeline):
+    with Job.open(tmp_path, quick_settings(seed=0), pipeline, resume=False) as opened:
+        opened.write("layers/x", {"t": torch.ones(1)})
+    (tmp_path / "job.json").unlink()  # as a removal that was killed leaves it
+    with Job.open(tmp_path, quick_settings(seed=7), pipeline, resume=False) as opened:
+        assert not opened.has("layers/x")
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 1}', "[]"])
+def test_a_damaged_description_is_told(tmp_path, pipeline, content):
+    (tmp_path / "job.json").write_text(content)
+    with pytest.raises(JobError, match="delete the folder and start again"):
+        Job.open(tmp_path, quick_settings(), pipeline, resume=True)
+
+
+def test_a_tiny_time_budget_still_ends(tmp_path, pipeline):
+    """Every slice makes at least one step, however short it is."""
+    settings, quantized, slices = quick_settings(calibration={"steps": 4}), None, 0
+    while quantized is None and slices < 60:
+        with Job.open(tmp_path, settings, pipeline, resume=True) as opened:
+            quantized = vq4dit.run(opened, pipeline, seconds=1e-3)
+        slices += 1
+    assert quantized is not None and slices > 4
 
 
 def test_settings_survive_the_trip_through_json():

@@ -59,6 +59,44 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     assert a != c
 
 
+@pytest.mark.parametrize("recipe", ["kmeans", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_16_bit_numbers_is_quantized_as_it_is(tmp_path, model_folder, recipe, dtype):
+    pipeline = load(Path(model_folder), dtype=dtype)
+    quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
+    before = images(quantized)
+    vq4dit.save(quantized, tmp_path / "q")
+    assert (before == images(load(tmp_path / "q", dtype=dtype))).all()
+
+
+def test_training_mode_and_no_grad_change_nothing():
+    results = []
+    for mode, seed in ((False, 1), (True, 2)):
+        pipeline = new_pipeline()
+        torch.manual_seed(seed)
+        pipeline.transformer.train(mode)
+        with torch.no_grad():
+            quantized = vq4dit.quantize(pipeline, quick_settings())
+        assert pipeline.transformer.training is mode
+        results.append({name: tensor.clone() for name, tensor in quantized.transformer.state_dict().items()})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("name", ["proj_out_2.weight", "transformer_blocks.0.attn1.to_q.bias"])
+def test_values_that_are_not_finite_are_refused_anywhere(pipeline, name):
+    with torch.no_grad():
+        pipeline.transformer.get_parameter(name).flatten()[0] = torch.nan
+    with pytest.raises(vq4dit.UnsupportedModelError, match=f"{name} has values that are not finite"):
+        vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+
+
+def test_weights_that_no_fp16_codebook_holds_are_refused(pipeline):
+    with torch.no_grad():
+        pipeline.transformer.get_parameter("transformer_blocks.1.ff.net.2.weight")[0, 0] = 1e5
+    with pytest.raises(vq4dit.UnsupportedModelError, match="above 65504.*--keep transformer_blocks.1.ff.net.2"):
+        vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+
+
 def test_the_original_is_not_touched(pipeline):
     before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
     vq4dit.quantize(pipeline, quick_settings())

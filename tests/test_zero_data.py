@@ -66,5 +66,5 @@ def test_a_learned_variance_is_left_out():
 
 
 def test_other_pipelines_are_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match="this is a str; --recipe kmeans"):
+    with pytest.raises(UnsupportedModelError, match="this is a str; only quantizing with --recipe kmeans"):
         check_supported("not a pipeline")

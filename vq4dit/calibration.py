@@ -15,7 +15,7 @@ while ratios are soft flatters itself: quality is always measured on the hardene
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ def ratio_loss(layer: SoftVQLinear) -> Tensor:
 class Calibration:
     """The state of a calibration between two updates; `advance` makes one update, `tensors` and `restore` carry it over.
 
-    The teacher's trajectory is not stored: it is walked again from the random state at its start.
+    Of the teacher's trajectory the random state at its start and the guided predictions so far are stored: the scheduler
+    goes through them again, the teacher need not.
     """
 
     def __init__(self, pipeline: DiTPipeline, student: nn.Module, config: CalibrationConfig, generator: torch.Generator):
@@ -101,8 +102,8 @@ class Calibration:
         """All that `restore` needs."""
         stored = {
             "step": torch.tensor(self.step),
-            "trajectory_step": torch.tensor(self._trajectory_step),
             "trajectory_start": self._trajectory_start,
+            "guided": torch.stack(self._guided) if self._guided else torch.empty(0),
         }
         for name, p in self._parameters():
             stored[name] = p
@@ -111,16 +112,14 @@ class Calibration:
 
     @torch.no_grad()
     def restore(self, stored: dict[str, Tensor]) -> None:
-        """Go on where `tensors` was called; the trajectory is walked again up to there."""
+        """Go on where `tensors` was called."""
         self.step = int(stored["step"])
         for name, p in self._parameters():
             p.copy_(stored[name])
             self.optimizer.state[p]["square_avg"].copy_(stored[f"{name}/square_avg"])
             self.optimizer.state[p]["step"].fill_(self.step)
         self.generator.set_state(stored["trajectory_start"])
-        self._start_trajectory()
-        for _ in range(int(stored["trajectory_step"])):
-            self._next_teacher_step()
+        self._start_trajectory([guided.to(self.pipeline.transformer.device) for guided in stored["guided"]])
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self.layers.items():
@@ -133,15 +132,16 @@ class Calibration:
         pairs = ((layer.codebook, layer.bias) for layer in self.layers.values())
         return [p for pair in pairs for p in pair if p is not None]
 
-    def _start_trajectory(self) -> None:
+    def _start_trajectory(self, replayed: Sequence[Tensor] = ()) -> None:
         self._trajectory_start = self.generator.get_state()
-        self._trajectory_step = 0
+        self._guided = list(replayed)
         self._trajectory = teacher_steps(
             self.pipeline,
             self.generator,
             num_trajectories=self.config.num_trajectories,
             guidance_scale=self.config.guidance_scale,
             num_inference_steps=self.config.num_inference_steps,
+            replayed=tuple(replayed),
         )
 
     def _next_teacher_step(self) -> TeacherStep:
@@ -149,5 +149,5 @@ class Calibration:
         if teacher_step is None:
             self._start_trajectory()
             teacher_step = next(self._trajectory)
-        self._trajectory_step += 1
+        self._guided.append(teacher_step.guided)
         return teacher_step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
-from vq4dit.errors import VQ4DiTError
+from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.evaluation import LayerError, compare, grid, label_ids, layer_errors, sample, write_comparison
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job
 from vq4dit.loading import load_pipeline
 from vq4dit.progress import OnProgress, Progress
-from vq4dit.quantization import check, check_output, run, save
-from vq4dit.zero_data import num_classes
+from vq4dit.quantization import check, check_output, is_result, run, save
+from vq4dit.zero_data import check_supported, num_classes
 
 VERBS = {"cluster": "clustering layers", "calibrate": "calibrating", "sample": "sampling", "measure": "measuring the noise"}
 
@@ -41,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         args.command(args)
-    except (VQ4DiTError, ValueError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (VQ4DiTError, ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted" + ("; go on with the same command and --resume" if args.name == "quantize" else ""))
@@ -70,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")
     sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
-    sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    sub.add_argument("--output", type=folder_path, required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--bits", type=int, default=2, choices=sorted(CODEBOOKS), help="bits per weight (default: 2)")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     sub.add_argument("--seed", type=int, default=0)
@@ -78,10 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     defaults = CalibrationConfig()
-    sub.add_argument("--steps", type=int, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
+    sub.add_argument("--steps", type=positive, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
     sub.add_argument(
         "--trajectories",
-        type=int,
+        type=positive,
         default=defaults.num_trajectories,
         help=f"calibration trajectories side by side (default: {defaults.num_trajectories})",
     )
@@ -94,16 +96,40 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--labels", required=True, metavar="A,B", help="class names or numbers, separated by commas")
     _add_sampling(sub)
-    sub.add_argument("--output", type=Path, required=True, metavar="PNG")
+    sub.add_argument("--output", type=picture_path, required=True, metavar="PNG")
 
     sub = add("compare", compare_command, "Same-seed pictures and figures of an original and a quantized model.")
     sub.add_argument("original", metavar="ORIGINAL")
     sub.add_argument("quantized", metavar="QUANTIZED")
     sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
     _add_sampling(sub)
-    sub.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def folder_path(text: str) -> Path:
+    return Path(text).expanduser().resolve()
+
+
+def picture_path(text: str) -> Path:
+    path = folder_path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
+    return path
 
 
 def _add_keep(sub: argparse.ArgumentParser) -> None:
@@ -114,8 +140,8 @@ def _add_keep(sub: argparse.ArgumentParser) -> None:
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    sub.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
+    sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
+    sub.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: 4)")
     sub.add_argument(
         "--decode",
         default="auto",
@@ -135,7 +161,7 @@ def inspect_command(args: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(
-        f"{args.model}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M "
+        f"{escape(args.model)}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M "
         f"parameters, {inspection.file_bytes / 1e6:.1f} MB on disk"
     )
     smallest = inspection.predictions[0]
@@ -144,7 +170,7 @@ def inspect_command(args: argparse.Namespace) -> None:
         size = layer.assignments_bytes + layer.codebook_bytes + layer.bias_bytes
         table.add_row(layer.name, f"{layer.rows} x {layer.columns}", f"{size / 1e3:.1f} kB")
     for kept in smallest.kept:
-        table.add_row(kept.name, "", f"16 bit: {kept.reason}")
+        table.add_row(kept.name, "", escape(f"16 bit: {kept.reason}"))
     console.print(table)
     table = Table("bits", "layers quantized", "bits per weight", "transformer file", "against now")
     for p in inspection.predictions:
@@ -156,16 +182,18 @@ def inspect_command(args: argparse.Namespace) -> None:
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
     settings = settings_of(args)
-    check_output(args.output, args.overwrite)
-    inspect(args.model, args.keep)  # refuses what cannot be quantized before weights are read
+    folder = args.output.with_name(f"{args.output.name}.job")
+    was_saved = args.resume and folder.exists() and is_result(args.output, settings)  # killed before cleaning up
+    check_output(args.output, args.overwrite or was_saved)
+    check_not_inside(args.model, args.output)
+    inspect(args.model, args.keep, [args.bits])  # refuses what cannot be quantized before weights are read
     pipeline = load_pipeline(args.model)
     check(pipeline, settings)
-    folder = args.output.with_name(f"{args.output.name}.job")
-    with Job.open(folder, settings, pipeline.transformer, resume=args.resume) as job:
+    with Job.open(folder, settings, pipeline, resume=args.resume) as job:
         with progress_bars() as on_progress:
             quantized = run(job, pipeline, on_progress=on_progress)
             assert quantized is not None  # it had all the time it wanted
-        save(quantized, args.output, overwrite=args.overwrite)
+        save(quantized, args.output, overwrite=args.overwrite or was_saved)
         job.remove()
     layers = layer_errors(pipeline.transformer, quantized.transformer)
     report = {
@@ -179,6 +207,13 @@ def quantize_command(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1))
     else:
         print_layers(report, layers)
+
+
+def check_not_inside(model: str, output: Path) -> None:
+    """Raise `JobError` if writing the output would replace the model itself or a folder around it."""
+    folder = Path(model).resolve()
+    if output == folder or output in folder.parents:
+        raise JobError(f"the output {output} is, or holds, the model {model} itself: choose another output")
 
 
 def settings_of(args: argparse.Namespace) -> QuantizationSettings:
@@ -202,14 +237,15 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
     console.print(table)
     now, before = report["transformer_bytes"], report["original_bytes"]
     console.print(
-        f"{report['output']}: transformer {now / 1e6:.2f} MB, was {before / 1e6:.2f} MB ({before / now:.2f} x smaller), "
-        f"{report['seconds']:.0f} s"
+        f"{escape(report['output'])}: transformer {now / 1e6:.2f} MB, was {before / 1e6:.2f} MB "
+        f"({before / now:.2f} x smaller), {report['seconds']:.0f} s"
     )
 
 
 def sample_command(args: argparse.Namespace) -> None:
     with decode_mode(args.decode):
         pipeline = load_pipeline(args.model)
+    check_supported(pipeline)
     labels = label_ids(pipeline, [label.strip() for label in args.labels.split(",")])
     started = time.monotonic()
     with progress_bars() as on_progress:
@@ -227,11 +263,11 @@ def sample_command(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"output": str(args.output), "images": len(images), "seconds": seconds}))
     else:
-        Console().print(f"{args.output}: {len(images)} images, {seconds:.1f} s")
+        Console().print(f"{escape(str(args.output))}: {len(images)} images, {seconds:.1f} s")
 
 
 def compare_command(args: argparse.Namespace) -> None:
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, contains="report.json")
     with decode_mode(args.decode):
         original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
     if args.labels:
@@ -260,7 +296,7 @@ def compare_command(args: argparse.Namespace) -> None:
     for key, value in values.items():
         table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    Console().print(f"pictures and report.json in {args.output}")
+    Console().print(f"pictures and report.json in {escape(str(args.output))}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ log2(k) / d bits: 256 codewords of 4 weights make 2 bits, 64 of 2 make 3, 256 of
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -40,11 +41,14 @@ def nearest_codewords(
     indices = torch.empty(len(subvectors), count, dtype=assignment_dtype(len(codebook)), device=subvectors.device)
     center = codebook.float().mean(dim=0)  # distances do not change, and a common offset would cost precision
     codewords = codebook.float() - center
-    half_norms = codewords.square().sum(1) / 2
+    half_norms = codewords.square().sum(1, keepdim=True) / 2
+    table = torch.cat([codewords, -half_norms], dim=1).T.contiguous()  # [w, 1] times it is w·c - || c ||² / 2
+    rows = min(max(1, CHUNK_ELEMENTS // len(codebook)), max(1, len(subvectors)))
+    buffer = torch.empty(rows, len(codebook), device=subvectors.device)  # one for all chunks: new pages cost more than the sums
     start = 0
-    for chunk in subvectors.split(max(1, CHUNK_ELEMENTS // len(codebook))):
+    for chunk in subvectors.split(rows):
         chunk = chunk.float() - center
-        closeness = torch.addmm(half_norms, chunk, codewords.T, beta=-1)  # w·c - || c ||² / 2
+        closeness = torch.mm(F.pad(chunk, (0, 1), value=1.0), table, out=buffer[: len(chunk)])
         stop = start + len(chunk)
         for rank in range(count):
             index = argmax_of_rows(closeness)

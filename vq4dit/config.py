@@ -49,11 +49,21 @@ class VQ4DiTConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         self.quant_method = QuantMethod.VQ4DIT
-        if self.format_version > FORMAT_VERSION:
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Check the version before anything else: a newer file may have entries that are not known here."""
+        version = config_dict.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise FormatError(f"quantization_config must have a format_version of 1 or more, got {version!r}")
+        if version > FORMAT_VERSION:
             raise FormatError(
-                f"the file has vq4dit format version {self.format_version}, this library reads up to {FORMAT_VERSION}: "
-                "upgrade vq4dit"
+                f"the file has vq4dit format version {version}, this library reads up to {FORMAT_VERSION}: upgrade vq4dit"
             )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := config_dict.keys() - known:
+            raise FormatError(f"quantization_config of format version 1 has no entry {sorted(unknown)[0]!r}: upgrade vq4dit")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "quant_method": QuantMethod.VQ4DIT.value}
@@ -65,7 +75,7 @@ class CalibrationConfig:
 
     num_candidates: int = 2  # n; the paper's best trade
     ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
-    steps: int = 400  # updates; one per timestep of a trajectory
+    steps: int = 300  # updates; one per timestep of a trajectory
     num_trajectories: int = 4  # of random classes, trajectories side by side; guidance doubles the batch (released: 8)
     guidance_scale: float = 4.0  # released
     num_inference_steps: int = 50  # released

@@ -13,7 +13,6 @@ The packed file of a layer NAME (format version 1; README has it byte by byte):
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,14 +28,15 @@ from torch import Tensor, nn
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.config import VQ4DiTConfig
-from vq4dit.dit import duplicate_keys, share_embedders, unshare_embedders
+from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
 from vq4dit.layers import VQLinear
 from vq4dit.packing import packed_size
 
 DecodeMode = Literal["auto", "load", "forward"]
 _decode_mode: ContextVar[DecodeMode] = ContextVar("decode_mode", default="auto")
-PACKED_SUFFIXES = (".codebook", ".packed_assignments", ".row_scale")
+PACKED_TYPES = {"codebook": ("F16", "F32"), "packed_assignments": ("U8",), "row_scale": ("F16", "F32")}
+PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
 @contextmanager
@@ -59,7 +59,13 @@ def vq_layers(model: nn.Module) -> dict[str, VQLinear]:
 
 
 def set_decode_mode(model: nn.Module, mode: DecodeMode, dtype: torch.dtype | None = None) -> None:
-    """Switch a loaded model between decoded (`"load"`) and packed (`"forward"`) layers; see `decode_mode`."""
+    """Switch a loaded model between decoded (`"load"`) and packed (`"forward"`) layers; see `decode_mode`.
+
+    Raises:
+        ValueError: if there is no such mode.
+    """
+    if mode not in ("auto", "load", "forward"):
+        raise ValueError(f'decode mode must be "auto", "load" or "forward", got {mode!r}')
     layers = {name: layer for name, layer in vq_layers(model).items() if layer.codebook.device.type != "meta"}
     if not layers:
         return
@@ -96,7 +102,7 @@ def unpack_layers(model: Any) -> None:
     for name, layer in vq_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.weight.detach().clone())
-        linear.bias = layer.bias
+        linear.bias = nn.Parameter(layer.bias.detach()) if layer.bias is not None else None
         model.set_submodule(name, linear)
     unshare_embedders(model)
     remaining = {key: value for key, value in model.config.items() if key != "quantization_config"}
@@ -115,7 +121,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         self._shapes: dict[str, dict[str, list[int]]] = {}  # layer name -> tensor name -> shape, from the files
         self._duplicates: dict[str, str] = {}
         self._dtype: torch.dtype | None = None
-        self._model: weakref.ref[nn.Module] | None = None
+        self.model: nn.Module | None = None  # whose layers are looked at when saving; copied along with it
 
     # --- loading ---
 
@@ -130,7 +136,10 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
                 for key in file.keys():
                     if key.endswith(PACKED_SUFFIXES):
                         layer, _, tensor = key.rpartition(".")
-                        self._shapes.setdefault(layer, {})[tensor] = file.get_slice(key).get_shape()
+                        values = file.get_slice(key)
+                        if values.get_dtype() not in PACKED_TYPES[tensor]:
+                            raise FormatError(f"{key} must be of type {PACKED_TYPES[tensor][0]}, got {values.get_dtype()}")
+                        self._shapes.setdefault(layer, {})[tensor] = values.get_shape()
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -154,13 +163,19 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
                 device="meta",
             )
             model.set_submodule(name, packed)
+        if unknown := set(self.quantization_config.shared_embedders) - set(block_embedders(model)):
+            raise FormatError(f"config.json says that blocks share {sorted(unknown)[0]}, which this model's blocks do not have")
         share_embedders(model, self.quantization_config.shared_embedders)
         self._duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
         if keep_in_fp32_modules is not None:  # codebooks keep their bits whatever torch_dtype is
             keep_in_fp32_modules.extend({"codebook", "row_scale"} - set(keep_in_fp32_modules))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        return [key for key in missing_keys if key not in self._duplicates]
+        if missing := [key for key in missing_keys if key not in self._duplicates]:
+            raise FormatError(
+                f"{len(missing)} tensors are missing, such as {sorted(missing)[0]}; the file is incomplete: download it again"
+            )
+        return []
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Offer the embedders stored once under every block's name, as offloading looks them up."""
@@ -171,7 +186,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         for name, layer in vq_layers(model).items():
             if layer.codebook.device.type != "meta":
                 layer.check(name)
-        self._model = weakref.ref(model)
+        self.model = model
         if not hasattr(model, "_hf_hook"):  # accelerate's offloading moves packed tensors only
             set_decode_mode(model, _decode_mode.get(), self._dtype)
 
@@ -185,17 +200,15 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         Raises:
             FormatError: if a decoded weight was changed (a LoRA merged into it): packed tensors cannot hold that.
         """
-        model = self._model() if self._model is not None else None
-        if model is None:
-            raise RuntimeError("the model of this quantizer is gone; save the model, not a state dict")
-        for name, layer in vq_layers(model).items():
+        assert self.model is not None  # set when loading, and by `attach`
+        for name, layer in vq_layers(self.model).items():
             if layer.is_changed:
                 raise FormatError(
                     f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its codebook any "
                     "more: save the LoRA by itself and go back to the packed weights with vq4dit.set_decode_mode(model, "
                     '"load"), or call vq4dit.dequantize(model) and save it unpacked'
                 )
-        duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
+        duplicates = duplicate_keys(self.model, self.quantization_config.shared_embedders)
         target = getattr(torch, self.quantization_config.dtype)
         packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
         return {
@@ -254,7 +267,7 @@ def check_shapes(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> 
 def attach(transformer: Any, config: VQ4DiTConfig) -> None:
     """Tell diffusers that this model, whose layers are packed already, is quantized: `save_pretrained` then works."""
     quantizer = VQ4DiTQuantizer(config, pre_quantized=True)
-    quantizer._model = weakref.ref(transformer)
+    quantizer.model = transformer
     transformer.hf_quantizer = quantizer
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import HfApi, parse_safetensors_file_metadata
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import nn
 
 from vq4dit.codebook import assignment_bits
@@ -21,6 +23,7 @@ from vq4dit.loading import check_files, check_pipeline
 from vq4dit.packing import packed_size
 
 HEADER_BYTES_PER_TENSOR = 110  # of safetensors' JSON: name, type, shape, offsets
+WEIGHTS = re.compile(r"transformer/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without variants such as .fp16
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ def layer_size(name: str, linear: nn.Linear, num_codewords: int, dim: int) -> La
     return LayerSize(name, rows, columns, num_codewords, dim, assignments, 2 * num_codewords * dim, bias)
 
 
-def inspect(model: str, keep: Sequence[str] = ()) -> Inspection:
-    """Inspect a pipeline folder or Hub repository without reading its weights.
+def inspect(model: str, keep: Sequence[str] = (), widths: Sequence[int] = tuple(CODEBOOKS)) -> Inspection:
+    """Inspect a pipeline folder or Hub repository without reading its weights, and predict its size at some widths.
 
     Raises:
         UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
@@ -140,7 +143,7 @@ def inspect(model: str, keep: Sequence[str] = ()) -> Inspection:
         num_blocks=len(named_blocks(transformer)),
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
         file_bytes=tensor_bytes(model),
-        predictions=[predict_size(transformer, bits, keep) for bits in CODEBOOKS],
+        predictions=[predict_size(transformer, bits, keep) for bits in widths],
     )
 
 
@@ -152,10 +155,14 @@ def tensor_bytes(model: str) -> int:
     """
     if Path(model).is_dir():
         check_files(Path(model) / "transformer")
-        total = sum(path.stat().st_size for path in (Path(model) / "transformer").glob("*.safetensors"))
+        names = [f"transformer/{path.name}" for path in (Path(model) / "transformer").iterdir()]
+        total = sum((Path(model) / name).stat().st_size for name in names if WEIGHTS.fullmatch(name))
     else:
-        names = [f for f in HfApi().list_repo_files(model) if f.startswith("transformer/") and f.endswith(".safetensors")]
-        metadata = [parse_safetensors_file_metadata(model, name) for name in names]
+        try:
+            names = [name for name in HfApi().list_repo_files(model) if WEIGHTS.fullmatch(name)]
+            metadata = [parse_safetensors_file_metadata(model, name) for name in names]
+        except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+            raise VQ4DiTError(f"the Hub cannot be asked for the files of {model}: {error}") from error
         total = sum(max(t.data_offsets[1] for t in m.tensors.values()) for m in metadata if m.tensors)
     if not total:
         raise VQ4DiTError(f"{model} has no safetensors in transformer/: vq4dit loads nothing else; convert it first")

@@ -13,7 +13,6 @@ a file that is there is whole. Whoever opens the folder again goes on after the 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,24 +20,38 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+def fingerprint(pipeline: Any) -> str:
+    """SHA-256 over all that a result depends on: the transformer's tensors, the scheduler's settings, the labels."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    settings = {key: value for key, value in dict(getattr(scheduler, "config", {})).items() if not key.startswith("_")}
+    described = [type(scheduler).__name__, settings, getattr(pipeline, "labels", {})]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(pipeline.transformer.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where the system offers that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -82,14 +95,14 @@ class Job:
         self.folder, self.settings, self._lock = folder, settings, lock
 
     @classmethod
-    def open(cls, folder: Path, settings: QuantizationSettings, model: nn.Module, *, resume: bool) -> Job:
+    def open(cls, folder: Path, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
         """Start a new job, or with `resume` go on with the one in `folder` (start one if there is none).
 
         Raises:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
                 these files or another model, or another process works on it.
         """
-        description = {"version": 1, "settings": settings.to_dict(), "fingerprint": fingerprint(model)}
+        description = {"version": 1, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
         path = folder / "job.json"
         if path.exists() and not resume:
             raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")
@@ -98,10 +111,11 @@ class Job:
         job = cls(folder, settings, lock)
         try:
             if path.exists():
-                _compare(json.loads(path.read_text()), description, folder)
+                _compare(_read_description(path), description, folder)
             else:
+                job._clear()  # pieces without a description are left over from a removal that was interrupted
                 write_atomically(path, json.dumps(description, indent=1, sort_keys=True).encode())
-        except JobError:
+        except BaseException:
             job.close()
             raise
         return job
@@ -128,8 +142,13 @@ class Job:
 
     def remove(self) -> None:
         """Delete the folder: the result is safe elsewhere."""
+        (self.folder / "job.json").unlink()  # first, so that half a removal is no job
         shutil.rmtree(self.folder)
         self.close()
+
+    def _clear(self) -> None:
+        for piece in self.folder.rglob("*.safetensors"):
+            piece.unlink()
 
     def __enter__(self) -> Job:
         return self
@@ -143,6 +162,10 @@ class Job:
 
 def _lock(folder: Path) -> IO[str]:
     lock = open(folder / "lock", "w")
+    if os.name != "posix":  # no advisory locks: nobody else should work on the folder
+        return lock
+    import fcntl
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -151,11 +174,21 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
+def _read_description(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise JobError(f"{path} is damaged ({error}): delete the folder and start again") from error
+    return found if isinstance(found, dict) else {}
+
+
 def _compare(found: dict, wanted: dict, folder: Path) -> None:
-    if found.get("version") != wanted["version"]:
+    if found.get("version") != wanted["version"] or not wanted.keys() <= found.keys():
         raise JobError(f"{folder} was written by another version of vq4dit: delete the folder and start again")
     if found["fingerprint"] != wanted["fingerprint"]:
-        raise JobError(f"{folder} was started with other weights: resume with the same model, or delete the folder")
+        raise JobError(
+            f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it"
+        )
     if found["settings"] != wanted["settings"]:
         differing = [key for key, value in wanted["settings"].items() if found["settings"].get(key) != value]
         told = ", ".join(f"{key}={found['settings'].get(key)!r} there, {wanted['settings'][key]!r} now" for key in differing)

@@ -69,8 +69,12 @@ class VQLinear(nn.Linear):
         shape: tuple[int, int],
         bias: Float[Tensor, " rows"] | None = None,
         row_scale: Float[Tensor, " rows"] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> VQLinear:
-        """Make a hard layer. Codebook, scale and bias are rounded to fp16 values here, so that saving changes nothing."""
+        """Make a hard layer whose bias is of `dtype`, that of its inputs.
+
+        Codebook, scale and bias are rounded to fp16 values here, so that saving changes nothing.
+        """
         layer = cls(
             shape[1],
             shape[0],
@@ -79,6 +83,7 @@ class VQLinear(nn.Linear):
             bias=bias is not None,
             row_scale=row_scale is not None,
             device=codebook.device,
+            dtype=dtype,
         )
         layer.codebook.copy_(codebook.detach().half())
         layer.packed_assignments.copy_(pack_bits(assignments, assignment_bits(len(codebook))))
@@ -181,7 +186,7 @@ class SoftVQLinear(nn.Module):
         self.shape = shape
         self.codebook = nn.Parameter(codebook.detach().clone())
         self.logits = nn.Parameter(logits, requires_grad=logits.shape[1] > 1)
-        self.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None
+        self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None
         self.register_buffer("candidates", candidates)
 
     @property
@@ -190,7 +195,8 @@ class SoftVQLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         weight = MixCandidates.apply(self.codebook, self.logits, self.candidates).view(self.shape)
-        return F.linear(input, weight, self.bias)
+        bias = self.bias.to(input.dtype) if self.bias is not None else None
+        return F.linear(input, weight.to(input.dtype), bias)
 
     @torch.no_grad()
     def freeze_decided(self, threshold: float) -> None:
@@ -209,11 +215,11 @@ class SoftVQLinear(nn.Module):
         return torch.isneginf(self.logits).T.contiguous().any(dim=0).float().mean().item()
 
     @torch.no_grad()
-    def harden(self) -> VQLinear:
-        """The largest ratio wins."""
+    def harden(self, dtype: torch.dtype = torch.float32) -> VQLinear:
+        """The largest ratio wins; `dtype` is that of the layer's inputs."""
         winner = self.logits.argmax(dim=1, keepdim=True)
         assignments = self.candidates.gather(1, winner)[:, 0]
-        return VQLinear.from_assignments(self.codebook, assignments, self.shape, self.bias)
+        return VQLinear.from_assignments(self.codebook, assignments, self.shape, self.bias, dtype=dtype)
 
 
 def ratios_of(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:

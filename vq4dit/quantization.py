@@ -30,7 +30,7 @@ from vq4dit.config import QuantizationSettings, VQ4DiTConfig
 from vq4dit.diffusers_quantizer import attach
 from vq4dit.dit import equal_embedders, find_targets, share_embedders
 from vq4dit.errors import JobError, UnsupportedModelError
-from vq4dit.job import Job, TimeBudget
+from vq4dit.job import Job, TimeBudget, sync_folder
 from vq4dit.kmeans import fit_codebook
 from vq4dit.layers import SoftVQLinear, VQLinear, start_logits
 from vq4dit.progress import OnProgress, Progress, ignore
@@ -38,6 +38,7 @@ from vq4dit.zero_data import check_supported
 
 CHECKPOINT_SECONDS = 15.0
 CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
+WRITE_BYTES_PER_SECOND = 2e8  # a guess, until the first checkpoint tells
 
 
 def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_progress: OnProgress = ignore) -> Any:
@@ -52,7 +53,7 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
     settings = settings or QuantizationSettings()
     check(pipeline, settings)
     with tempfile.TemporaryDirectory() as folder:
-        with Job.open(Path(folder), settings, pipeline.transformer, resume=False) as job:
+        with Job.open(Path(folder), settings, pipeline, resume=False) as job:
             return run(job, pipeline, on_progress=on_progress)
 
 
@@ -71,10 +72,11 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
         return _finish(pipeline, student_with(pipeline.transformer, hardened), job.settings)
     soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
     student = student_with(pipeline.transformer, soft)
-    if not calibrate(job, pipeline, student, budget, on_progress):
-        return None
+    with torch.enable_grad():
+        if not calibrate(job, pipeline, student, budget, on_progress):
+            return None
     for name, layer in soft.items():
-        student.set_submodule(name, layer.harden())
+        student.set_submodule(name, layer.harden(targets[name].weight.dtype))
     return _finish(pipeline, student, job.settings)
 
 
@@ -98,12 +100,19 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     if settings.recipe != "kmeans":
         check_supported(pipeline)
     targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
-    for name, linear in targets.items():
-        if not torch.isfinite(linear.weight).all():
+    for name, p in transformer.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
             raise UnsupportedModelError(
-                f"the weight of {name} has values that are not finite (NaN or infinity): the file is damaged, or was "
-                "converted to a type too small for it"
+                f"{name} has values that are not finite (NaN or infinity): the file is damaged, or was converted to a type "
+                "too small for it"
             )
+    for name, linear in targets.items():
+        for p in linear.parameters():
+            if p.abs().max() > torch.finfo(torch.float16).max:
+                raise UnsupportedModelError(
+                    f"{name} has values above 65504, the largest that an fp16 codebook holds: leave it in 16 bit with "
+                    f"--keep {name}"
+                )
     return targets
 
 
@@ -124,7 +133,7 @@ def _cluster(job: Job, targets: dict[str, nn.Linear], budget: TimeBudget, on_pro
     slowest = 0.0
     for done, (name, linear) in enumerate(targets.items()):
         if not job.has(f"layers/{name}"):
-            if not budget.allows(2 * slowest):
+            if slowest and not budget.allows(2 * slowest):  # every slice clusters at least one layer
                 return False
             started = time.monotonic()
             subvectors = subvectors_of(linear, settings.subvector_dim)
@@ -143,7 +152,8 @@ def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 def _clustered_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
     codebook, candidates = _piece(job, name, linear)
-    return VQLinear.from_assignments(codebook, candidates[:, 0], (linear.out_features, linear.in_features), linear.bias)
+    shape = (linear.out_features, linear.in_features)
+    return VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=linear.weight.dtype)
 
 
 def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
@@ -186,11 +196,14 @@ def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, o
     calibration = Calibration(pipeline, student, config, generator)
     if job.has("calibration"):
         calibration.restore(job.read("calibration"))
-    step_seconds = write_seconds = 0.0
+    step_seconds = 0.0
+    write_seconds = sum(tensor.nbytes for tensor in calibration.tensors().values()) / WRITE_BYTES_PER_SECOND
+    first_step = calibration.step
     written = time.monotonic()
     while calibration.step < config.steps:
         started = time.monotonic()
-        if not budget.allows(2 * step_seconds + 2 * write_seconds):
+        moved_on = calibration.step > first_step  # every slice makes at least one step, else a job might never end
+        if moved_on and not budget.allows(2 * step_seconds + 2 * write_seconds):
             job.write("calibration", calibration.tensors())
             return False
         metrics = calibration.advance()
@@ -225,8 +238,9 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
         JobError: if the folder is not empty and `overwrite` is false, or the disk is full.
     """
     check_output(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    for leftover in (partial, previous):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
         for path in sorted(partial.rglob("*")):
@@ -235,15 +249,15 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-    except Exception as error:  # safetensors reports a full disk as an error of its own
+    except BaseException as error:  # safetensors reports a full disk as an error of its own
         shutil.rmtree(partial, ignore_errors=True)
         if "No space left" in str(error) or "os error 28" in str(error):
             raise JobError(f"the disk is full: {folder} could not be written. Free some space and use --resume") from error
         raise
-    previous = folder.with_name(f".{folder.name}.previous")
     if folder.exists():
         folder.rename(previous)
     partial.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -255,7 +269,24 @@ def _forget_local_paths(path: Path) -> None:
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise `JobError` if something would be lost by writing to `folder`."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+def check_output(folder: Path, overwrite: bool, contains: str = "model_index.json") -> None:
+    """Raise `JobError` if something would be lost by writing to `folder`.
+
+    Even with `overwrite` only a folder of the same kind is replaced: one that contains the file named `contains`.
+    """
+    if folder.is_file():
+        raise JobError(f"{folder} is a file: choose another output")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
         raise JobError(f"{folder} is not empty: choose another output, or pass --overwrite to replace it")
+    if not (folder / contains).is_file():
+        raise JobError(f"{folder} has no {contains}, so it is none of our results and is not replaced: choose another output")
+
+
+def is_result(folder: Path, settings: QuantizationSettings) -> bool:
+    """Whether `folder` already is what these settings make: a process may be killed between saving and cleaning up."""
+    path = folder / "transformer" / "config.json"
+    made = json.loads(path.read_text()).get("quantization_config", {}) if path.is_file() else {}
+    wanted = {"quant_method": "vq4dit", "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
+    return wanted.items() <= made.items()

@@ -9,13 +9,14 @@ as sampling does. Teacher and student both see those latents, so the student's e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTPipeline
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
@@ -29,14 +30,15 @@ class TeacherStep(NamedTuple):
     class_labels: Integer[Tensor, " twice_b"]
     block_outputs: list[Tensor]  # what each of the teacher's blocks returned
     prediction: Float[Tensor, "twice_b out h w"]  # the teacher's output, before guidance
+    guided: Float[Tensor, "b c h w"]  # what the scheduler was given
 
 
 def check_supported(pipeline: Any) -> None:
     """Raise `UnsupportedModelError` unless trajectories of this pipeline can be made."""
     if not isinstance(pipeline, DiTPipeline):
         raise UnsupportedModelError(
-            f"zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
-            f"{type(pipeline).__name__}; --recipe kmeans needs no trajectories"
+            f"sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
+            f"{type(pipeline).__name__}; only quantizing with --recipe kmeans needs none"
         )
 
 
@@ -47,7 +49,9 @@ def new_scheduler(pipeline: DiTPipeline) -> Any:
 
 def num_classes(pipeline: DiTPipeline) -> int:
     """Classes that have a label, or all the embedder knows but the null class."""
-    return len(pipeline.labels) and max(pipeline.labels.values()) + 1 or pipeline.transformer.config.num_embeds_ada_norm
+    if pipeline.labels:
+        return max(pipeline.labels.values()) + 1
+    return pipeline.transformer.config.num_embeds_ada_norm
 
 
 def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
@@ -61,6 +65,17 @@ def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, c
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: in training mode DiT drops class labels at random."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def teacher_steps(
     pipeline: DiTPipeline,
     generator: torch.Generator,
@@ -68,11 +83,16 @@ def teacher_steps(
     num_trajectories: int,
     guidance_scale: float,
     num_inference_steps: int,
+    replayed: Sequence[Tensor] = (),
 ) -> Iterator[TeacherStep]:
     """Walk `num_trajectories` random trajectories side by side, once, as `DiTPipeline.__call__` walks them.
 
     Yields `num_inference_steps` steps (more for schedulers that evaluate twice). The generator draws labels and noise on
     its own device, so the walk does not depend on the model's.
+
+    Args:
+        replayed: guided predictions of the first steps of the same walk, made earlier; those steps are gone through without
+            the teacher, and not yielded.
     """
     teacher = pipeline.transformer
     config = teacher.config
@@ -86,11 +106,13 @@ def teacher_steps(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     with recorded_outputs(list(named_blocks(teacher).values())) as block_outputs:
-        for t in scheduler.timesteps:
-            with torch.no_grad():  # never around a yield: the listener may want gradients
+        for guided, t in zip(replayed, scheduler.timesteps, strict=False):
+            latents = scheduler.step(guided, t, latents, **extra).prev_sample
+        for t in scheduler.timesteps[len(replayed) :]:
+            with torch.no_grad(), evaluating(teacher):  # never around a yield: the listener may want gradients
                 model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
                 timesteps = t.to(teacher.device).expand(len(model_input))
                 prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
                 guided = guide(prediction, guidance_scale, config.in_channels)
                 latents = scheduler.step(guided, t, latents, **extra).prev_sample
-            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction)
+            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction, guided)
