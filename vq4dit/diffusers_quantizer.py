@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -33,19 +33,21 @@ from vq4dit.errors import FormatError
 from vq4dit.layers import VQLinear
 from vq4dit.packing import packed_size
 
-DecodeMode = Literal["auto", "load", "forward"]
-_decode_mode: ContextVar[DecodeMode] = ContextVar("decode_mode", default="auto")
+DECODE_MODES = ("auto", "load", "forward")
+_decode_mode: ContextVar[str] = ContextVar("decode_mode", default="auto")
 PACKED_TYPES = {"codebook": ("F16", "F32"), "packed_assignments": ("U8",), "row_scale": ("F16", "F32")}
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
 @contextmanager
-def decode_mode(mode: DecodeMode) -> Iterator[None]:
+def decode_mode(mode: str) -> Iterator[None]:
     """Choose when models loaded inside this block are decoded.
 
     "load": once, at load; as fast as the original. "forward": in every forward pass; memory as small as the file.
     "auto" (the default): at load if the decoded weights fit in half of the memory that is free.
     """
+    if mode not in DECODE_MODES:
+        raise ValueError(f"decode mode must be one of {DECODE_MODES}, got {mode!r}")
     token = _decode_mode.set(mode)
     try:
         yield
@@ -58,14 +60,14 @@ def vq_layers(model: nn.Module) -> dict[str, VQLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
 
 
-def set_decode_mode(model: nn.Module, mode: DecodeMode, dtype: torch.dtype | None = None) -> None:
+def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = None) -> None:
     """Switch a loaded model between decoded (`"load"`) and packed (`"forward"`) layers; see `decode_mode`.
 
     Raises:
         ValueError: if there is no such mode.
     """
-    if mode not in ("auto", "load", "forward"):
-        raise ValueError(f'decode mode must be "auto", "load" or "forward", got {mode!r}')
+    if mode not in DECODE_MODES:
+        raise ValueError(f"decode mode must be one of {DECODE_MODES}, got {mode!r}")
     layers = {name: layer for name, layer in vq_layers(model).items() if layer.codebook.device.type != "meta"}
     if not layers:
         return
