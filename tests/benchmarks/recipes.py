@@ -39,7 +39,7 @@ def quantize(model: str, output: Path, options: list[str], seed: int) -> dict:
     report = output.with_suffix(".json")
     if report.exists():
         return json.loads(report.read_text())
-    measured = run_vq4dit("quantize", model, "--output", str(output), *options, "--seed", str(seed), "--json")
+    measured = run_vq4dit("quantize", model, "--output", str(output), *options, "--seed", str(seed), "--resume", "--json")
     values = {"seconds": measured.seconds, "peak_bytes": measured.peak_bytes}
     report.write_text(json.dumps(values))
     return values
