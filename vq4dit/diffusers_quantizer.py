@@ -39,6 +39,11 @@ PACKED_TYPES = {"codebook": ("F16", "F32"), "packed_assignments": ("U8",), "row_
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
+def _check_mode(mode: str) -> None:
+    if mode not in DECODE_MODES:
+        raise ValueError(f"decode mode must be one of {DECODE_MODES}, got {mode!r}")
+
+
 @contextmanager
 def decode_mode(mode: str) -> Iterator[None]:
     """Choose when models loaded inside this block are decoded.
@@ -46,8 +51,7 @@ def decode_mode(mode: str) -> Iterator[None]:
     "load": once, at load; as fast as the original. "forward": in every forward pass; memory as small as the file.
     "auto" (the default): at load if the decoded weights fit in half of the memory that is free.
     """
-    if mode not in DECODE_MODES:
-        raise ValueError(f"decode mode must be one of {DECODE_MODES}, got {mode!r}")
+    _check_mode(mode)
     token = _decode_mode.set(mode)
     try:
         yield
@@ -66,8 +70,7 @@ def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = Non
     Raises:
         ValueError: if there is no such mode.
     """
-    if mode not in DECODE_MODES:
-        raise ValueError(f"decode mode must be one of {DECODE_MODES}, got {mode!r}")
+    _check_mode(mode)
     layers = {name: layer for name, layer in vq_layers(model).items() if layer.codebook.device.type != "meta"}
     if not layers:
         return
