@@ -5,11 +5,15 @@ learns to remove noise from latents, given a class. Both are plain diffusers mod
 
 What made a small DiT learn on two cores: class = subject, batches of 32, lr 1e-3 with a decay at the end, a class
 embedding that starts large (std 0.5), latents normalised per channel, v-prediction (at high noise its loss *is* the class,
-where noise-prediction barely sees it), timesteps drawn a little more often where images take shape, EMA weights.
+where noise-prediction barely sees it), timesteps drawn a little more often where images take shape, EMA weights. The DiTs
+that people quantize predict the noise, though, and quantize differently: what passes through their layers is mostly the
+noisy latent itself. So a second DiT of the same shape learns to predict noise from the first, whose answers, unlike the
+noise in an image, are the same every time: images are recognisable after 40 thousand, not 80 thousand.
 
     python assets/train_emoji_dit.py autoencoder      # stage 1
-    python assets/train_emoji_dit.py dit              # stage 2; the long one
-    python assets/train_emoji_dit.py decoder          # stage 3: more training of the decoder only, latents unchanged
+    python assets/train_emoji_dit.py decoder          # stage 2: more training of the decoder only, latents unchanged
+    python assets/train_emoji_dit.py teacher          # stage 3: a DiT that predicts v
+    python assets/train_emoji_dit.py dit              # stage 4: the DiT that predicts noise
     python assets/train_emoji_dit.py save             # assets/emoji-dit
 
 Every stage writes a checkpoint (safetensors) each few minutes and goes on from it; the random state is part of it, so
@@ -18,25 +22,23 @@ an interrupted run and an uninterrupted one see the same batches. Needs `npm` an
 
 import argparse
 import copy
-import json
+import functools
 import os
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from emoji_images import STYLES, Images, render
-from safetensors import safe_open
-from safetensors.torch import save_file
+from emoji_training import Checkpoint, Trainer, learning_rate, train
 from torch import Tensor
 
 HERE = Path(__file__).parent
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
 EMA_DECAY = 0.9985
-CHECKPOINT_SECONDS = 180
+BATCH_SIZE = 32  # of the DiTs
+STEPS = {"autoencoder": 2600, "decoder": 4000, "teacher": 3700, "dit": 4800}
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -74,111 +76,7 @@ def subject_images(images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.tensor(indices), classes, styles, held_out
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Checkpoint:
-    """Named tensors plus a few numbers, in one safetensors file, replaced atomically."""
-
-    path: Path
-
-    def save(self, tensors: dict[str, Tensor], **numbers: float) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"numbers": json.dumps(numbers)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        if not self.path.exists():
-            return None
-        with safe_open(self.path, "pt") as file:
-            return {k: file.get_tensor(k).clone() for k in file.keys()}, json.loads(file.metadata()["numbers"])
-
-
-class Trainer:
-    """AdamW on fp32 masters with an exponential moving average; the model itself may be bf16."""
-
-    def __init__(self, parameters: dict[str, Tensor], generator: torch.Generator, ema_decay: float):
-        self.names = list(parameters)
-        self.live = list(parameters.values())
-        self.master = [p.detach().float().clone().requires_grad_() for p in self.live]
-        self.ema = [p.detach().clone() for p in self.master]
-        self.optimizer = torch.optim.AdamW(self.master, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.generator, self.ema_decay, self.step = generator, ema_decay, 0
-        for p in self.master:  # so that the state exists before a checkpoint is read
-            self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-
-    def update(self, learning_rate: float) -> None:
-        """One optimiser step from the gradients of the live parameters, which are then cleared."""
-        for p, m in zip(self.live, self.master, strict=True):
-            m.grad = torch.empty_like(m).copy_(p.grad)  # the fused optimiser wants one memory layout for all
-            p.grad = None
-        torch.nn.utils.clip_grad_norm_(self.master, 1.0)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
-        self.step += 1
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_copy_(self.live, self.master)
-            torch._foreach_lerp_(self.ema, [m.detach() for m in self.master], 1 - decay)
-
-    def tensors(self) -> dict[str, Tensor]:
-        moments = ((n, self.optimizer.state[m]) for n, m in zip(self.names, self.master, strict=True))
-        out = {"generator": self.generator.get_state()}
-        for (name, state), m, e in zip(moments, self.master, self.ema, strict=True):
-            out |= {
-                f"master/{name}": m.detach(),
-                f"ema/{name}": e,
-                f"m/{name}": state["exp_avg"],
-                f"v/{name}": state["exp_avg_sq"],
-            }
-        return out
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        for name, live, m, e in zip(self.names, self.live, self.master, self.ema, strict=True):
-            m.copy_(tensors[f"master/{name}"])
-            e.copy_(tensors[f"ema/{name}"])
-            live.copy_(m)
-            state = self.optimizer.state[m]
-            state["exp_avg"].copy_(tensors[f"m/{name}"])
-            state["exp_avg_sq"].copy_(tensors[f"v/{name}"])
-            state["step"].fill_(step)
-        self.generator.set_state(tensors["generator"])
-        self.step = step
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_from: float) -> float:
-    """Linear warm-up, a plateau, and a linear decay to 1 % of the peak from the fraction `decay_from` on."""
-    tail = max(0.0, (step / steps - decay_from) / (1 - decay_from))
-    return peak * min(1.0, (step + 1) / warmup) * (1 - 0.99 * tail)
-
-
-def train(trainer: Trainer, checkpoint: Checkpoint, steps: int, schedule, loss_of_batch, batch_size: int) -> Iterator[float]:
-    """Run to `steps`, yielding each loss; print one progress line every 50 steps; checkpoint now and then."""
-    started, first, saved, mean = time.time(), trainer.step, time.time(), None
-    while trainer.step < steps:
-        loss = loss_of_batch()
-        loss.backward()
-        trainer.update(schedule(trainer.step))
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        yield loss.item()
-        if trainer.step % 50 == 0:
-            speed = (trainer.step - first) * batch_size / (time.time() - started)
-            left = (steps - trainer.step) * batch_size / speed / 60
-            print(f"step {trainer.step}/{steps}  loss {mean:.4f}  {speed:.0f} images/s  {left:.0f} min left", flush=True)
-        if time.time() - saved > CHECKPOINT_SECONDS or trainer.step == steps:
-            checkpoint.save(trainer.tensors(), step=trainer.step)
-            saved = time.time()
-
-
-# --- stage 1 and 3: the autoencoder ----------------------------------------------------------------------------------
+# --- stages 1 and 2: the autoencoder ----------------------------------------------------------------------------------
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -205,7 +103,7 @@ def reconstruction_loss(reconstructed: Tensor, image: Tensor) -> Tensor:
 
 
 def train_autoencoder(work: Path, seed: int, steps: int, decoder_only: bool) -> None:
-    """Train all of it, or (stage 3) the decoder alone against latents that stay as the DiT knows them."""
+    """Train all of it, or (stage 2) the decoder alone against latents that stay as the DiT knows them."""
     torch.manual_seed(seed)  # initial weights
     generator = torch.Generator().manual_seed(seed)
     images = render(work)
@@ -290,7 +188,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat([vae.encode(batch.float() / 127.5 - 1).latent_dist.mean for batch in pixels.split(128)])
 
 
-# --- stage 2: the DiT ------------------------------------------------------------------------------------------------
+# --- stages 3 and 4: the DiT ------------------------------------------------------------------------------------------
 
 
 def new_dit() -> DiTTransformer2DModel:
@@ -327,53 +225,113 @@ def new_scheduler() -> DDIMScheduler:
         beta_end=0.02,
         beta_schedule="linear",
         clip_sample=False,
-        prediction_type="v_prediction",
+        prediction_type="epsilon",
     )
 
 
-def train_dit(work: Path, seed: int, steps: int, stop_at: int | None) -> None:
-    """Minimise E || v - DiT(x_t, t, y) ||² with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x₀ (Salimans & Ho 2022); y is dropped at 10 %."""
-    torch.manual_seed(seed)  # initial weights
-    generator = torch.Generator().manual_seed(seed)
+@functools.cache
+def alphas_cumprod() -> Tensor:
+    """ᾱ of every timestep."""
+    return new_scheduler().alphas_cumprod
+
+
+def training_latents(work: Path) -> tuple[Tensor, Tensor]:
+    """Latents (n, 4, 16, 16) and classes (n,) of all subject images but those held out."""
     images = render(work)
     indices, classes, _, held_out = subject_images(images)
-    vae = trained_autoencoder(work, images)
-    latents = encode(vae, pixels_as_tensor(images)[indices[~held_out]])
-    classes = classes[~held_out]
-    scheduler = new_scheduler()
-    alphas = scheduler.alphas_cumprod
-    dit = new_dit().train().to(torch.bfloat16)
-    dit.transformer_blocks[0].norm1.emb.class_embedder.eval()  # labels are dropped below, from our own generator
+    latents = encode(trained_autoencoder(work, images), pixels_as_tensor(images)[indices[~held_out]])
+    print(f"{len(latents)} images of {int(classes.max()) + 1} subjects, {int(held_out.sum())} pairs held out", flush=True)
+    return latents, classes[~held_out]
+
+
+def train_dit(dit: DiTTransformer2DModel, checkpoint: Checkpoint, generator: torch.Generator, schedule, stop_at: int, loss):
+    """Train to step `stop_at` with learning rates `schedule(step)`; `loss(dit)` draws a batch. A text file keeps the losses."""
+    dit.to(torch.bfloat16).train()
+    dit.transformer_blocks[0].norm1.emb.class_embedder.eval()  # labels are dropped by `batch`, from our own generator
     trainer = Trainer({n: p for n, p in dit.named_parameters() if p.requires_grad}, generator, EMA_DECAY)
-    checkpoint = Checkpoint(work / "dit.safetensors")
     if stored := checkpoint.load():
         trainer.restore(stored[0], int(stored[1]["step"]))
     compiled = torch.compile(dit)
-    batch_size = 32
-    print(f"{len(latents)} images of {int(classes.max()) + 1} subjects, {int(held_out.sum())} pairs held out", flush=True)
 
-    def loss_of_batch() -> Tensor:
-        chosen = torch.randint(len(latents), (batch_size,), generator=generator)
-        x0, labels = latents[chosen], classes[chosen].clone()
-        labels[torch.rand(batch_size, generator=generator) < 0.1] = NULL_CLASS
-        timesteps = (1000 * torch.rand(batch_size, generator=generator) ** 1.25).long()
-        noise = torch.randn(x0.shape, generator=generator)
-        signal = alphas[timesteps].view(-1, 1, 1, 1).sqrt()
-        spread = (1 - alphas[timesteps]).view(-1, 1, 1, 1).sqrt()
-        noisy = (signal * x0 + spread * noise).to(torch.bfloat16)
-        predicted = compiled(noisy, timestep=timesteps, class_labels=labels).sample.float()
-        return F.mse_loss(predicted, signal * noise - spread * x0)
+    with open(checkpoint.path.with_suffix(".txt"), "a") as file:
+        for value in train(trainer, checkpoint, stop_at, schedule, lambda: loss(compiled), BATCH_SIZE):
+            print(f"{trainer.step} {value:.6f}", file=file)
+
+
+class Batch(NamedTuple):
+    """x_t = sqrt(ᾱ) x₀ + sqrt(1-ᾱ) ε for `BATCH_SIZE` images; y is the null class now and then, for guidance."""
+
+    noisy: Tensor  # x_t, bf16
+    clean: Tensor  # x₀
+    noise: Tensor  # ε
+    alpha: Tensor  # ᾱ, (b, 1, 1, 1)
+    timesteps: Tensor
+    labels: Tensor
+
+
+def batch(latents: Tensor, classes: Tensor, drop: float, timesteps_power: float, generator: torch.Generator) -> Batch:
+    """Random images and noise; timesteps are 1000 u^`timesteps_power` with u uniform, labels are dropped at the rate `drop`."""
+    chosen = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
+    clean, labels = latents[chosen], classes[chosen].clone()
+    labels[torch.rand(BATCH_SIZE, generator=generator) < drop] = NULL_CLASS
+    timesteps = (1000 * torch.rand(BATCH_SIZE, generator=generator) ** timesteps_power).long()
+    noise = torch.randn(clean.shape, generator=generator)
+    alpha = alphas_cumprod()[timesteps].view(-1, 1, 1, 1)
+    noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(torch.bfloat16)
+    return Batch(noisy, clean, noise, alpha, timesteps, labels)
+
+
+def train_teacher(work: Path, seed: int, steps: int, stop_at: int) -> None:
+    """Minimise E || v - DiT(x_t, t, y) ||² with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x₀ (Salimans & Ho 2022)."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, classes = training_latents(work)
 
     def schedule(step: int) -> float:
         return learning_rate(step, steps, 1e-3, warmup=200, decay_from=0.7)
 
-    curve = work / "dit_loss.txt"
-    with open(curve, "a") as file:
-        for loss in train(trainer, checkpoint, min(steps, stop_at or steps), schedule, loss_of_batch, batch_size):
-            print(f"{trainer.step} {loss:.6f}", file=file)
+    def loss(dit) -> Tensor:
+        b = batch(latents, classes, 0.1, 1.25, generator)
+        predicted = dit(b.noisy, timestep=b.timesteps, class_labels=b.labels).sample.float()
+        return F.mse_loss(predicted, b.alpha.sqrt() * b.noise - (1 - b.alpha).sqrt() * b.clean)
+
+    torch.manual_seed(seed)  # initial weights
+    train_dit(new_dit(), Checkpoint(work / "teacher.safetensors"), generator, schedule, stop_at, loss)
 
 
-# --- stage 4: save ---------------------------------------------------------------------------------------------------
+def train_student(work: Path, seed: int, steps: int, stop_at: int) -> None:
+    """Minimise E w || ε(teacher) - DiT(x_t, t, y) ||² with ε(teacher) = sqrt(ᾱ) v + sqrt(1-ᾱ) x_t.
+
+    A step of the sampler moves the image by the error of ε times about 1 / sqrt(ᾱ), so w = 1 / ᾱ, up to 5. All weights start
+    anew but those of the embedder, which are the teacher's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    latents, classes = training_latents(work)
+    teacher = new_dit()
+    teacher.load_state_dict(ema_weights(work / "teacher.safetensors"), strict=False)
+    torch.manual_seed(seed)  # initial weights
+    student = new_dit()
+    student.transformer_blocks[0].norm1.emb.load_state_dict(teacher.transformer_blocks[0].norm1.emb.state_dict())
+    compiled_teacher = torch.compile(teacher.to(torch.bfloat16).eval().requires_grad_(False))
+
+    def schedule(step: int) -> float:
+        """Two cycles: after the first, images were recognisable but not clean."""
+        first = steps * 13 // 24
+        if step < first:
+            return learning_rate(step, first, 1e-3, warmup=200, decay_from=0.6)
+        return learning_rate(step - first, steps - first, 8e-4, warmup=100, decay_from=0.4)
+
+    def loss(dit) -> Tensor:
+        b = batch(latents, classes, 0.2, 1.0, generator)
+        with torch.no_grad():
+            v = compiled_teacher(b.noisy, timestep=b.timesteps, class_labels=b.labels).sample.float()
+            wanted = b.alpha.sqrt() * v + (1 - b.alpha).sqrt() * b.noisy.float()
+        predicted = dit(b.noisy, timestep=b.timesteps, class_labels=b.labels).sample.float()
+        return ((1 / b.alpha).clamp(max=5) * (predicted - wanted).square()).mean()
+
+    train_dit(student, Checkpoint(work / "dit.safetensors"), generator, schedule, stop_at, loss)
+
+
+# --- stage 5: save ---------------------------------------------------------------------------------------------------
 
 
 def pipeline(work: Path) -> DiTPipeline:
@@ -396,23 +354,23 @@ def save(work: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "dit", "decoder", "save"])
+    parser.add_argument("stage", choices=[*STEPS, "save"])
     parser.add_argument("--work", type=Path, default=HERE / "emoji-work", help="packages, images, checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, default=None, help="length of the schedule (autoencoder 3000, dit 40000, decoder 4000)"
-    )
-    parser.add_argument("--stop-at", type=int, default=None, help="dit only: stop at this step of the schedule")
+    parser.add_argument("--steps", type=int, default=None, help=f"length of the schedule ({STEPS})")
+    parser.add_argument("--stop-at", type=int, default=None, help="teacher and dit: stop at this step of the schedule")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "save":
         save(args.work, HERE / "emoji-dit")
-    elif args.stage == "dit":
-        train_dit(args.work, args.seed, args.steps or 40_000, args.stop_at)
+        return
+    steps = args.steps or STEPS[args.stage]
+    if args.stage in ("teacher", "dit"):
+        run = train_teacher if args.stage == "teacher" else train_student
+        run(args.work, args.seed, steps, min(steps, args.stop_at or steps))
     else:
-        decoder_only = args.stage == "decoder"
-        train_autoencoder(args.work, args.seed, args.steps or (4000 if decoder_only else 3000), decoder_only)
+        train_autoencoder(args.work, args.seed, steps, args.stage == "decoder")
 
 
 if __name__ == "__main__":

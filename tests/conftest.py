@@ -1,14 +1,15 @@
 """Tiny real models, seeded, shared by all tests. Nothing here needs a network or a GPU."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import hub_environment  # noqa: F401  sets the environment, so it comes first
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from hub_fixtures import ann, hub  # noqa: F401  fixtures
 
 import vq4dit
+from vq4dit import layer_by_layer
+
+layer_by_layer.TOKENS = 640  # two trajectories of the tiny model
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def quantized_folder(tmp_path_factory):
 
 
 def quick_settings(**changes) -> vq4dit.QuantizationSettings:
-    """`paper` with few steps."""
-    calibration = changes.pop("calibration", {})
-    quick = vq4dit.CalibrationConfig(**({"steps": 12, "num_inference_steps": 5, "num_trajectories": 2} | calibration))
-    return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": quick} | changes))
+    """`paper`, or another recipe, with few steps."""
+    few = {"steps": 12, "num_inference_steps": 5, "num_trajectories": 2, "tuning_steps": 6, "tuning_batch": 2}
+    calibration = vq4dit.CalibrationConfig(**(few | changes.pop("calibration", {})))
+    return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": calibration} | changes))
 
 
 @pytest.fixture

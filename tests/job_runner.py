@@ -1,6 +1,6 @@
 """Run a job of the tiny model and die (SIGKILL) at a given moment; `test_job.py` starts this as a process.
 
-    python job_runner.py JOB_FOLDER OUTPUT MOMENT
+    python job_runner.py JOB_FOLDER OUTPUT RECIPE MOMENT
 
 MOMENT counts files: the process dies when that many have been written under their temporary name, before the rename on
 odd moments and after it on even ones. 0 never dies.
@@ -35,13 +35,13 @@ def die_at(moment: int) -> None:
 
 
 def main() -> None:
-    folder, output, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    folder, output, recipe, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
     quantization.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
     quantization.CHECKPOINT_SHARE = 1e9
     pipeline = new_pipeline()
     die_at(moment)
-    with vq4dit.Job.open(folder, quick_settings(), pipeline, resume=True) as job:
+    with vq4dit.Job.open(folder, quick_settings(recipe=recipe), pipeline, resume=True) as job:
         vq4dit.save(vq4dit.run(job, pipeline), output)
         job.remove()
 

@@ -8,7 +8,8 @@ from vq4dit.codebook import nearest_codewords
 from vq4dit.evaluation import noise_nmse
 from vq4dit.kmeans import fit_codebook
 from vq4dit.layers import SoftVQLinear, start_logits
-from vq4dit.quantization import check, layer_generator, student_with, subvectors_of
+from vq4dit.quantization import check, layer_generator, subvectors_of
+from vq4dit.student import student_with
 
 
 def new_calibration(pipeline, settings) -> Calibration:
@@ -60,6 +61,15 @@ def test_a_restored_calibration_goes_on_bit_for_bit(pipeline):
         resumed.advance()
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_hardening_follows_its_schedule_to_the_end(pipeline):
+    settings = quick_settings(calibration={"steps": 10, "hardening_start": 0.2, "hardening_end": 0.7, "ratio_loss_weight": 0.0})
+    calibration, decided = new_calibration(pipeline, settings), []
+    for _ in range(10):
+        calibration.advance()
+        decided.append(calibration.decided_fraction())
+    assert decided == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1], abs=0.02)
 
 
 def test_one_candidate_trains_codebooks_and_biases_only(pipeline):

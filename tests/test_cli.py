@@ -37,7 +37,7 @@ def loading_bars_off(monkeypatch):
 
 
 def test_the_whole_way_from_a_model_to_a_report(tmp_path, model_folder, capsys):
-    assert run("inspect", model_folder, "--json") == 0
+    assert run("inspect", model_folder, "--recipe", "paper", "--json") == 0
     predicted = json.loads(capsys.readouterr().out)
     assert run(*quick(model_folder, tmp_path / "q", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
@@ -71,7 +71,7 @@ def test_a_model_compared_with_itself_has_no_error(tmp_path, model_folder, capsy
     assert report["noise_nmse"] == 0 and report["ssim"] == pytest.approx(1) and report["psnr_db"] > 100
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["quantize"], ["sample"], ["compare"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["inspect"], ["quantize"], ["sample"], ["compare"], ["push"]], ids=str)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*command, "--help")
@@ -214,19 +214,25 @@ def test_a_model_too_small_for_any_codebook_is_told(tmp_path, capsys):
 
 def test_ctrl_c_leaves_no_half_written_result_and_resume_finishes(tmp_path, model_folder):
     command = [sys.executable, "-W", "ignore", "-m", "vq4dit"]
-    arguments = [str(a) for a in quick(model_folder, tmp_path / "q", "--steps", 60)]
-    process = subprocess.Popen(command + arguments, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    # 400 steps take so long that the last one is never there before Ctrl-C is
+    arguments = [str(a) for a in quick(model_folder, tmp_path / "q", "--steps", 400)]
+    process = subprocess.Popen(
+        command + arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to Ctrl-C
+    )
     layers = tmp_path / "q.job" / "layers"
-    deadline = time.time() + 120
-    while len(list(layers.glob("*.safetensors"))) < 14 and time.time() < deadline:
+    while len(list(layers.glob("*.safetensors"))) < 14 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in said
     assert not (tmp_path / "q").exists() and (tmp_path / "q.job" / "job.json").exists()
-    assert run(*quick(model_folder, tmp_path / "q", "--steps", 60)) == 1  # an unfinished job is not overwritten
-    assert run(*quick(model_folder, tmp_path / "q", "--steps", 50, "--resume")) == 1  # other settings
-    assert run(*quick(model_folder, tmp_path / "q", "--steps", 60, "--resume")) == 0
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 400)) == 1  # an unfinished job is not overwritten
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 300, "--resume")) == 1  # other settings
+    assert run(*quick(model_folder, tmp_path / "q", "--steps", 400, "--resume")) == 0
     assert (tmp_path / "q" / "model_index.json").exists() and not (tmp_path / "q.job").exists()
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from vq4dit.diffusers_quantizer import vq_layers
 from vq4dit.layers import VQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
+GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
 def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
@@ -71,6 +73,21 @@ def test_a_quantized_model_is_read_with_numpy_alone(quantized_folder):
         layer = model.get_submodule(name)
         wanted = layer.reconstruct(torch.float32).numpy()
         np.testing.assert_array_equal(decode(tensors, name, layer.out_features, layer.in_features), wanted)
+
+
+def test_a_golden_model_of_different_widths_loads_for_ever():
+    """A DiT of one block, as diffusers saved it; its layers' k and d differ and stand nowhere but in their tensors."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel.from_pretrained(GOLDEN_MODEL).eval()
+    layers = vq_layers(model)
+    assert {tuple(layer.codebook.shape) for layer in layers.values()} == {(16, 4), (8, 2), (16, 2), (13, 4)}
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        digest.update(name.encode() + layer.reconstruct(torch.float32).numpy().tobytes())
+    assert digest.hexdigest() == "a39c383322fa09dfdd1a54bb45b62ede67f4eb04a05969fecc7a6fd741bcacaa"
+    output = model(torch.ones(1, 4, 4, 4), timestep=torch.tensor([5]), class_labels=torch.tensor([2])).sample
+    assert output.shape == (1, 4, 4, 4) and output.isfinite().all()
 
 
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])

@@ -2,8 +2,11 @@ import json
 
 import pytest
 import torch
+from conftest import new_pipeline, quick_settings
 from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
 
+from vq4dit import quantize, save
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.inspection import empty_transformer, inspect, predict_size
 
@@ -44,6 +47,21 @@ def test_the_accounting_of_the_paper_is_reproduced(dit_xl):
     assert accounting["biases_mib"] == pytest.approx(1.85, abs=0.01)
     assert accounting["total_mib"] == pytest.approx(162.08, abs=0.01)
     assert accounting["ratio"] == pytest.approx(15.75, abs=0.005)
+
+
+@pytest.mark.parametrize("recipe", ["kmeans", "best"])
+def test_a_prediction_is_what_is_written(tmp_path, recipe):
+    """The file within 1 %, each layer to the byte."""
+    pipeline = new_pipeline()
+    prediction = predict_size(pipeline.transformer, 2, recipe=recipe)
+    settings = quick_settings(recipe=recipe, calibration={"tuning_steps": 0})
+    save(quantize(pipeline, settings), tmp_path / "q")
+    path = tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert prediction.file_bytes == pytest.approx(path.stat().st_size, rel=0.01)
+    stored = load_file(path)
+    for layer in prediction.layers:
+        parts = {name: tensor.nbytes for name, tensor in stored.items() if name.startswith(f"{layer.name}.")}
+        assert sum(parts.values()) == layer.num_bytes, parts
 
 
 def test_nothing_is_read_but_headers(model_folder, monkeypatch):

@@ -12,15 +12,16 @@ import torch
 from conftest import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit import Job, JobError, job, quantization
+from vq4dit import Job, JobError, job, saving
 from vq4dit.job import TimeBudget, fingerprint, write_atomically
 
 RUNNER = Path(__file__).with_name("job_runner.py")
+LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
 
 
-def run_process(folder: Path, output: Path, moment: int) -> int:
+def run_process(folder: Path, output: Path, recipe: str, moment: int) -> int:
     environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
-    command = [sys.executable, "-W", "ignore", RUNNER, folder, output, str(moment)]
+    command = [sys.executable, "-W", "ignore", RUNNER, folder, output, recipe, str(moment)]
     return subprocess.run(command, timeout=300, env=environment).returncode
 
 
@@ -28,29 +29,34 @@ def saved_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def uninterrupted(tmp_path: Path) -> dict[str, bytes]:
+def uninterrupted(tmp_path: Path, recipe: str) -> dict[str, bytes]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        vq4dit.save(vq4dit.quantize(new_pipeline(), quick_settings()), tmp_path / "whole")
+        vq4dit.save(vq4dit.quantize(new_pipeline(), quick_settings(recipe=recipe)), tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
     return saved_bytes(tmp_path / "whole")
 
 
-def test_killed_at_ten_moments_and_resumed_each_time_it_ends_in_the_same_bytes(tmp_path):
-    # files in order: job.json, 14 layers, then one checkpoint a step; each run goes on where the last one died
-    for moment in (1, 2, 5, 4, 7, 1, 2, 3, 4, 1):
-        assert run_process(tmp_path / "job", tmp_path / "out", moment) == -9
+@LEARNED
+def test_killed_at_ten_moments_and_resumed_each_time_it_ends_in_the_same_bytes(tmp_path, recipe):
+    # files in order: job.json, 14 layers, (best: samples,) one checkpoint a step; each run goes on where the last one died
+    left = []
+    for moment in (1, 2, 3, 2, 5, 2, 3, 2, 2, 2):
+        assert run_process(tmp_path / "job", tmp_path / "out", recipe, moment) == -9
         assert not (tmp_path / "out").exists()
-    assert run_process(tmp_path / "job", tmp_path / "out", 0) == 0
+        assert (found := saved_bytes(tmp_path / "job")) not in left, "killed here before"
+        left.append(found)
+    assert run_process(tmp_path / "job", tmp_path / "out", recipe, 0) == 0
     assert not (tmp_path / "job").exists()
-    assert saved_bytes(tmp_path / "out") == uninterrupted(tmp_path)
+    assert saved_bytes(tmp_path / "out") == uninterrupted(tmp_path, recipe)
 
 
-def test_slices_of_a_time_budget_end_in_the_same_bytes(tmp_path):
-    pipeline, settings = new_pipeline(), quick_settings()
-    wanted = uninterrupted(tmp_path)
+@LEARNED
+def test_slices_of_a_time_budget_end_in_the_same_bytes(tmp_path, recipe):
+    pipeline, settings = new_pipeline(), quick_settings(recipe=recipe)
+    wanted = uninterrupted(tmp_path, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     slices = 0
@@ -98,6 +104,17 @@ def test_progress_counts_every_layer_and_step_once(pipeline):
         *(("calibrate", i + 1, 12) for i in range(12)),
     ]
     assert all(p.metrics["block_mse"] > 0 for p in seen[14:])
+
+
+def test_progress_of_best_counts_every_layer_and_update_once(pipeline):
+    seen = []
+    vq4dit.quantize(pipeline, quick_settings(recipe="best"), seen.append)
+    assert {p.stage for p in seen if not p.done} == {"tune"}  # its samples are made first, and that may be stopped
+    assert [(p.stage, p.done, p.total) for p in seen if p.done] == [
+        *(("fit", done, 14) for done in (1, 4, 5, 6, 7, 8, 11, 12, 13, 14)),  # q, k and v together
+        *(("tune", i + 1, 6) for i in range(6)),
+    ]
+    assert all(p.metrics["noise_nmse"] > 0 for p in seen if p.stage == "tune" and p.done)
 
 
 def test_other_settings_are_refused(tmp_path, pipeline):
@@ -187,9 +204,11 @@ def test_a_damaged_description_is_told(tmp_path, pipeline, content):
         Job.open(tmp_path, quick_settings(), pipeline, resume=True)
 
 
-def test_a_tiny_time_budget_still_ends(tmp_path, pipeline):
+@LEARNED
+def test_a_tiny_time_budget_still_ends(tmp_path, pipeline, recipe):
     """Every slice makes at least one step, however short it is."""
-    settings, quantized, slices = quick_settings(calibration={"steps": 4}), None, 0
+    settings = quick_settings(recipe=recipe, calibration={"steps": 4, "tuning_steps": 4})
+    quantized, slices = None, 0
     while quantized is None and slices < 60:
         with Job.open(tmp_path, settings, pipeline, resume=True) as opened:
             quantized = vq4dit.run(opened, pipeline, seconds=1e-3)
@@ -219,8 +238,40 @@ def test_a_save_that_fails_leaves_the_old_result(tmp_path, pipeline, monkeypatch
     def fail(*args, **kwargs):
         raise OSError("I/O error")
 
-    monkeypatch.setattr(quantization.os, "fsync", fail)
+    monkeypatch.setattr(saving.os, "fsync", fail)
     with pytest.raises(OSError, match="I/O error"):
         vq4dit.save(quantized, tmp_path / "out", overwrite=True)
     assert saved_bytes(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_save_killed_between_its_two_renames_loses_nothing(tmp_path, pipeline, monkeypatch):
+    """The old result is then only under its other name; a save that fails after that must bring it back, not delete it."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(path, target):
+        if path.name == ".out.partial":
+            raise Killed
+        return rename(path, target)
+
+    def fail(*args, **kwargs):
+        raise OSError("I/O error")
+
+    rename, out = Path.rename, tmp_path / "out"
+    quantized = vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+    vq4dit.save(quantized, out)
+    (out / "README.md").write_text("the old one")
+    before = saved_bytes(out)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", die)
+        vq4dit.save(quantized, out, overwrite=True)
+    assert not out.exists()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
+        patch.setattr(saving.os, "fsync", fail)
+        vq4dit.save(quantized, out)
+    assert saved_bytes(out) == before
+    vq4dit.save(quantized, out, overwrite=True)
+    assert saved_bytes(out).keys() == before.keys() - {"README.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

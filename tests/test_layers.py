@@ -220,6 +220,29 @@ def test_decided_ratios_are_one_hot_and_stay(new_optimiser, x, generator):
     assert (after[~decided] != before[~decided]).all()
 
 
+@pytest.mark.parametrize("num_candidates", [2, 3])
+def test_a_fraction_is_frozen_in_any_case_the_most_decided_first(num_candidates, generator):
+    soft = new_soft(num_candidates, generator)
+    before = soft.ratios.detach()
+    soft.freeze_decided(0.99, fraction=0.5)
+    decided = torch.isneginf(soft.logits).any(1)
+    assert decided.sum() == NUM_SUBVECTORS // 2
+    assert before.amax(1)[decided].min() >= before.amax(1)[~decided].max()
+    assert torch.equal(soft.ratios.detach()[decided], F.one_hot(before.argmax(1), num_candidates).float()[decided])
+    soft.freeze_decided(0.99, fraction=1.0)
+    assert soft.decided_fraction == 1.0
+    assert torch.equal(soft.logits.argmax(1), before.argmax(1))
+
+
+def test_ties_are_frozen_as_one_candidate_each(generator):
+    soft = new_soft(2, generator)
+    with torch.no_grad():
+        soft.logits.zero_()
+    soft.freeze_decided(0.99, fraction=0.1)
+    assert torch.equal(soft.ratios.sum(1), torch.ones(NUM_SUBVECTORS))
+    assert torch.equal(soft.ratios.amax(1), torch.ones(NUM_SUBVECTORS))
+
+
 def test_freezing_twice_changes_nothing(generator):
     soft = new_soft(3, generator)
     soft.freeze_decided(0.6)

@@ -38,7 +38,7 @@ def test_the_quantizing_snippet_runs(model_folder, monkeypatch, tmp_path):
 
 
 def test_every_command_in_readme_parses():
-    lines = re.findall(r"python -m vq4dit ((?:quantize|inspect|sample|compare) [^`\n]*)", README)
+    lines = re.findall(r"python -m vq4dit ((?:quantize|inspect|sample|compare|push) [^`\n]*)", README)
     assert len(lines) >= 5
     for line in lines:
         build_parser().parse_args(line.split())

@@ -1,3 +1,5 @@
+import gc
+
 import diffusers
 import pytest
 import torch
@@ -52,6 +54,23 @@ def test_an_abandoned_walk_leaves_no_hook(pipeline):
     next(steps)
     steps.close()
     assert not any(block._forward_hooks for block in pipeline.transformer.transformer_blocks)
+
+
+def live_tensors_at_the_end(pipeline, steps: int) -> int:
+    walked = teacher_steps(pipeline, torch.Generator(), num_trajectories=1, guidance_scale=2.0, num_inference_steps=steps)
+    for _ in range(steps):
+        step = next(walked)
+    assert step.prediction is not None  # it is alive while we count, and so is the walk
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum(tensor.dim() > 0 for tensor in tensors)  # all times of a schedule are numbers made at once
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_memory_does_not_depend_on_the_number_of_steps(pipeline, scheduler):
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    gc.collect()
+    counts = {steps: live_tensors_at_the_end(pipeline, steps) for steps in (5, 20)}
+    assert counts[20] == counts[5] > 0
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])

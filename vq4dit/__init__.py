@@ -8,6 +8,7 @@ from vq4dit.diffusers_quantizer import decode_mode, dequantize, register, set_de
 from vq4dit.errors import (
     CalibrationDivergedError,
     FormatError,
+    HubError,
     JobError,
     UnsupportedModelError,
     VQ4DiTError,
@@ -15,12 +16,14 @@ from vq4dit.errors import (
 from vq4dit.job import Job
 from vq4dit.layers import VQLinear
 from vq4dit.progress import Progress
-from vq4dit.quantization import quantize, run, save
+from vq4dit.quantization import quantize, run
+from vq4dit.saving import save
 
 __all__ = [
     "CalibrationConfig",
     "CalibrationDivergedError",
     "FormatError",
+    "HubError",
     "Job",
     "JobError",
     "Progress",

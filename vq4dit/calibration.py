@@ -10,6 +10,11 @@ answer like the teacher's, and its ratios shall become decisions (section 3.3 of
 The student's activations flow from block to block, so this is one joint optimisation. One update per timestep; ratios
 that exceed 0.99 are frozen on the way (progressive hardening); at the end the largest ratio wins. Calibration that stops
 while ratios are soft flatters itself: quality is always measured on the hardened model.
+
+Hardening is on a schedule: more and more sub-vectors, the most decided first, take their candidate, while the others still
+can make good what that cost; the last part of the calibration belongs to the codebooks. And ratios learn slowly. With the
+released constants (logits_learning_rate=5e-2, ratio_loss_weight=1, hardening_start=1, hardening_end=1) all are decided within
+a hundred steps, before there is anything to decide by, and two candidates are no better than one.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from vq4dit.config import CalibrationConfig
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.layers import SoftVQLinear
+from vq4dit.optimizer_state import restore_state, start_state, state_tensors
 from vq4dit.zero_data import TeacherStep, teacher_steps
 
 
@@ -56,9 +62,7 @@ class Calibration:
             ],
             alpha=config.rmsprop_alpha,
         )
-        for group in self.optimizer.param_groups:  # the state exists from the start, so that it can be restored
-            for p in group["params"]:
-                self.optimizer.state[p] = {"step": torch.zeros(()), "square_avg": torch.zeros_like(p)}
+        start_state(self.optimizer, "square_avg")
         self.step = 0
         self._blocks = list(named_blocks(student).values())
         self._start_trajectory()
@@ -89,9 +93,15 @@ class Calibration:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for layer in undecided:
-            layer.freeze_decided(self.config.decided_ratio)
+            layer.freeze_decided(self.config.decided_ratio, self._scheduled_fraction())
         self.step += 1
         return {"block_mse": block_mse, "ratio_loss": ratios}
+
+    def _scheduled_fraction(self) -> float:
+        """Part of the sub-vectors that must be decided after this step: from 0 to 1 between two points of the calibration."""
+        start, end = self.config.hardening_start, self.config.hardening_end
+        progress = (self.step + 1) / self.config.steps
+        return min(1.0, max(0.0, progress - start) / max(end - start, 1e-9))
 
     def decided_fraction(self) -> float:
         """Part of all sub-vectors that are decided."""
@@ -100,24 +110,17 @@ class Calibration:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
-        stored = {
+        own = {
             "step": torch.tensor(self.step),
             "trajectory_start": self._trajectory_start,
             "guided": torch.stack(self._guided) if self._guided else torch.empty(0),
         }
-        for name, p in self._parameters():
-            stored[name] = p
-            stored[f"{name}/square_avg"] = self.optimizer.state[p]["square_avg"]
-        return stored
+        return own | state_tensors(self._parameters(), self.optimizer)
 
-    @torch.no_grad()
     def restore(self, stored: dict[str, Tensor]) -> None:
         """Go on where `tensors` was called."""
         self.step = int(stored["step"])
-        for name, p in self._parameters():
-            p.copy_(stored[name])
-            self.optimizer.state[p]["square_avg"].copy_(stored[f"{name}/square_avg"])
-            self.optimizer.state[p]["step"].fill_(self.step)
+        restore_state(self._parameters(), self.optimizer, stored, self.step)
         self.generator.set_state(stored["trajectory_start"])
         self._start_trajectory([guided.to(self.pipeline.transformer.device) for guided in stored["guided"]])
 

@@ -1,4 +1,4 @@
-"""`python -m vq4dit`: inspect, quantize, sample and compare from the terminal.
+"""`python -m vq4dit`: inspect, quantize, sample, compare and push from the terminal.
 
 Exit codes: 0 done; 1 something a person can mend, told in one paragraph; 2 wrong usage; 130 interrupted with Ctrl-C.
 Figures go to standard output (`--json` for machines), progress and errors to standard error.
@@ -9,31 +9,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
+from vq4dit.cli_push import add_push_arguments, push_command
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.evaluation import LayerError, compare, grid, label_ids, layer_errors, sample, write_comparison
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job
-from vq4dit.loading import load_pipeline
-from vq4dit.progress import OnProgress, Progress
-from vq4dit.quantization import check, check_output, is_result, run, save
+from vq4dit.loading import load_pipeline, pinned
+from vq4dit.origin import origin_of, write_origin
+from vq4dit.quantization import check, run
+from vq4dit.saving import check_output, is_result, save
+from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
 from vq4dit.zero_data import check_supported, num_classes
-
-VERBS = {"cluster": "clustering layers", "calibrate": "calibrating", "sample": "sampling", "measure": "measuring the noise"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print("interrupted" + ("; go on with the same command and --resume" if args.name == "quantize" else ""))
+        again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
+        errors.print("interrupted" + again.get(args.name, ""))
         return 130
     return 0
 
@@ -68,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only."
     )
     sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("--recipe", default="best", choices=RECIPES, help="best stores a scale per row (default: best)")
     _add_keep(sub)
 
     sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")
@@ -80,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     defaults = CalibrationConfig()
-    sub.add_argument("--steps", type=positive, default=defaults.steps, help=f"calibration updates (default: {defaults.steps})")
+    sub.add_argument(
+        "--steps",
+        type=positive,
+        help=f"updates: calibration of paper (default: {defaults.steps}), tuning of best (default: {defaults.tuning_steps})",
+    )
     sub.add_argument(
         "--trajectories",
         type=positive,
@@ -105,31 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(sub)
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+
+    add_push_arguments(add("push", push_command, "Publish a quantized model on the Hugging Face Hub, with a card."))
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
-    return value
-
-
-def folder_path(text: str) -> Path:
-    return Path(text).expanduser().resolve()
-
-
-def picture_path(text: str) -> Path:
-    path = folder_path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
-    return path
 
 
 def _add_keep(sub: argparse.ArgumentParser) -> None:
@@ -151,7 +132,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def inspect_command(args: argparse.Namespace) -> None:
-    inspection = inspect(args.model, args.keep)
+    inspection = inspect(args.model, args.keep, recipe=args.recipe)
     if args.json:
         values = dataclasses.asdict(inspection)
         for prediction, shown in zip(inspection.predictions, values["predictions"], strict=True):
@@ -167,8 +148,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     smallest = inspection.predictions[0]
     table = Table(Column("layer", no_wrap=True), "shape", "at 2 bits")
     for layer in smallest.layers:
-        size = layer.assignments_bytes + layer.codebook_bytes + layer.bias_bytes
-        table.add_row(layer.name, f"{layer.rows} x {layer.columns}", f"{size / 1e3:.1f} kB")
+        table.add_row(layer.name, f"{layer.rows} x {layer.columns}", f"{layer.num_bytes / 1e3:.1f} kB")
     for kept in smallest.kept:
         table.add_row(kept.name, "", escape(f"16 bit: {kept.reason}"))
     console.print(table)
@@ -186,20 +166,22 @@ def quantize_command(args: argparse.Namespace) -> None:
     was_saved = args.resume and folder.exists() and is_result(args.output, settings)  # killed before cleaning up
     check_output(args.output, args.overwrite or was_saved)
     check_not_inside(args.model, args.output)
-    inspect(args.model, args.keep, [args.bits])  # refuses what cannot be quantized before weights are read
-    pipeline = load_pipeline(args.model)
+    revision = pinned(args.model)
+    inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what cannot be quantized before weights are read
+    pipeline = load_pipeline(args.model, revision=revision)
     check(pipeline, settings)
     with Job.open(folder, settings, pipeline, resume=args.resume) as job:
         with progress_bars() as on_progress:
             quantized = run(job, pipeline, on_progress=on_progress)
             assert quantized is not None  # it had all the time it wanted
         save(quantized, args.output, overwrite=args.overwrite or was_saved)
+        write_origin(args.output, origin_of(args.model, revision, settings))
         job.remove()
     layers = layer_errors(pipeline.transformer, quantized.transformer)
     report = {
         "output": str(args.output),
         "transformer_bytes": tensor_bytes(str(args.output)),
-        "original_bytes": tensor_bytes(args.model),
+        "original_bytes": tensor_bytes(args.model, revision),
         "seconds": time.monotonic() - started,
         "layers": [dataclasses.asdict(layer) for layer in layers],
     }
@@ -218,7 +200,8 @@ def check_not_inside(model: str, output: Path) -> None:
 
 def settings_of(args: argparse.Namespace) -> QuantizationSettings:
     calibration = CalibrationConfig(
-        steps=args.steps,
+        steps=args.steps or CalibrationConfig.steps,
+        tuning_steps=args.steps or CalibrationConfig.tuning_steps,
         num_trajectories=args.trajectories,
         num_candidates=args.candidates,
         ratio_start=args.ratio_start,
@@ -297,19 +280,3 @@ def compare_command(args: argparse.Namespace) -> None:
         table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
     Console().print(table)
     Console().print(f"pictures and report.json in {escape(str(args.output))}")
-
-
-@contextmanager
-def progress_bars() -> Iterator[OnProgress]:
-    """Bars with the time left on standard error, one per stage."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(progress: Progress) -> None:
-            if progress.stage not in tasks or progress.done < bars.tasks[tasks[progress.stage]].completed:
-                tasks[progress.stage] = bars.add_task(VERBS[progress.stage], total=progress.total, figures="")
-            figures = "  ".join(f"{key} {value:.3g}" for key, value in progress.metrics.items())
-            bars.update(tasks[progress.stage], completed=progress.done, figures=figures)
-
-        yield show

@@ -71,28 +71,40 @@ class VQ4DiTConfig(QuantizationConfigMixin):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Zero-data block-wise calibration, section 3 of VQ4DiT."""
+    """Constants of `paper` (zero-data block-wise calibration, section 3 of VQ4DiT) and, at the end, of `best`."""
 
     num_candidates: int = 2  # n; the paper's best trade
     ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
-    steps: int = 300  # updates; one per timestep of a trajectory
+    steps: int = 800  # updates; one per timestep of a trajectory
     num_trajectories: int = 4  # of random classes, trajectories side by side; guidance doubles the batch (released: 8)
     guidance_scale: float = 4.0  # released
     num_inference_steps: int = 50  # released
-    logits_learning_rate: float = 5e-2  # released, RMSprop, constant
+    logits_learning_rate: float = 5e-3  # RMSprop, constant (released: 5e-2, a random walk here)
     codebook_learning_rate: float = 1e-4  # released; codebooks and biases
     rmsprop_alpha: float = 0.9  # released
     decided_ratio: float = 0.99  # released: a sub-vector with a larger ratio is frozen
-    ratio_loss_weight: float = 1.0  # λ_r of eq. 10, with λ_d = 1; open in the paper
+    hardening_start: float = 0.05  # part of the steps after which a schedule freezes more and more sub-vectors ...
+    hardening_end: float = 0.7  # ... until all are (ours; released: no schedule, both 1)
+    ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
+    tuning_steps: int = 200  # `best`: updates after all assignments are fixed
+    tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
+    tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_candidates <= 4:
             raise ValueError(f"num_candidates must be 1 to 4, got {self.num_candidates}")
         if self.ratio_start not in ("uniform", "distance"):
             raise ValueError(f'ratio_start must be "uniform" or "distance", got {self.ratio_start!r}')
-        for name in ("steps", "num_trajectories", "num_inference_steps"):
+        for name in ("steps", "num_trajectories", "num_inference_steps", "tuning_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.hardening_start <= self.hardening_end <= 1:
+            raise ValueError(
+                "hardening_start and hardening_end are parts of the steps, 0 <= start <= end <= 1, got "
+                f"{self.hardening_start} and {self.hardening_end}"
+            )
+        if self.tuning_steps < 0:
+            raise ValueError(f"tuning_steps must not be negative, got {self.tuning_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@
     ├── UnsupportedModelError      the model is of a kind we cannot quantize (or is quantized already)
     ├── FormatError                a packed file is broken, truncated or newer than this library
     ├── CalibrationDivergedError   the numbers stopped being numbers
-    └── JobError                   a job folder or an output folder is not what it should be
+    ├── JobError                   a job folder or an output folder is not what it should be
+    └── HubError                   the Hub refused, broke off or could not be reached
 
 Each message names what must hold, what was found, and what to do next. Misuse by a programmer stays a `ValueError`.
 """
@@ -28,3 +29,17 @@ class CalibrationDivergedError(VQ4DiTError):
 
 class JobError(VQ4DiTError):
     """A job folder or an output folder is not what it should be."""
+
+
+class HubError(VQ4DiTError):
+    """The Hub refused, broke off or could not be reached.
+
+    `reason` is one word for programs: "login", "scope", "organization", "storage", "gated", "missing", "exists",
+    "changed", "too-large", "rate", "server", "network", "truncated", "cancelled", "card", "name", "checksum" or
+    "unknown".
+    `seconds` is how long the Hub asks to wait, 0 if it did not say.
+    """
+
+    def __init__(self, message: str, reason: str = "unknown", seconds: float = 0):
+        super().__init__(message)
+        self.reason, self.seconds = reason, seconds

@@ -8,6 +8,7 @@ compare same-seed images and say how much a person sees. Always measured on the 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -25,11 +26,18 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.diffusers_quantizer import vq_layers
-from vq4dit.errors import UnsupportedModelError
 from vq4dit.job import write_atomically
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.quantization import layer_generator
-from vq4dit.zero_data import TeacherStep, check_supported, guide, new_scheduler, num_classes, teacher_steps
+from vq4dit.zero_data import (
+    TeacherStep,
+    check_supported,
+    guide,
+    new_scheduler,
+    num_classes,
+    predicted_noise,
+    teacher_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class LayerError:
     columns: int
     num_codewords: int
     subvector_dim: int
-    bits_per_weight: float  # assignments and codebook
+    bits_per_weight: float  # assignments, codebook, row scale
     relative_error: float
 
 
@@ -53,25 +61,10 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
         weight = original.get_parameter(f"{name}.weight").detach().float()
         error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
         k, d = layer.codebook.shape
-        bits = assignment_bits(k) / d + 16 * k * d / weight.numel()
+        side = k * d + (layer.out_features if layer.row_scale is not None else 0)
+        bits = assignment_bits(k) / d + 16 * side / weight.numel()
         errors.append(LayerError(name, rows, columns, k, d, bits, error.item()))
     return errors
-
-
-def predicted_noise(prediction: Tensor, sample: Tensor, timestep: Tensor, scheduler: Any) -> Tensor:
-    """What a guided prediction says about the noise, for every prediction type of DDPM-like schedulers.
-
-    With x_t = sqrt(ᾱ) x₀ + sqrt(1-ᾱ) ε:  ε itself; ε = sqrt(ᾱ) v + sqrt(1-ᾱ) x_t;  ε = (x_t - sqrt(ᾱ) x₀) / sqrt(1-ᾱ).
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return prediction
-    alpha = scheduler.alphas_cumprod.to(sample.device)[timestep.long()].view(-1, 1, 1, 1)
-    if kind == "v_prediction":
-        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
-    if kind == "sample":
-        return (sample - alpha.sqrt() * prediction) / (1 - alpha).sqrt()
-    raise UnsupportedModelError(f"the scheduler predicts {kind!r}; noise can be compared for epsilon, v_prediction and sample")
 
 
 @torch.no_grad()
@@ -251,7 +244,7 @@ def compare(
         quantized_bytes=quantized_bytes,
         original_seconds_per_step=seconds[0],
         quantized_seconds_per_step=seconds[1],
-        peak_memory_bytes=_peak_memory(original.transformer.device),
+        peak_memory_bytes=peak_memory(original.transformer.device),
         num_pairs=len(pairs),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -260,10 +253,18 @@ def compare(
     return report, pairs
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # where the system does not tell: getrusage, which also counts whoever started this process
+    return high_water_mark("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def high_water_mark(process: int | str) -> int:
+    """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
+    status = Path(f"/proc/{process}/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:

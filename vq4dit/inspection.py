@@ -12,13 +12,13 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import HfApi, parse_safetensors_file_metadata
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import nn
 
 from vq4dit.codebook import assignment_bits
-from vq4dit.config import CODEBOOKS
+from vq4dit.config import CODEBOOKS, Recipe
 from vq4dit.dit import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
+from vq4dit.hub_errors import FAILURES, explained
 from vq4dit.loading import check_files, check_pipeline
 from vq4dit.packing import packed_size
 
@@ -38,6 +38,11 @@ class LayerSize:
     assignments_bytes: int
     codebook_bytes: int
     bias_bytes: int
+    row_scale_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.assignments_bytes + self.codebook_bytes + self.bias_bytes + self.row_scale_bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class SizePrediction:
 
     @property
     def file_bytes(self) -> int:
-        return self.rest_bytes + sum(x.assignments_bytes + x.codebook_bytes + x.bias_bytes for x in self.layers)
+        return self.rest_bytes + sum(layer.num_bytes for layer in self.layers)
 
     @property
     def quantized_weights(self) -> int:
@@ -59,8 +64,8 @@ class SizePrediction:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the quantized layers, codebooks included."""
-        return 8 * sum(x.assignments_bytes + x.codebook_bytes for x in self.layers) / self.quantized_weights
+        """Over the quantized layers, codebooks and row scales included."""
+        return 8 * sum(layer.num_bytes - layer.bias_bytes for layer in self.layers) / self.quantized_weights
 
     def paper_accounting(self) -> dict[str, float]:
         """MiB as VQ4DiT's Table counts: assignments, and codebooks and biases in fp32, against fp32 layers."""
@@ -107,33 +112,48 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
         return model_class.from_config(config)
 
 
-def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = ()) -> SizePrediction:
-    """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are)."""
+def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
+    """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are).
+
+    Of the recipes only `best` stores a scale per row.
+    """
     num_codewords, dim = CODEBOOKS[bits]
     targets, kept = find_targets(transformer, dim, num_codewords, keep)
-    layers = [layer_size(name, linear, num_codewords, dim) for name, linear in targets.items()]
+    layers = [layer_size(name, linear, num_codewords, dim, row_scale=recipe == "best") for name, linear in targets.items()]
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
-    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) for layer in layers)
+    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) + (layer.row_scale_bytes > 0) for layer in layers)
     sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
     return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)
 
 
-def layer_size(name: str, linear: nn.Linear, num_codewords: int, dim: int) -> LayerSize:
+def layer_size(name: str, linear: nn.Linear, num_codewords: int, dim: int, *, row_scale: bool) -> LayerSize:
     rows, columns = linear.out_features, linear.in_features
     assignments = packed_size(rows * columns // dim, assignment_bits(num_codewords))
     bias = 2 * rows if linear.bias is not None else 0
-    return LayerSize(name, rows, columns, num_codewords, dim, assignments, 2 * num_codewords * dim, bias)
+    scale = 2 * rows if row_scale else 0
+    return LayerSize(name, rows, columns, num_codewords, dim, assignments, 2 * num_codewords * dim, bias, scale)
 
 
-def inspect(model: str, keep: Sequence[str] = (), widths: Sequence[int] = tuple(CODEBOOKS)) -> Inspection:
+def inspect(
+    model: str,
+    keep: Sequence[str] = (),
+    widths: Sequence[int] = tuple(CODEBOOKS),
+    *,
+    recipe: Recipe = "best",
+    revision: str | None = None,
+    token: str | None = None,
+) -> Inspection:
     """Inspect a pipeline folder or Hub repository without reading its weights, and predict its size at some widths.
+
+    Args:
+        revision, token: see `loading.read_json`.
 
     Raises:
         UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
     """
-    config = check_pipeline(model)
+    config = check_pipeline(model, revision, token)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
     transformer = empty_transformer(config)
@@ -142,12 +162,12 @@ def inspect(model: str, keep: Sequence[str] = (), widths: Sequence[int] = tuple(
         class_name=config["_class_name"],
         num_blocks=len(named_blocks(transformer)),
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
-        file_bytes=tensor_bytes(model),
-        predictions=[predict_size(transformer, bits, keep) for bits in widths],
+        file_bytes=tensor_bytes(model, revision, token),
+        predictions=[predict_size(transformer, bits, keep, recipe) for bits in widths],
     )
 
 
-def tensor_bytes(model: str) -> int:
+def tensor_bytes(model: str, revision: str | None = None, token: str | None = None) -> int:
     """Bytes of the transformer's safetensors, by their headers.
 
     Raises:
@@ -159,10 +179,11 @@ def tensor_bytes(model: str) -> int:
         total = sum((Path(model) / name).stat().st_size for name in names if WEIGHTS.fullmatch(name))
     else:
         try:
-            names = [name for name in HfApi().list_repo_files(model) if WEIGHTS.fullmatch(name)]
-            metadata = [parse_safetensors_file_metadata(model, name) for name in names]
-        except (HfHubHTTPError, OfflineModeIsEnabled) as error:
-            raise VQ4DiTError(f"the Hub cannot be asked for the files of {model}: {error}") from error
+            files = HfApi(token=token).list_repo_files(model, revision=revision)
+            names = [name for name in files if WEIGHTS.fullmatch(name)]
+            metadata = [parse_safetensors_file_metadata(model, name, revision=revision, token=token) for name in names]
+        except FAILURES as error:
+            raise explained(error, f"read the headers of {model}", model) from error
         total = sum(max(t.data_offsets[1] for t in m.tensors.values()) for m in metadata if m.tensors)
     if not total:
         raise VQ4DiTError(f"{model} has no safetensors in transformer/: vq4dit loads nothing else; convert it first")

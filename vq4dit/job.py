@@ -5,8 +5,10 @@ layer's codebook and candidates, a calibration checkpoint) is written at once, u
 a file that is there is whole. Whoever opens the folder again goes on after the last piece and ends in the same bytes.
 
     DIR.job/job.json                    settings and the fingerprint of the model's weights
-    DIR.job/layers/NAME.safetensors     one clustered layer
-    DIR.job/calibration.safetensors     the newest checkpoint
+    DIR.job/layers/NAME.safetensors     one clustered or fitted layer
+    DIR.job/calibration.safetensors     `paper`: the newest checkpoint
+    DIR.job/samples-N.safetensors       `best`: what tuning learns from, trajectories from number N on
+    DIR.job/tuning.safetensors          `best`: the newest checkpoint
     DIR.job/lock                        held by the process that works on the job
 """
 
@@ -17,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         JobError: if the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial")  # nobody else's
     try:
         with open(temporary, "wb") as file:
             file.write(content)

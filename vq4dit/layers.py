@@ -1,8 +1,8 @@
-"""The two lives of a quantized linear layer.
+"""The lives of a quantized linear layer.
 
-While it is being calibrated a layer is *soft*: every sub-vector is a mix of its n candidate codewords, with ratios that
-are learned. Afterwards it is *hard*: one codeword per sub-vector, packed to bytes. Each state is a class of its own, and
-`SoftVQLinear.harden()` leads from one to the other.
+While it is being calibrated as in the paper a layer is *soft*: every sub-vector is a mix of its n candidate codewords, with
+ratios that are learned. While it is *tunable*, its assignments are fixed and all else learns. In the end it is *hard*: one
+codeword per sub-vector, packed to bytes. Each state is a class of its own; `harden()` leads to the last one.
 
 A hard layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up
 in every forward pass (`drop_decoded`: as small as the file). The packed tensors are what is saved, always.
@@ -199,13 +199,20 @@ class SoftVQLinear(nn.Module):
         return F.linear(input, weight.to(input.dtype), bias)
 
     @torch.no_grad()
-    def freeze_decided(self, threshold: float) -> None:
-        """Progressive hardening: a sub-vector whose largest ratio exceeds `threshold` takes that candidate for good."""
+    def freeze_decided(self, threshold: float, fraction: float = 0.0) -> None:
+        """Progressive hardening: decided sub-vectors take their likeliest candidate for good.
+
+        Decided are those whose largest ratio exceeds `threshold`, and in any case that `fraction` of all sub-vectors whose
+        largest ratios are highest.
+        """
         if self.logits.shape[1] == 1:
             return
-        wins = (self.ratios > threshold).T.contiguous()  # at most one candidate of a sub-vector, since threshold >= 1/2
-        one_hot = torch.zeros_like(wins, dtype=self.logits.dtype).masked_fill_(~wins, -torch.inf)
-        self.logits.copy_(torch.where(wins.any(dim=0).unsqueeze(1), one_hot.T, self.logits))
+        largest, winner = self.ratios.T.contiguous().max(dim=0)
+        decided = largest > threshold
+        if count := int(fraction * len(largest)):
+            decided |= largest >= largest.kthvalue(len(largest) - count + 1).values
+        one_hot = torch.full_like(self.logits, -torch.inf).scatter_(1, winner.unsqueeze(1), 0.0)
+        self.logits.copy_(torch.where(decided.unsqueeze(1), one_hot, self.logits))
 
     @property
     def decided_fraction(self) -> float:
@@ -220,6 +227,49 @@ class SoftVQLinear(nn.Module):
         winner = self.logits.argmax(dim=1, keepdim=True)
         assignments = self.candidates.gather(1, winner)[:, 0]
         return VQLinear.from_assignments(self.codebook, assignments, self.shape, self.bias, dtype=dtype)
+
+
+class TunableVQLinear(nn.Module):
+    """A layer whose assignments are fixed, while codebook, row scale and bias learn: Ŵ = diag(s) C[A].
+
+    codebook (k, d), row_scale (rows,), bias (rows,) or None: fp32 parameters; assignments (n,).
+    """
+
+    assignments: Tensor
+
+    def __init__(self, layer: VQLinear):
+        super().__init__()
+        self.shape = (layer.out_features, layer.in_features)
+        scale = layer.row_scale if layer.row_scale is not None else torch.ones(layer.out_features, device=layer.codebook.device)
+        self.codebook = nn.Parameter(layer.codebook.detach().clone())
+        self.row_scale = nn.Parameter(scale.detach().clone())
+        self.bias = nn.Parameter(layer.bias.detach().float().clone()) if layer.bias is not None else None
+        self.register_buffer("assignments", layer.assignments)
+
+    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        weight = LookUp.apply(self.codebook, self.assignments).view(self.shape) * self.row_scale.unsqueeze(1)
+        bias = self.bias.to(input.dtype) if self.bias is not None else None
+        return F.linear(input, weight.to(input.dtype), bias)
+
+    @torch.no_grad()
+    def harden(self, dtype: torch.dtype = torch.float32) -> VQLinear:
+        """The packed layer; `dtype` is that of its inputs."""
+        return VQLinear.from_assignments(self.codebook, self.assignments, self.shape, self.bias, self.row_scale, dtype=dtype)
+
+
+class LookUp(torch.autograd.Function):
+    """ŵ_i = c(a_i);  ∂L/∂c(a) = Σ_{i: a_i = a} ∂L/∂ŵ_i, added up in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, assignments: Tensor) -> Tensor:
+        ctx.save_for_backward(assignments)
+        ctx.num_codewords = len(codebook)
+        return codebook.index_select(0, assignments.int())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (assignments,) = ctx.saved_tensors
+        return sum_by_codeword(gradient, assignments, ctx.num_codewords).to(gradient.dtype), None
 
 
 def ratios_of(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:

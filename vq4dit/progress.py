@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+Stage = Literal["cluster", "calibrate", "fit", "tune", "sample", "measure", "upload"]
+
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` pieces of a stage: layers, steps or images, with the figures measured on the way."""
+    """`done` of `total` pieces of a stage: layers, steps, images or bytes, with the figures measured on the way."""
 
-    stage: Literal["cluster", "calibrate", "sample", "measure"]
+    stage: Stage
     done: int
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # {"block_mse": 3.1e-4}

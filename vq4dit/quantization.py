@@ -2,7 +2,7 @@
 
     kmeans   codebooks by k-means, nearest assignments, done
     paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
-    best     what measures best here; at present the same as `paper`
+    best     layer by layer with error feedback, a scale per row; then all that is not an assignment is tuned
 
 `quantize` does it in one go. `run` does it as a job on disk that can stop and go on; both end in the same bytes.
 """
@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +23,16 @@ from torch import Tensor, nn
 from vq4dit.calibration import Calibration
 from vq4dit.codebook import nearest_codewords, split_subvectors
 from vq4dit.config import QuantizationSettings, VQ4DiTConfig
-from vq4dit.diffusers_quantizer import attach
-from vq4dit.dit import equal_embedders, find_targets, share_embedders
-from vq4dit.errors import JobError, UnsupportedModelError
-from vq4dit.job import Job, TimeBudget, sync_folder
+from vq4dit.diffusers_quantizer import attach, vq_layers
+from vq4dit.dit import equal_embedders, find_targets
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.job import Job, TimeBudget
 from vq4dit.kmeans import fit_codebook
-from vq4dit.layers import SoftVQLinear, VQLinear, start_logits
-from vq4dit.progress import OnProgress, Progress, ignore
+from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn
+from vq4dit.layers import SoftVQLinear, TunableVQLinear, VQLinear, start_logits
+from vq4dit.progress import OnProgress, Progress, Stage, ignore
+from vq4dit.student import rest_dtype, round_rest, student_with
+from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import check_supported
 
 CHECKPOINT_SECONDS = 15.0
@@ -65,6 +64,8 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     """
     budget = TimeBudget(seconds)
     targets = check(pipeline, job.settings)
+    if job.settings.recipe == "best":
+        return _best(job, pipeline, targets, budget, on_progress)
     if not _cluster(job, targets, budget, on_progress):
         return None
     if job.settings.recipe == "kmeans":
@@ -78,6 +79,50 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     for name, layer in soft.items():
         student.set_submodule(name, layer.harden(targets[name].weight.dtype))
     return _finish(pipeline, student, job.settings)
+
+
+def _best(job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress) -> Any | None:
+    student = _fit_layers(job, pipeline, targets, budget, on_progress)
+    if student is None:
+        return None
+    if job.settings.calibration.tuning_steps:
+        tunable = {name: TunableVQLinear(layer) for name, layer in vq_layers(student).items()}
+        for name, layer in tunable.items():
+            student.set_submodule(name, layer)
+        if not _tune(job, pipeline, student, budget, on_progress):
+            return None
+        for name, layer in tunable.items():
+            student.set_submodule(name, layer.harden(targets[name].weight.dtype))
+        dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
+        for name, p in student.named_parameters():  # those of hard layers but the bias are not in the original
+            p.data = p.data.to(dtypes.get(name, p.dtype))
+        round_rest(student, rest_dtype(pipeline.transformer))
+    return _finish(pipeline, student, job.settings)
+
+
+def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Run the tuning of `best` from its newest checkpoint to its end; False if time ran out."""
+    config = job.settings.calibration
+    begun = Progress("tune", 0, config.tuning_steps)  # a sign of life, and a moment to stop
+    pieces, slowest = [], 0.0
+    for first, count in walks(pipeline, config).items():
+        pieces.append(f"samples-{first}")
+        if job.has(pieces[-1]):
+            continue
+        if slowest and not budget.allows(2 * slowest):  # every slice makes at least one walk
+            return False
+        started = time.monotonic()
+        generator = layer_generator(job.settings.seed, f"tuning {first}" if first else "tuning")
+        job.write(pieces[-1], record_samples(pipeline, count, config.guidance_scale, generator, lambda: on_progress(begun)))
+        slowest = max(slowest, time.monotonic() - started)
+    device = next(student.parameters()).device
+    read = [job.read(piece) for piece in pieces]
+    samples = {name: torch.cat([part[name] for part in read]).to(device) for name in read[0]}
+    with torch.enable_grad():
+        tuning = Tuning(pipeline, student, samples, config, layer_generator(job.settings.seed, "order of samples"))
+        finished = _advance(job, "tuning", tuning, config.tuning_steps, budget, on_progress, "tune")
+    tuning.student.disable_gradient_checkpointing()
+    return finished
 
 
 def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
@@ -145,6 +190,54 @@ def _cluster(job: Job, targets: dict[str, nn.Linear], budget: TimeBudget, on_pro
     return True
 
 
+def _fit_layers(
+    job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
+) -> nn.Module | None:
+    """Quantize layer by layer (`best`), one piece for each; the student, or None if time ran out."""
+    settings = job.settings
+    student = student_with(pipeline.transformer, {})
+    if all(job.has(f"layers/{name}") for name in targets):  # a turn of the tuning: nothing is left to be walked for
+        for name, linear in targets.items():
+            student.set_submodule(name, _fitted_layer(job, name, linear))
+        on_progress(Progress("fit", len(targets), len(targets)))
+        return student
+    generator = layer_generator(settings.seed, "layer by layer")
+    walk = calibration_walk(pipeline, settings.calibration.guidance_scale, generator)
+    done, slowest = 0, 0.0
+    for group in groups_in_turn(pipeline.transformer, student, walk, list(targets)):
+        missing = [name for name in group.names if not job.has(f"layers/{name}")]
+        if missing:
+            if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
+                return None
+            started = time.monotonic()
+            statistics = group.statistics()
+            for name in missing:
+                quantized, bias = fit_layer(
+                    targets[name],
+                    statistics,
+                    settings.num_codewords,
+                    settings.subvector_dim,
+                    layer_generator(settings.seed, name),
+                )
+                job.write(f"layers/{name}", quantized._asdict() | ({} if bias is None else {"bias": bias}))
+            slowest = max(slowest, time.monotonic() - started)
+        for name in group.names:
+            student.set_submodule(name, _fitted_layer(job, name, targets[name]))
+        done += len(group.names)
+        on_progress(Progress("fit", done, len(targets)))
+    return student
+
+
+def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
+    piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
+    shape = (linear.out_features, linear.in_features)
+    layer = VQLinear.from_assignments(
+        piece["codebook"], piece["assignments"], shape, piece.get("bias"), piece["row_scale"], dtype=linear.weight.dtype
+    )
+    layer.decode(linear.weight.dtype)
+    return layer
+
+
 def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     piece = job.read(f"layers/{name}")
     return piece["codebook"].to(linear.weight.device), piece["candidates"].to(linear.weight.device)
@@ -163,55 +256,41 @@ def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
     return SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
 
 
-def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of the transformer with the given layers in their places, and shared embedders.
-
-    Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold. It is frozen;
-    only the given layers may learn.
-    """
-    student = copy.deepcopy(transformer, {id(transformer.get_submodule(name)): layer for name, layer in layers.items()})
-    share_embedders(student, equal_embedders(student))
-    replaced = {id(p) for layer in layers.values() for p in layer.parameters()}
-    dtype = rest_dtype(transformer)
-    for p in student.parameters():
-        if id(p) not in replaced and p.is_floating_point():
-            p.requires_grad_(False)
-            p.data = p.data.to(dtype).to(p.dtype)
-    return student.eval()
-
-
-def rest_dtype(transformer: nn.Module) -> torch.dtype:
-    """The 16-bit type of what is not quantized: fp16, unless the model is bf16 or has values fp16 cannot hold."""
-    parameters = [p for p in transformer.parameters() if p.is_floating_point()]
-    if any(p.dtype == torch.bfloat16 for p in parameters):
-        return torch.bfloat16
-    too_large = any(float(p.detach().abs().max()) > torch.finfo(torch.float16).max for p in parameters if p.numel())
-    return torch.bfloat16 if too_large else torch.float16
-
-
 def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
     """Run the calibration of `paper` from its newest checkpoint to its end; False if time ran out."""
     config = job.settings.calibration
-    generator = layer_generator(job.settings.seed, "zero data")
-    calibration = Calibration(pipeline, student, config, generator)
-    if job.has("calibration"):
-        calibration.restore(job.read("calibration"))
+    calibration = Calibration(pipeline, student, config, layer_generator(job.settings.seed, "zero data"))
+    return _advance(job, "calibration", calibration, config.steps, budget, on_progress, "calibrate")
+
+
+def _advance(
+    job: Job,
+    piece: str,
+    learning: Calibration | Tuning,
+    steps: int,
+    budget: TimeBudget,
+    on_progress: OnProgress,
+    stage: Stage,
+) -> bool:
+    """Learn from the newest checkpoint to `steps`, with a checkpoint now and then; False if time ran out."""
+    if job.has(piece):
+        learning.restore(job.read(piece))
     step_seconds = 0.0
-    write_seconds = sum(tensor.nbytes for tensor in calibration.tensors().values()) / WRITE_BYTES_PER_SECOND
-    first_step = calibration.step
+    write_seconds = sum(tensor.nbytes for tensor in learning.tensors().values()) / WRITE_BYTES_PER_SECOND
+    first_step = learning.step
     written = time.monotonic()
-    while calibration.step < config.steps:
+    while learning.step < steps:
         started = time.monotonic()
-        moved_on = calibration.step > first_step  # every slice makes at least one step, else a job might never end
+        moved_on = learning.step > first_step  # every slice makes at least one step, else a job might never end
         if moved_on and not budget.allows(2 * step_seconds + 2 * write_seconds):
-            job.write("calibration", calibration.tensors())
+            job.write(piece, learning.tensors())
             return False
-        metrics = calibration.advance()
+        metrics = learning.advance()
         step_seconds = time.monotonic() - started
-        on_progress(Progress("calibrate", calibration.step, config.steps, metrics))
+        on_progress(Progress(stage, learning.step, steps, metrics))
         if time.monotonic() - written > max(CHECKPOINT_SECONDS, write_seconds / CHECKPOINT_SHARE):
             started = time.monotonic()
-            job.write("calibration", calibration.tensors())
+            job.write(piece, learning.tensors())
             written = time.monotonic()
             write_seconds = written - started
     return True
@@ -229,64 +308,3 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
         names = {str(index): [name for name, i in labels.items() if i == index] for index in sorted(set(labels.values()))}
         quantized.register_to_config(id2label={index: ", ".join(words) for index, words in names.items()})
     return quantized
-
-
-def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
-    """Write a quantized pipeline to `folder`: whole, or not at all.
-
-    Raises:
-        JobError: if the folder is not empty and `overwrite` is false, or the disk is full.
-    """
-    check_output(folder, overwrite)
-    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
-    for leftover in (partial, previous):  # of a process that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
-        for path in sorted(partial.rglob("*")):
-            if path.suffix == ".json":
-                _forget_local_paths(path)
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-    except BaseException as error:  # safetensors reports a full disk as an error of its own
-        shutil.rmtree(partial, ignore_errors=True)
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise JobError(f"the disk is full: {folder} could not be written. Free some space and use --resume") from error
-        raise
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _forget_local_paths(path: Path) -> None:
-    """diffusers notes where a model was loaded from: a Hub id is worth keeping, a folder of this machine is not."""
-    values = json.loads(path.read_text())
-    if (origin := values.get("_name_or_path")) and Path(origin).exists():
-        del values["_name_or_path"]
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def check_output(folder: Path, overwrite: bool, contains: str = "model_index.json") -> None:
-    """Raise `JobError` if something would be lost by writing to `folder`.
-
-    Even with `overwrite` only a folder of the same kind is replaced: one that contains the file named `contains`.
-    """
-    if folder.is_file():
-        raise JobError(f"{folder} is a file: choose another output")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise JobError(f"{folder} is not empty: choose another output, or pass --overwrite to replace it")
-    if not (folder / contains).is_file():
-        raise JobError(f"{folder} has no {contains}, so it is none of our results and is not replaced: choose another output")
-
-
-def is_result(folder: Path, settings: QuantizationSettings) -> bool:
-    """Whether `folder` already is what these settings make: a process may be killed between saving and cleaning up."""
-    path = folder / "transformer" / "config.json"
-    made = json.loads(path.read_text()).get("quantization_config", {}) if path.is_file() else {}
-    wanted = {"quant_method": "vq4dit", "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
-    return wanted.items() <= made.items()

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
+NULL_CLASS = 1000  # DiTPipeline hard-codes it
+
 
 class TeacherStep(NamedTuple):
     """One denoising step of b trajectories with guidance: rows 0 ... b-1 conditional, b ... 2b-1 unconditional."""
@@ -65,6 +67,22 @@ def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, c
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+def predicted_noise(prediction: Tensor, sample: Tensor, timestep: Tensor, scheduler: Any) -> Tensor:
+    """What a guided prediction says about the noise, for every prediction type of DDPM-like schedulers.
+
+    With x_t = sqrt(ᾱ) x₀ + sqrt(1-ᾱ) ε:  ε itself; ε = sqrt(ᾱ) v + sqrt(1-ᾱ) x_t;  ε = (x_t - sqrt(ᾱ) x₀) / sqrt(1-ᾱ).
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return prediction
+    alpha = scheduler.alphas_cumprod.to(sample.device)[timestep.long()].view(-1, 1, 1, 1)
+    if kind == "v_prediction":
+        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * sample
+    if kind == "sample":
+        return (sample - alpha.sqrt() * prediction) / (1 - alpha).sqrt()
+    raise UnsupportedModelError(f"the scheduler predicts {kind!r}; noise can be compared for epsilon, v_prediction and sample")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: in training mode DiT drops class labels at random."""
@@ -99,7 +117,7 @@ def teacher_steps(
     labels = torch.randint(num_classes(pipeline), (num_trajectories,), generator=generator)
     shape = (num_trajectories, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(shape, generator=generator).to(teacher.device, teacher.dtype)
-    null = torch.full_like(labels, 1000)  # DiTPipeline's null class
+    null = torch.full_like(labels, NULL_CLASS)
     class_labels = torch.cat([labels, null]).to(teacher.device)
     scheduler = new_scheduler(pipeline)
     scheduler.set_timesteps(num_inference_steps)
@@ -116,3 +134,52 @@ def teacher_steps(
                 guided = guide(prediction, guidance_scale, config.in_channels)
                 latents = scheduler.step(guided, t, latents, **extra).prev_sample
             yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction, guided)
+
+
+class BlockCall(NamedTuple):
+    """How a transformer calls its blocks at one step of a walk."""
+
+    hidden: Float[Tensor, "rows tokens width"]  # as it enters the first block
+    arguments: dict[str, Any]  # the others, the same for all blocks
+    num_classes: int
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What a block makes of the hidden states."""
+        return block(hidden, **self.arguments)
+
+    def of_every_class(self) -> BlockCall:
+        """The same step with one token, once for every class and as often for none."""
+        classes = torch.arange(self.num_classes, device=self.hidden.device)
+        labels = torch.cat([classes, torch.full_like(classes, NULL_CLASS)])
+        arguments = {**self.arguments, "class_labels": labels, "timestep": self.arguments["timestep"][:1].expand(len(labels))}
+        return BlockCall(self.hidden[:1, :1].expand(len(labels), 1, -1), arguments, self.num_classes)
+
+
+def record_block_calls(
+    pipeline: DiTPipeline,
+    generator: torch.Generator,
+    *,
+    num_trajectories: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+) -> list[BlockCall]:
+    """Walk the teacher once and keep what enters its first block at every step."""
+    calls: list[BlockCall] = []
+    first = next(iter(named_blocks(pipeline.transformer).values()))
+
+    def record(block: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
+        calls.append(BlockCall(positional[0], named, num_classes(pipeline)))
+
+    handle = first.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for _ in teacher_steps(
+            pipeline,
+            generator,
+            num_trajectories=num_trajectories,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+        ):
+            pass
+    finally:
+        handle.remove()
+    return calls

@@ -1,20 +1,32 @@
 """No toy: a transformer of DiT-XL/2's shape (675 M parameters, random weights) through the real commands.
 
-    python tests/benchmarks/dit_xl.py WORK [--bits 2 3 4] [--calibration-steps 10]
+    python tests/benchmarks/dit_xl.py WORK [--bits 2 3 4] [--learn paper tuning best]
 
 Writes a pipeline folder with random weights to WORK (1.4 GB, kept for the next run), then runs `python -m vq4dit quantize`
-on it in processes of their own and prints seconds, peak memory, and the bytes of the file beside the predicted ones.
+on it in processes of their own and prints seconds, peak memory, and the bytes of the file beside the predicted ones. `paper`
+and `best` learn for ten steps. Fitting the layers takes `best` long, so `tuning` stands for it: it begins with the layers of
+k-means and makes ten updates, of fewer steps each.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from process import run_vq4dit
 
+from vq4dit.config import CalibrationConfig, QuantizationSettings, Recipe
+from vq4dit.evaluation import peak_memory
 from vq4dit.inspection import inspect
+from vq4dit.job import Job
+from vq4dit.layers import VQLinear
+from vq4dit.loading import load_pipeline
+from vq4dit.quantization import run
+from vq4dit.saving import save
+
+TUNING_BATCH = 2
 
 
 def write_model(folder: Path) -> None:
@@ -51,41 +63,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument("--calibration-steps", type=int, default=10)
+    parser.add_argument("--learn", nargs="*", default=["paper", "tuning"], choices=["paper", "tuning", "best"])
     args = parser.parse_args()
     model = args.work / "dit-xl-2-random"
     if not (model / "model_index.json").exists():
         write_model(model)
-    predictions = {p.bits: p for p in inspect(str(model)).predictions}
     for bits in args.bits:
-        output = args.work / f"kmeans-{bits}bit"
-        options = ["--bits", str(bits), "--recipe", "kmeans", "--overwrite", "--json"]
-        measured = run_vq4dit("quantize", str(model), "--output", str(output), *options)
-        report = json.loads(measured.printed)
-        written, predicted = report["transformer_bytes"] / 1e6, predictions[bits].file_bytes / 1e6
-        print(
-            f"kmeans {bits} bits: {measured.seconds:.0f} s, peak {measured.peak_bytes / 1e9:.2f} GB, "
-            f"{len(report['layers'])} layers, {written:.2f} MB written, {predicted:.2f} MB predicted",
-            flush=True,
-        )
-    accounting = predictions[2].paper_accounting()
+        quantize(model, args.work, "kmeans", bits)
+    accounting = inspect(str(model), widths=[2], recipe="kmeans").predictions[0].paper_accounting()
     print("the paper's accounting at 2 bits:", {key: round(value, 2) for key, value in accounting.items()})
-    if args.calibration_steps:
-        output = args.work / "paper-2bit"
-        options = [
-            "--bits",
-            "2",
-            "--recipe",
-            "paper",
-            "--steps",
-            str(args.calibration_steps),
-            "--trajectories",
-            "1",
-            "--overwrite",
-        ]
-        measured = run_vq4dit("quantize", str(model), "--output", str(output), *options)
-        peak = measured.peak_bytes / 1e9
-        print(f"paper 2 bits, {args.calibration_steps} steps of one trajectory: {measured.seconds:.0f} s, peak {peak:.2f} GB")
+    for recipe in args.learn:
+        if recipe == "tuning":
+            tune(model, args.work)
+        else:
+            quantize(model, args.work, recipe, 2, "--steps", "10", "--trajectories", "1", "--resume")
+
+
+def tune(model: Path, work: Path) -> None:
+    """The tuning of `best` alone, in this process; its job begins with the codewords of `kmeans` at 2 bits."""
+    calibration = CalibrationConfig(tuning_steps=10, tuning_batch=TUNING_BATCH)
+    original, clustered = load_pipeline(str(model)), load_pipeline(str(work / "kmeans-2bit"))
+    folder = work / "tuning.job"
+    with Job.open(folder, QuantizationSettings(recipe="best", calibration=calibration), original, resume=True) as job:
+        for name, layer in clustered.transformer.named_modules():
+            if isinstance(layer, VQLinear):
+                piece = {"codebook": layer.codebook, "assignments": layer.assignments, "bias": layer.bias}
+                piece["row_scale"] = torch.ones(layer.out_features)
+                job.write(f"layers/{name}", {key: tensor.detach().clone() for key, tensor in piece.items()})
+        del clustered
+        started = time.monotonic()
+        save(run(job, original), work / "tuning-2bit", overwrite=True)
+        seconds, peak = time.monotonic() - started, peak_memory(torch.device("cpu")) / 1e9
+        job.remove()
+    loaded = load_pipeline(str(work / "tuning-2bit"))
+    print(f"tuning, 10 updates of {TUNING_BATCH} steps: {seconds:.0f} s, peak {peak:.2f} GB; {type(loaded).__name__} loaded")
+
+
+def quantize(model: Path, work: Path, recipe: Recipe, bits: int, *options: str) -> None:
+    """Run the command as a process of its own and print what it cost and what it wrote."""
+    output = work / f"{recipe}-{bits}bit"
+    arguments = ["--output", str(output), "--bits", str(bits), "--recipe", recipe, "--overwrite", "--json", *options]
+    measured = run_vq4dit("quantize", str(model), *arguments)
+    report = json.loads(measured.printed)
+    predicted = inspect(str(model), widths=[bits], recipe=recipe).predictions[0].file_bytes / 1e6
+    print(
+        f"{recipe} {bits} bits {' '.join(options)}: {measured.seconds:.0f} s, peak {measured.peak_bytes / 1e9:.2f} GB, "
+        f"{len(report['layers'])} layers, {report['transformer_bytes'] / 1e6:.2f} MB written, {predicted:.2f} MB predicted",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

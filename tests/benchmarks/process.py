@@ -1,14 +1,18 @@
-"""Run a command as a whole process and take its own figures from the operating system."""
+"""Run a command as a whole process and take its own figures from the operating system (Linux)."""
 
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
+from vq4dit.evaluation import high_water_mark
+
+POLL_SECONDS = 0.05
+
 
 class Measured(NamedTuple):
-    """`peak_bytes` is the process's largest resident memory."""
+    """`peak_bytes` is the process's largest resident memory, as the system counts it, last read when it was about to end."""
 
     printed: str
     seconds: float
@@ -21,12 +25,21 @@ def run_vq4dit(*arguments: str) -> Measured:
     Raises:
         RuntimeError: if the command fails; what it said is on standard error.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "vq4dit", *arguments]
+    return run([sys.executable, "-W", "ignore", "-m", "vq4dit", *arguments])
+
+
+def run(command: list[str]) -> Measured:
+    """As `run_vq4dit`, for any command."""
+    peak_bytes = 0
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output)
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, high_water_mark(process.pid))
+            time.sleep(POLL_SECONDS)
+        seconds = time.monotonic() - started
+        output.seek(0)
+        printed = output.read()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return Measured(printed, time.monotonic() - started, usage.ru_maxrss * 1024)
+    return Measured(printed, seconds, peak_bytes)

@@ -1,0 +1,75 @@
+"""The app: `python app.py`. The same file serves one's own machine and a Hugging Face Space with ZeroGPU.
+
+It only reads its arguments and opens the page; everything else is in `vq4dit`.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+IS_SPACE = "SPACE_ID" in os.environ
+if IS_SPACE:  # before huggingface_hub: requests without a visitor's login carry none, never the owner's
+    os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces  # noqa: F401  (before torch: it takes the GPU's place until one is lent)
+
+HOME = Path(__file__).parent
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Shrink a Diffusion Transformer in the browser: pick, quantize, compare, keep."
+    )
+    parser.add_argument(
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="default: 127.0.0.1, this machine only"
+    )
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)), help="default: 7860")
+    parser.add_argument("--share", action="store_true", help="a public demo link for some days")
+    parser.add_argument("--root", type=Path, metavar="FOLDER", help="offer the pipeline folders below FOLDER (default: none)")
+    return parser.parse_args()
+
+
+def workspace_folder() -> Path:
+    """Where jobs live: VQ4DIT_WORKSPACE, else a Space's persistent disk, else the system's folder for temporary files."""
+    if chosen := os.environ.get("VQ4DIT_WORKSPACE"):
+        return Path(chosen)
+    return Path("/data/vq4dit") if os.access("/data", os.W_OK) else Path(tempfile.gettempdir()) / f"vq4dit-{os.getuid()}"
+
+
+def whose_login(args: argparse.Namespace) -> Literal["oauth", "own", "none"]:
+    """Who publishes: a visitor who signs in, this machine's user, or nobody when strangers may come without signing in."""
+    if IS_SPACE:
+        return "oauth"
+    return "own" if args.host in ("127.0.0.1", "localhost", "::1") and not args.share else "none"
+
+
+def main() -> None:
+    args = parse()  # before the slow imports, so that --help answers at once
+    login = whose_login(args)
+    if login != "own":
+        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+
+    from vq4dit.catalog import Catalog
+    from vq4dit.web.page import Page
+    from vq4dit.web.studio import Studio
+    from vq4dit.web.theme import HEAD, STYLE, new_theme
+    from vq4dit.workspace import Workspace
+
+    studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
+    page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)
+    page.blocks.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        theme=new_theme(),
+        css_paths=[STYLE],
+        head=HEAD,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The card says what is so, calls unmeasured what was not measured, and its snippet runs."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hub_fixtures import publish
+
+import vq4dit
+from vq4dit.account import look_up_base
+from vq4dit.cli import main
+from vq4dit.errors import HubError
+from vq4dit.inspection import tensor_bytes
+from vq4dit.model_card import Base, default_name, default_visibility, model_card, read_report, source
+from vq4dit.origin import Origin, folder_metadata, origin_of, write_origin
+
+COMMIT = "0123456789" * 4
+BASE = Base(model="facebook/DiT-XL-2-256", revision=COMMIT, metadata={"license": "cc-by-nc-4.0", "language": "en"})
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, model_folder, quantized_folder):
+    """What `compare` writes of the tiny model."""
+    folder = tmp_path_factory.mktemp("reports") / "compared"
+    assert main(["compare", model_folder, str(quantized_folder), "--steps", "2", "--output", str(folder)]) == 0
+    return folder
+
+
+def metadata(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_metadata_names_base_relation_and_licence(quantized_folder):
+    found = metadata(model_card(quantized_folder, "ann/tiny", BASE))
+    assert found["base_model"] == "facebook/DiT-XL-2-256" and found["base_model_relation"] == "quantized"
+    assert found["license"] == "cc-by-nc-4.0" and found["language"] == "en" and found["library_name"] == "diffusers"
+    assert "2-bit" in found["tags"] and "pipeline_tag" not in found
+
+
+def test_a_licence_file_of_the_base_is_linked_where_it_is(quantized_folder):
+    base = dataclasses.replace(BASE, metadata={"license": "other", "license_name": "free", "license_link": "LICENSE.md"})
+    link = metadata(model_card(quantized_folder, "ann/tiny", base))["license_link"]
+    assert link.endswith(f"/facebook/DiT-XL-2-256/blob/{COMMIT}/LICENSE.md")
+
+
+def test_base_commit_bits_recipe_and_kept_layers_are_told(quantized_folder):
+    card = model_card(quantized_folder, "ann/tiny", BASE)
+    for words in (
+        f"commit `{COMMIT}`",
+        "bits per weight: 2 (a codebook for each layer: 256 codewords of 4 weights in 14 layers)",
+        "recipe: `kmeans`, plain k-means",
+        "14 linear layers are quantized",
+        "`transformer_blocks.*.norm1.emb.timestep_embedder.linear_1` (2 layers): embedder",
+        "versions and calibration settings: not recorded",
+    ):
+        assert words in card
+
+
+def test_a_folder_as_base_is_called_so(quantized_folder):
+    card = model_card(quantized_folder, "ann/tiny", Base())
+    assert "Base model: a folder that is not on the Hub" in card and "base_model" not in metadata(card)
+    assert "not known: ask the author" in card
+
+
+def test_what_nobody_measured_is_called_so(quantized_folder):
+    card = model_card(quantized_folder, "ann/tiny", BASE)
+    assert "Nobody compared this model with its base" in card and "samples.png" not in card
+    size = f"{tensor_bytes(str(quantized_folder)):,}"
+    assert f"| **this model**, 2 bits, recipe `kmeans` | {size} | not measured | not measured | not measured |" in card
+
+
+def test_measured_figures_are_those_of_compare(quantized_folder, reports):
+    report = read_report(reports)
+    card = model_card(quantized_folder, "ann/tiny", BASE, report)
+    assert f"| {report.noise_nmse:.4f} | {report.psnr_db:.2f} | {report.ssim:.4f} |" in card
+    assert f"| base | {report.original_bytes:,} |" in card and "![pairs of images](samples.png)" in card
+    assert f"rest on {report.num_pairs} pairs" in card
+
+
+def test_plain_kmeans_has_a_row_beside_another_recipe(tmp_path, quantized_folder, reports):
+    settings = vq4dit.QuantizationSettings(recipe="best")
+    copy = shutil.copytree(quantized_folder, tmp_path / "best")
+    told = json.loads((copy / "transformer" / "config.json").read_text())
+    told["quantization_config"]["recipe"] = "best"
+    (copy / "transformer" / "config.json").write_text(json.dumps(told))
+    write_origin(copy, Origin(model=BASE.model, revision=COMMIT, settings=settings.to_dict(), versions={"torch": "2.13"}))
+    report = read_report(reports)
+    card = model_card(copy, "ann/tiny", BASE, report)
+    assert "| plain k-means, same bits | not measured | not measured" in card and "torch 2.13" in card
+    assert "ratio_start distance" in card
+    card = model_card(copy, "ann/tiny", BASE, report, dataclasses.replace(report, noise_nmse=0.5))
+    assert f"| plain k-means, same bits | {report.quantized_bytes:,} | 0.5000 |" in card
+
+
+def test_figures_of_another_file_or_another_measurement_are_refused(quantized_folder, reports):
+    report = read_report(reports)
+    with pytest.raises(HubError, match="compare again"):
+        model_card(quantized_folder, "ann/tiny", BASE, dataclasses.replace(report, quantized_bytes=1))
+    with pytest.raises(HubError, match="with equal options"):
+        model_card(quantized_folder, "ann/tiny", BASE, report, dataclasses.replace(report, seed=7))
+
+
+def test_a_model_that_is_not_quantized_gets_no_card(model_folder):
+    with pytest.raises(HubError, match="quantize first"):
+        model_card(Path(model_folder), "ann/tiny", BASE)
+
+
+@pytest.mark.parametrize(
+    ("base", "private", "reason"),
+    [
+        (Base(metadata={"license": "apache-2.0"}), False, "apache-2.0, allows it"),
+        (Base(metadata={"license": "cc-by-nc-4.0"}), True, "does not allow commercial use"),
+        (Base(metadata={"license": "other", "license_name": "flux-1-dev-non-commercial-license"}), True, "commercial"),
+        (Base(metadata={"license": "other"}), True, "not known"),
+        (Base(), True, "not known"),
+        (Base(model="a/b", metadata={"license": "mit"}, restricted="gated"), True, "a/b is gated"),
+    ],
+)
+def test_the_default_visibility_follows_the_licence(base, private, reason):
+    found, told = default_visibility(base)
+    assert found is private and reason in told
+
+
+def test_default_names_tell_base_and_bits():
+    assert default_name("facebook/DiT-XL-2-256", 2) == "DiT-XL-2-256-vq4dit-2bit"
+    assert default_name("my odd folder!", 4) == "my-odd-folder-vq4dit-4bit"
+
+
+def test_the_origin_of_a_folder_holds_its_licence_but_no_path():
+    emoji = Path(__file__).parents[1] / "assets" / "emoji-dit"
+    origin = origin_of(str(emoji), None, vq4dit.QuantizationSettings())
+    assert origin.metadata["license"] == "apache-2.0" and origin.model == origin.revision == ""
+    assert str(emoji) not in json.dumps(dataclasses.asdict(origin)) and folder_metadata(emoji) == origin.metadata
+
+
+def test_the_space_is_named_as_the_source(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "ann/vq4dit")
+    assert source().endswith("/spaces/ann/vq4dit")
+
+
+def test_the_base_is_looked_up_with_its_licence(hub, ann):
+    hub.add_repo("corp/base", gated=True, card={"license": "mit", "tags": ["x"]})
+    found = look_up_base(Origin(model="corp/base", revision=COMMIT), ann.token)
+    assert found == Base(model="corp/base", revision=COMMIT, metadata={"license": "mit"}, restricted="gated")
+    gone = look_up_base(Origin(model="corp/gone", revision=COMMIT), ann.token)
+    assert gone.metadata == {} and default_visibility(gone)[0]
+
+
+def test_the_snippet_of_the_card_runs_in_a_fresh_process(hub, ann, quantized_folder, tmp_path):
+    publish(quantized_folder, ann)
+    snippet = re.search(r"```python\n(.*?)```", hub.repos["ann/tiny"].head["README.md"].decode(), re.DOTALL)[1]
+    program = snippet.replace("num_inference_steps=25", "num_inference_steps=2, output_type='np'") + (
+        f"import numpy\nnumpy.save({str(tmp_path / 'a.npy')!r}, image)\n"
+    )
+    settings = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(tmp_path / "home")}
+    seeded = "import torch\n" + program.replace("image = ", "torch.manual_seed(3)\nimage = ")
+    done = subprocess.run(
+        [sys.executable, "-c", seeded], env=os.environ | settings, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    image = np.load(tmp_path / "a.npy")
+    local: dict = {}
+    here = seeded.replace('"ann/tiny"', repr(str(quantized_folder))).replace("a.npy", "b.npy")
+    exec(here, local)
+    assert np.array_equal(image, np.load(tmp_path / "b.npy"))

@@ -1,0 +1,149 @@
+"""Visitors' folders: unguessable, kept apart, swept, and never taken from somebody who works in them."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from vq4dit.config import QuantizationSettings
+from vq4dit.errors import JobError
+from vq4dit.workspace import Event, Status, Workspace, check_space, folder_bytes
+
+SETTINGS = QuantizationSettings(recipe="kmeans")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "jobs")
+
+
+@pytest.fixture
+def project(workspace):
+    return workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS)
+
+
+def age(project, seconds: float) -> None:
+    for path in (*project.folder.glob("*"), project.folder):
+        os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+@pytest.mark.parametrize("said", [None, "", "x", "../../etc", "G" * 32, "a" * 31, "a" * 33, 7, ["a" * 32]])
+def test_what_is_no_key_of_ours_becomes_a_new_visitor(workspace, said):
+    first, second = workspace.visitor(said), workspace.visitor(said)
+    assert first != second and len(first) == 32  # 128 bits
+    assert workspace.visitor(first) == first
+
+
+@pytest.mark.parametrize("key", ["..", "../x", "", "/etc", "a" * 40])
+def test_only_keys_become_paths(workspace, key):
+    with pytest.raises(ValueError, match="32 hexadecimal digits"):
+        workspace.projects(key)
+    with pytest.raises(ValueError, match="32 hexadecimal digits"):
+        workspace.project("a" * 32, key)
+
+
+def test_visitors_do_not_see_each_other(workspace):
+    ann, bob = workspace.visitor(None), workspace.visitor(None)
+    theirs = [workspace.open(visitor, "folder:tiny", SETTINGS) for visitor in (ann, bob)]
+    assert theirs[0].key != theirs[1].key
+    assert [p.key for p in workspace.projects(ann)] == [theirs[0].key]
+    assert workspace.project(bob, theirs[0].key) is None
+
+
+def test_the_same_choice_is_the_same_project_and_another_one_is_not(workspace, project):
+    visitor = project.folder.parent.name
+    assert workspace.open(visitor, "folder:tiny", SETTINGS).key == project.key
+    assert workspace.open(visitor, "folder:tiny", QuantizationSettings(recipe="kmeans", seed=1)).key != project.key
+    assert workspace.open(visitor, "folder:tiny", SETTINGS, "another commit").key != project.key
+
+
+def test_folders_are_closed_to_other_users_of_the_machine(workspace, project):
+    assert workspace.root.stat().st_mode & 0o077 == 0
+    assert project.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_project_that_nobody_works_on_does_not_run(project):
+    with project.claim():
+        project.set_status(Status("running", seconds=3.0))
+        assert project.is_busy() and project.status().phase == "running"
+    status = project.status()
+    assert (status.phase, status.seconds) == ("paused", 3.0)
+    assert "interrupted" in status.message
+
+
+def test_only_one_may_work_on_a_project(project, monkeypatch):
+    monkeypatch.setattr("vq4dit.workspace.LEAVING_SECONDS", 0.1)
+    with project.claim():
+        with pytest.raises(JobError, match="worked on already, perhaps in another tab"):
+            with project.claim():
+                pass
+    with project.claim():
+        pass
+
+
+def test_a_killed_worker_lets_go(project):
+    reading, writing = os.pipe()
+    if not (worker := os.fork()):
+        with project.claim():
+            os.write(writing, b"mine")
+            time.sleep(60)
+    os.read(reading, 4)
+    assert project.is_busy()
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    assert not project.is_busy()
+
+
+def test_old_projects_are_swept_and_running_ones_never(workspace):
+    old, running, fresh = (workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS) for _ in range(3))
+    with running.claim():
+        age(old, 1000)
+        age(running, 2000)
+        assert workspace.sweep(max_age_seconds=500.0, max_bytes=10**9) == [old.folder]
+    assert running.folder.exists() and fresh.folder.exists()
+
+
+def test_when_all_are_too_large_the_oldest_go_first(workspace):
+    projects = [workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS) for _ in range(3)]
+    for seconds, project in zip((300, 200, 100), projects, strict=True):
+        (project.folder / "large").write_bytes(bytes(1000_000))
+        age(project, seconds)
+    assert workspace.sweep(max_age_seconds=1e9, max_bytes=2_100_000) == [projects[0].folder]
+
+
+def test_files_that_vanish_while_somebody_looks_are_passed_over(workspace, project):
+    """A worker renames its temporary files and removes `stop` all the time; a link to nothing is listed and not there too."""
+    (project.folder / ".layers.json.partial").symlink_to("gone")
+    assert time.time() - 100 < project.last_used() < time.time() + 100 and folder_bytes(project.folder) > 0
+    assert [p.key for p in workspace.projects(project.folder.parent.name)] == [project.key]
+    assert workspace.sweep(max_age_seconds=500.0, max_bytes=10**9) == []
+
+
+def test_two_may_write_the_same_file_at_once(project):
+    """The page pauses a job that waits, while its worker begins."""
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: project.set_status(Status("paused", seconds=float(number))), range(200)))
+    assert project.status().seconds in range(200)
+    assert {path.name for path in project.folder.iterdir()} == {"project.json", "status.json"}
+
+
+def test_a_log_cut_short_by_a_kill_is_read_up_to_there(project):
+    project.add_event(Event("cluster", 1, 4, 0.5, {"figure": 1.0}, "a.0.b"))
+    with open(project.folder / "events.jsonl", "a") as file:
+        file.write('{"stage": "clu')
+    assert project.events() == [Event("cluster", 1, 4, 0.5, {"figure": 1.0}, "a.0.b")]
+
+
+def test_a_project_of_another_version_is_passed_over(workspace, project):
+    (project.folder / "project.json").write_text('{"model": "x", "revision": "", "settings": {"unknown": 1}}')
+    visitor = project.folder.parent.name
+    assert workspace.projects(visitor) == [] and workspace.project(visitor, project.key) is None
+    assert workspace.sweep(max_age_seconds=1e9, max_bytes=10**9) == []
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path):
+    check_space(tmp_path, 1000)
+    with pytest.raises(JobError, match=r"the disk has .* GB left and this needs 1100000.0 GB: remove old results"):
+        check_space(tmp_path, 10**15)

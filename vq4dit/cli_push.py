@@ -1,0 +1,84 @@
+"""`python -m vq4dit push`: a quantized model and its card into an account of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from vq4dit.account import look_up_base, sign_in
+from vq4dit.errors import HubError
+from vq4dit.hub import Existing, Target, push, same_image
+from vq4dit.loading import check_pipeline
+from vq4dit.model_card import default_name, default_visibility, model_card, read_report
+from vq4dit.origin import read_origin
+from vq4dit.terminal import folder_path, progress_bars
+
+
+def add_push_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", type=folder_path, metavar="DIR", help="what `quantize` wrote")
+    sub.add_argument(
+        "repo", nargs="?", metavar="REPO", help="name, or owner/name for an organisation (default: from base and bits)"
+    )
+    visibility = sub.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", default=None, help="only you, or the organisation, can see it")
+    visibility.add_argument("--public", dest="private", action="store_false", help="default if the base's licence is free")
+    existing = sub.add_mutually_exclusive_group()
+    existing.add_argument("--pr", action="store_true", help="if REPO exists: open a pull request")
+    existing.add_argument("--commit", action="store_true", help="if REPO exists: add a commit")
+    sub.add_argument("--base", metavar="ID", help="Hub id of the base, if DIR does not say")
+    sub.add_argument("--report", type=folder_path, metavar="DIR", help="what `compare BASE DIR` wrote, for the card")
+    sub.add_argument(
+        "--kmeans-report", type=folder_path, metavar="DIR", help="what `compare` wrote of recipe kmeans at the same bits"
+    )
+    sub.add_argument("--card", type=folder_path, metavar="FILE", help="write the card to FILE and stop: look at it first")
+    sub.add_argument("--verify", action="store_true", help="afterwards download it, load it and compare one image bit by bit")
+
+
+def push_command(args: argparse.Namespace) -> None:
+    config = check_pipeline(str(args.folder))
+    origin = read_origin(args.folder)
+    if args.base:
+        origin = dataclasses.replace(origin, model=args.base, revision=origin.revision if origin.model == args.base else "")
+    account = sign_in()
+    base = look_up_base(origin, account.token)
+    bits = (config.get("quantization_config") or {}).get("bits", 0)
+    repo_id = account.repo_id(args.repo or default_name(base.model or args.folder.name, bits))
+    report = read_report(args.report) if args.report else None
+    kmeans = read_report(args.kmeans_report) if args.kmeans_report else None
+    card = model_card(args.folder, repo_id, base, report, kmeans)
+    if args.card:
+        args.card.write_text(card)
+        Console(stderr=True).print(f"the card of {escape(repo_id)} is in {escape(str(args.card))}; nothing was sent")
+        return
+    private, reason = default_visibility(base) if args.private is None else (args.private, "as you said")
+    Console(stderr=True).print(f"{escape(repo_id)}: {'private' if private else 'public'}, {escape(reason)}", highlight=False)
+    existing: Existing = "pull-request" if args.pr else "commit" if args.commit else "refuse"
+    target = Target(repo_id=repo_id, private=private, existing=existing)
+    with progress_bars() as on_progress:
+        pushed = push(
+            args.folder, target, account, card=card, extras=evidence(args.report, args.kmeans_report), on_progress=on_progress
+        )
+    same = same_image(args.folder, pushed, account) if args.verify else None
+    if same is False:
+        raise HubError(f"{repo_id} was pushed, but loaded from there it gives another image: tell the authors", "checksum")
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(pushed), "same_image": same}, indent=1))
+        return
+    state = "was there already, nothing was sent" if pushed.was_there else f"{pushed.num_bytes / 1e6:.2f} MB"
+    checked = f"checksums of {pushed.num_files} files verified" + (", one image is the same bit by bit" if same else "")
+    Console().print(f"{escape(pushed.url)}: {state}; {checked}", highlight=False, soft_wrap=True)
+
+
+def evidence(report: Path | None, kmeans_report: Path | None) -> dict[str, Path]:
+    """The files behind the card's figures, by their name in the repository."""
+    files: dict[str, Path] = {}
+    if report:
+        files |= {"report.json": report / "report.json", "samples.png": report / "pairs.png"}
+    if kmeans_report:
+        files["report-kmeans.json"] = kmeans_report / "report.json"
+    return files

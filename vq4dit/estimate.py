@@ -1,0 +1,101 @@
+"""What a quantization will cost: seconds, memory, disk. Rough on purpose, and all in this one file.
+
+Two sums, each divided by a speed that was measured once (cpu) or is assumed (gpu). They are there so that nobody starts
+blindly; once the work runs, its own pace replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vq4dit.config import QuantizationSettings
+from vq4dit.inspection import SizePrediction
+from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
+from vq4dit.workspace import Event
+
+Device = Literal["cpu", "gpu"]
+
+LLOYD_ITERATIONS = 15
+# cpu: a core of x86-64, measured on the bundled model (processor seconds of codebooks and of tuning steps), times the cores
+# that torch uses. gpu: assumed, never measured: half of the fp32 figure of half an H200 (6.7e13 for a whole one).
+# Distances between a sub-vector and a codeword, per second.
+DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
+# Floating-point operations of calibration and tuning, per second.
+OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
+LOAD_BYTES_PER_SECOND = 5e8
+FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone
+
+# GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
+DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by stage, and bytes."""
+
+    stages: dict[str, float]
+    memory_bytes: int
+    disk_bytes: int  # of the job's folder and the result, at their largest
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+    def fits(self) -> dict[str, bool]:
+        """For each kind of visitor, whether a day's GPU time is enough."""
+        return {visitor: self.seconds <= limit for visitor, limit in DAILY_GPU_SECONDS.items()}
+
+
+def estimate(
+    prediction: SizePrediction, settings: QuantizationSettings, *, parameters: int, tokens: int, device: Device
+) -> Estimate:
+    """The cost of quantizing a model.
+
+    Args:
+        parameters: of the whole transformer.
+        tokens: positions that one image has in it.
+    """
+    cores = torch.get_num_threads() if device == "cpu" else 1
+    distances, operations = cores * DISTANCES_PER_SECOND[device], cores * OPERATIONS_PER_SECOND[device]
+    weights = prediction.quantized_weights
+    subvectors = [layer.rows * layer.columns // layer.subvector_dim for layer in prediction.layers]
+    codewords = settings.num_codewords
+    clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
+    stages = {"cluster": sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND}
+    memory = 8 * parameters  # the original and the result, in fp32
+    disk = prediction.file_bytes + 8 * sum(subvectors)
+    if settings.recipe == "best":
+        calibration = settings.calibration
+        rows = 2 * calibration.tuning_batch * tokens
+        stages["fit"] = FIT_FACTOR * stages.pop("cluster")
+        stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
+        memory += 12 * weights
+        disk += 4 * weights
+    if settings.recipe == "paper":
+        calibration = settings.calibration
+        rows = 2 * calibration.num_trajectories * tokens  # guidance doubles the batch
+        # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per weight: mixing about 40
+        per_step = weights * (8 * rows + 40)
+        stages["calibrate"] = calibration.steps * per_step / operations
+        soft = sum(subvectors) * calibration.num_candidates
+        memory += 20 * soft + 8 * weights
+        disk += 16 * soft  # a checkpoint, and the next one beside it
+    return Estimate(stages, memory, disk)
+
+
+def seconds_left(events: Sequence[Event], stages: dict[str, float]) -> float | None:
+    """The time to the end by the pace of the running stage; later stages by their estimate, corrected by that pace."""
+    same = [event for event in events if event.stage == events[-1].stage and event.done]  # the rest is preparation
+    if len(same) < 2 or same[-1].done <= same[0].done:
+        return None
+    last = same[-1]
+    pace = (last.seconds - same[0].seconds) / (last.done - same[0].done)
+    expected = stages.get(last.stage, 0.0)
+    correction = min(4.0, max(0.25, pace * last.total / expected)) if expected else 1.0
+    names = list(stages)
+    later = names[names.index(last.stage) + 1 :] if last.stage in stages else []
+    return pace * (last.total - last.done) + correction * sum(stages[name] for name in later)

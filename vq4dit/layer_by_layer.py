@@ -1,0 +1,156 @@
+"""Quantize layer after layer, each one making good what those before it got wrong.
+
+Teacher and student (the copy that is being quantized) go through the blocks side by side, on latents of zero-data
+trajectories. When a layer's turn comes, its inputs are known: x in the teacher, x̃ in the student, behind all that is
+quantized already. The layer gets a corrected weight
+
+    W* = W + α W E[(x - x̃) x̃ᵀ] E[x̃ x̃ᵀ]⁻¹
+
+which at α = 1 is the best linear answer to the student's inputs (GPTAQ, arXiv:2504.02692); α = 1/2 measured better, since
+the whole correction fits the few latents too closely. W* is then quantized by error feedback under the second moments of
+the student's inputs, and the bias takes up what is left of the mean error.
+
+Layers that see no tokens (adaLN: their input depends on timestep and class only) are fitted on *every* class. All that is
+in memory besides the two models is one walk's hidden states and one block's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from diffusers import DiTPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vq4dit.dit import named_blocks
+from vq4dit.error_feedback import QuantizedWeight, damp, quantize_weight
+from vq4dit.zero_data import BlockCall, evaluating, record_block_calls
+
+PREFIX_CORRECTION = 0.5  # α
+TOKENS = 20480  # of the walk, all latents together: 20 for every input of a layer of 1,024
+STEPS = 10  # denoising steps of the walk
+
+
+class InputStatistics(NamedTuple):
+    """What a layer must know of its inputs x (teacher) and x̃ (student)."""
+
+    second_moments: Float[Tensor, "columns columns"]  # E[x̃ x̃ᵀ]
+    drift: Float[Tensor, "columns columns"]  # E[(x - x̃) x̃ᵀ]
+    teacher_mean: Float[Tensor, " columns"]
+    student_mean: Float[Tensor, " columns"]
+
+
+class LayerGroup(NamedTuple):
+    """Linears that read the same input (q, k, v), and how to get its statistics when they are wanted."""
+
+    names: list[str]
+    statistics: Callable[[], InputStatistics]
+
+
+def calibration_walk(pipeline: DiTPipeline, guidance_scale: float, generator: torch.Generator) -> list[BlockCall]:
+    """A walk of about `TOKENS` tokens: as many trajectories as that takes."""
+    config = pipeline.transformer.config
+    tokens = (config.sample_size // config.patch_size) ** 2
+    return record_block_calls(
+        pipeline,
+        generator,
+        num_trajectories=max(1, round(TOKENS / (2 * STEPS * tokens))),
+        guidance_scale=guidance_scale,
+        num_inference_steps=STEPS,
+    )
+
+
+def groups_in_turn(
+    teacher: nn.Module, student: nn.Module, walk: Sequence[BlockCall], names: Sequence[str]
+) -> Iterator[LayerGroup]:
+    """The named layers in order of execution, in groups that read the same input.
+
+    Whoever takes a group must put its quantized layers into `student` before asking for the next one.
+    """
+    teacher_states = student_states = [call.hidden for call in walk]
+    for block_name, block in named_blocks(teacher).items():
+        twin = student.get_submodule(block_name)
+        wanted = [name.removeprefix(f"{block_name}.") for name in names if name.startswith(f"{block_name}.")]
+        inputs, teacher_outputs = _inputs_of(block, wanted, teacher_states, walk)
+        for group in _sharing_an_input(inputs):
+            statistics = partial(_group_statistics, group[0], block, twin, inputs[group[0]], student_states, walk)
+            yield LayerGroup([f"{block_name}.{name}" for name in group], statistics)
+        teacher_states = teacher_outputs
+        student_states = _inputs_of(twin, [], student_states, walk)[1]
+
+
+def _group_statistics(
+    name: str,
+    block: nn.Module,
+    twin: nn.Module,
+    teacher_inputs: list[Tensor],
+    student_states: list[Tensor],
+    walk: Sequence[BlockCall],
+) -> InputStatistics:
+    if teacher_inputs[0].ndim == 2:  # no tokens: the same in teacher and student, and every class can be tried
+        every = [call.of_every_class() for call in walk]
+        found, _ = _inputs_of(block, [name], [call.hidden for call in every], every)
+        conditioning = _as_rows(found[name])
+        return _statistics(conditioning, conditioning)
+    seen, _ = _inputs_of(twin, [name], student_states, walk)
+    return _statistics(_as_rows(teacher_inputs), _as_rows(seen[name]))
+
+
+def fit_layer(
+    linear: nn.Linear, statistics: InputStatistics, num_codewords: int, subvector_dim: int, generator: torch.Generator
+) -> tuple[QuantizedWeight, Float[Tensor, " rows"] | None]:
+    """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none)."""
+    weight = linear.weight.detach().float()
+    moments = statistics.second_moments
+    correction = torch.linalg.solve(damp(moments), (weight @ statistics.drift).T).T
+    corrected = weight + PREFIX_CORRECTION * correction
+    quantized = quantize_weight(corrected, moments, num_codewords, subvector_dim, generator=generator)
+    if linear.bias is None:
+        return quantized, None
+    shape = (weight.shape[0], weight.shape[1])
+    mean_error = weight @ statistics.teacher_mean - quantized.weight(shape) @ statistics.student_mean
+    return quantized, linear.bias.detach().float() + mean_error
+
+
+def _inputs_of(
+    block: nn.Module, names: Sequence[str], states: list[Tensor], walk: Sequence[BlockCall]
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Run a block over the walk: inputs of the named linears in order of execution, and the block's outputs."""
+    inputs: dict[str, list[Tensor]] = {}
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: inputs.setdefault(name, []).append(arguments[0])
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad(), evaluating(block):
+            outputs = [call.run(block, hidden) for call, hidden in zip(walk, states, strict=True)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, outputs
+
+
+def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
+    groups: list[list[str]] = []
+    for name, seen in inputs.items():
+        if groups and inputs[groups[-1][0]][0] is seen[0]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _as_rows(inputs: list[Tensor]) -> Float[Tensor, "n columns"]:
+    return torch.cat([x.reshape(-1, x.shape[-1]).float() for x in inputs])
+
+
+def _statistics(teacher: Float[Tensor, "n columns"], student: Float[Tensor, "n columns"]) -> InputStatistics:
+    count = len(student)
+    return InputStatistics(
+        student.T @ student / count, (teacher - student).T @ student / count, teacher.mean(0), student.mean(0)
+    )

@@ -1,0 +1,59 @@
+"""Pipelines of projects, the last few kept in memory, on the device that does the work."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from vq4dit.catalog import Catalog
+from vq4dit.inspection import tensor_bytes
+from vq4dit.loading import check_access, load_pipeline
+from vq4dit.workspace import Project
+
+KEPT_IN_MEMORY = 3
+
+
+class Loader:
+    """Originals by model, packed ones by project.
+
+    Pipelines are shared by those who ask for the same one, so only one of them may compute at a time: recording block
+    outputs hangs hooks into the model. The page's queue sees to that.
+
+    Sharing must not lend one visitor's access to another: before an original is handed out, the Hub is asked whether this
+    login may read it.
+    """
+
+    def __init__(self, catalog: Catalog, token: str | None = None, kept: OrderedDict[str, Any] | None = None):
+        self.catalog, self._token = catalog, token
+        self._kept: OrderedDict[str, Any] = OrderedDict() if kept is None else kept
+
+    def with_login(self, token: str | None) -> Loader:
+        """The same pipelines, for as long as one visitor's answer takes."""
+        return Loader(self.catalog, token, self._kept)
+
+    def original(self, project: Project) -> Any:
+        """The model that a project began with.
+
+        Raises:
+            VQ4DiTError: if this login may not read it (any more), or it cannot be loaded.
+        """
+        model = self.catalog.locate(project.model)
+        check_access(model, self._token)
+        return self._load(model, project.revision or None)
+
+    def quantized(self, project: Project) -> Any:
+        return self._load(str(project.result), None)
+
+    def original_bytes(self, project: Project) -> int:
+        return tensor_bytes(self.catalog.locate(project.model), project.revision or None, self._token)
+
+    def _load(self, model: str, revision: str | None) -> Any:
+        key = f"{model}@{revision}"
+        if key not in self._kept:
+            while len(self._kept) >= KEPT_IN_MEMORY:
+                self._kept.popitem(last=False)
+            self._kept[key] = load_pipeline(model, revision=revision, token=self._token)
+        self._kept.move_to_end(key)
+        return self._kept[key].to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,243 @@
+"""The page's event handlers: each takes what components hold and gives what they shall show.
+
+A visitor's login comes with every event, by the type of an argument, and is gone with its answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from vq4dit.catalog import BUNDLED
+from vq4dit.web import parts
+from vq4dit.web.studio import Choice, Studio, default_labels
+from vq4dit.web.words import Trouble, explain, in_words, size
+from vq4dit.workspace import Project, Status
+
+
+class Answers:
+    """One method per event; whatever fails becomes words on the page."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    # --- arriving, picking, choosing ---
+
+    def arrive(self, key: str, request: gr.Request, token: gr.OAuthToken | None) -> tuple:
+        """Who is this, what were they doing, and what does the link say?"""
+        visitor = self.studio.workspace.visitor(key)
+        projects = self.studio.workspace.projects(visitor)
+        last = projects[0] if projects else None
+        query = dict(request.query_params)
+        choice = chosen(query, last)
+        seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
+        welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
+        # The card comes along: looked up by an event of its own it might overtake, and undo, the visitor's first click.
+        looked = self.look(token, *(choice if isinstance(choice[0], str) else AT_FIRST))
+        return visitor, welcome, last.key if last else "", *choice, *looked, seeds
+
+    def search(self, typed: str, seen: list[tuple[str, str]]) -> tuple:
+        """Choices for what is typed, then those seen before; a choice made before stands in the field too, and is no search.
+
+        The list never becomes shorter: Gradio draws the new one with the rows of the old one, and breaks off if one is gone.
+        """
+        offered = self.studio.catalog.offered()
+        is_shown = any(typed == shown for shown, _ in offered)
+        found = offered if is_shown else self.studio.catalog.search(typed)
+        choices = (found + [choice for choice in seen if choice not in found])[:CHOICES]
+        return gr.Dropdown(choices=choices), choices
+
+    def look(self, token: gr.OAuthToken | None, *values: Any) -> tuple[str, str]:
+        """The card, and the same thing as a command and a link."""
+        try:
+            choice = Choice(*values)
+            settings = choice.settings()
+            card = self.studio.card(choice.model or "", settings.keep, settings.recipe, secret(token))
+            costs = self.studio.costs(card, choice)
+        except Exception as error:
+            return parts.trouble(explain(error)), ""
+        shown = parts.card(choice.model, card, costs, settings.bits, self.studio.device)
+        return shown, commands(choice)
+
+    def classes(self, model: str, request: gr.Request, token: gr.OAuthToken | None) -> Any:
+        """The classes to choose from; at first those of the link, else a few."""
+        try:
+            names = self.studio.card(model, token=secret(token)).labels
+        except Exception:  # the card says what is wrong
+            names = {}
+        asked = [label for label in classes_of(dict(request.query_params), model) if label in names.values()]
+        return gr.Dropdown(choices=list(names.items()), value=asked or [names[label] for label in default_labels(names)])
+
+    # --- running ---
+
+    def begin(self, key: str, turn: int, token: gr.OAuthToken | None, *values: Any) -> tuple:
+        visitor = self.studio.workspace.visitor(key)
+        try:
+            project = self.studio.begin(visitor, Choice(*values), secret(token))
+        except Exception as error:
+            return *idle(parts.trouble(explain(error))), visitor, gr.skip(), turn  # without a key it would be the last job
+        if project.status().phase == "done":
+            return *self.view(project), visitor, project.key, turn
+        return *started(), visitor, project.key, turn + 1
+
+    def resume(self, key: str, project_key: str, turn: int) -> tuple:
+        try:
+            self.studio.project(key, project_key).forget_stop()
+        except Exception as error:
+            return *idle(parts.trouble(explain(error))), turn
+        return *started(), turn + 1
+
+    def stop(self, key: str, project_key: str) -> tuple:
+        """Ask the worker to stop; if the job only waits for its turn, it is paused at once.
+
+        While somebody works, the stream of that work tells the rest: an answer from here might arrive after its last
+        word, and hide how it ended.
+        """
+        project = self.studio.project(key, project_key)
+        project.ask_to_stop()
+        if project.is_busy():
+            return (gr.skip(),) * 7
+        if project.status().phase in ("new", "waiting"):
+            project.set_status(replace(project.status(), phase="paused", message="You stopped it before its turn came."))
+        return self.view(project)
+
+    def quantize(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> Iterator[tuple]:
+        """One turn of the work, streamed; a new turn follows if time ran out."""
+        try:
+            project = self.studio.project(key, project_key)
+        except Exception as error:
+            yield *idle(parts.trouble(explain(error))), gr.skip()
+            return
+        found = None
+        for found in self.studio.quantize(project, secret(token)):
+            yield *self.view(project, found), gr.skip()
+        goes_on = project.status().phase == "waiting" and found is None
+        yield *self.view(project, found), turn + 1 if goes_on else gr.skip()
+
+    def watch(self, key: str, project_key: str, turn: int) -> Iterator[tuple]:
+        """After a reload: look on while an earlier turn still works, then drive on."""
+        try:
+            project = self.studio.project(key, project_key)
+        except Exception:  # nothing runs, and the page says so; an answer might overtake that of a first click
+            yield (gr.skip(),) * 8  # a stream without a word would empty what it feeds, labels of buttons included
+            return
+        for _ in self.studio.until_free(project):
+            yield *self.view(project), gr.skip()
+        yield *self.view(project), turn + 1 if project.status().phase == "waiting" else gr.skip()
+
+    def view(self, project: Project, found: Trouble | None = None) -> tuple:
+        """All that the run step shows of a project, from its folder."""
+        status, events, layers = project.status(), project.events(), project.layers()
+        left = self.studio.time_left(project) if status.phase in ("running", "waiting") else None
+        bar = parts.progress(project, status, events, left)
+        if found or status.phase in ("paused", "failed"):
+            bar += parts.trouble(
+                found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
+            )
+        working = status.phase in ("running", "waiting")
+        if working and project.is_asked_to_stop():
+            bar += parts.note("Stopping after this piece …")
+        paused = status.phase in PAUSES
+        begin = gr.Button(visible=not working, variant="secondary" if paused else "primary")
+        buttons = begin, gr.Button(visible=working), gr.Button(visible=paused)
+        return (
+            bar,
+            parts.chart(layers, project.forecast().num_blocks, events),
+            parts.layers_table(layers),
+            parts.log(events),
+            *buttons,
+        )
+
+    # --- keeping ---
+
+    def download(self, key: str, project_key: str) -> tuple:
+        try:
+            path = self.studio.download(self.studio.project(key, project_key))
+        except Exception as error:
+            return gr.skip(), parts.trouble(explain(error))
+        label = f"Download {path.name} ({size(path.stat().st_size)})"
+        return gr.DownloadButton(label, value=str(path), visible=True), parts.load_snippet(path.stem)
+
+    # --- what programs may ask ---
+
+    def inspect(self, model: str) -> dict:
+        """What a model is and what it would weigh at each width, read from its headers.
+
+        Args:
+            model: a Hub id such as facebook/DiT-XL-2-256, or assets/emoji-dit, the bundled one.
+        """
+        try:
+            return parts.inspection_values(self.studio.card(model))
+        except Exception as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def estimate(self, model: str, bits: int = 2, recipe: str = "best") -> dict:
+        """Seconds, memory and disk that quantizing a model would take here, about.
+
+        Args:
+            model: as for `inspect`.
+            bits: per weight, 2, 3 or 4.
+            recipe: best, paper or kmeans.
+        """
+        try:
+            cost = self.studio.costs(self.studio.card(model), Choice(model, bits, recipe, 0, ""))[bits]
+        except Exception as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "disk_bytes": cost.disk_bytes, "fits": cost.fits()}
+
+
+AT_FIRST = (BUNDLED, 2, "best", 0, "")
+CHOICES = 100  # as many as Gradio shows
+PAUSES = {"paused": "The job is paused", "failed": "The job could not go on"}
+RESUME = "Press Resume to go on; it ends in the same bytes."
+
+
+def secret(token: gr.OAuthToken | None) -> str | None:
+    """What the Hub takes; None is nobody, or on one's own machine its own login."""
+    return token.token if token else None
+
+
+def idle(message: str) -> tuple:
+    """The run step when no work can be shown."""
+    keep = (gr.skip(),) * 3
+    return message, *keep, gr.Button(visible=True), gr.Button(visible=False), gr.Button(visible=False)
+
+
+def started() -> tuple:
+    """The run step while the first turn waits in the queue."""
+    told = parts.note("Your job is in the queue; it begins when its turn comes.")
+    return told, *(gr.skip(),) * 3, gr.Button(visible=False), gr.Button(visible=True), gr.Button(visible=False)
+
+
+def greeting(last: Project) -> str:
+    status: Status = last.status()
+    return parts.welcome(last.name, parts.PHASES[status.phase].lower())
+
+
+def chosen(query: dict[str, str], last: Project | None) -> tuple:
+    """Model, bits, recipe, seed, keep: from the link, else from the last job, else as the page has them."""
+    if "model" in query:
+        bits, seed = query.get("bits", "2"), query.get("seed", "0")
+        whole = int(bits) if bits.isdecimal() else 2, int(seed) if seed.isdecimal() else 0
+        return query["model"][:200], whole[0], query.get("recipe", "best"), whole[1], query.get("keep", "")[:500]
+    if last is None:
+        return (gr.skip(),) * 5
+    s = last.settings
+    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep)
+
+
+def classes_of(query: dict[str, str], model: str) -> list[int]:
+    """The classes that a link names for its model."""
+    named = query.get("classes", "").split() if query.get("model") == model else []
+    return [int(label) for label in named[:12] if label.isdecimal()]
+
+
+def commands(choice: Choice) -> str:
+    settings = choice.settings()
+    output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
+    link = parts.copyable("Link to these settings", parts.link_of(choice.model, settings), "link")
+    return parts.copyable("The same in a terminal", parts.command_of(choice.model, settings, output), "command") + link

@@ -1,0 +1,133 @@
+"""The event handlers of the compare step: pictures pair by pair, and the blind test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import gradio as gr
+
+from vq4dit.pairs import Pair, PairSettings, drawn_pairs, report
+from vq4dit.web import parts, pictures
+from vq4dit.web.answers import secret
+from vq4dit.web.studio import Studio
+from vq4dit.web.words import explain
+from vq4dit.workspace import Project
+
+SAME = (gr.skip(),) * 5  # the pictures stay: they are large, and sent only when there is a new one
+
+
+class CompareAnswers:
+    """One method per event; the pictures themselves are files of the project."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    # --- drawing ---
+
+    def begin_drawing(self, key: str, project_key: str, drawing: int) -> tuple:
+        try:
+            project = self.studio.project(key, project_key)
+        except Exception as error:
+            return parts.trouble(explain(error)), gr.skip(), drawing
+        if project.status().phase != "done":
+            return parts.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
+        project.forget_stop()
+        return parts.note("Your pictures are in the queue."), gr.Button(visible=True), drawing + 1
+
+    def halt(self, key: str, project_key: str) -> None:
+        """Ask to stop; the drawing's own stream tells the rest: an answer from here might arrive after its last word."""
+        self.studio.project(key, project_key).ask_to_stop()
+
+    def draw(
+        self,
+        key: str,
+        project_key: str,
+        drawing: int,
+        labels: list[int],
+        seeds: int | float,
+        token: gr.OAuthToken | None = None,
+    ) -> Iterator[tuple]:
+        """One turn of drawing, streamed; a new turn follows if time ran out."""
+        project = self.studio.project(key, project_key)
+        settings = PairSettings(tuple(labels or (0,)), int(seeds))
+        found, on_page = None, list[Pair]()
+        for trouble in self.studio.draw(project, settings, secret(token)):
+            found = trouble or found
+            pairs = drawn_pairs(project)
+            shown = self.shown(key, project, pairs, on_page) if on_page != pairs else SAME
+            on_page = pairs
+            yield counted(project, settings, working=True), *shown, gr.skip(), gr.skip()
+        finished = found is not None or self.studio.is_drawn(project, settings) or project.is_asked_to_stop()
+        told = parts.trouble(found) if found else counted(project, settings, working=not finished)
+        shown = self.shown(key, project, drawn_pairs(project), on_page)
+        yield told, *shown, gr.Button(visible=not finished), gr.skip() if finished else drawing + 1
+
+    def drawn(self, key: str, project_key: str) -> tuple:
+        """The compare step as the project's folder has it."""
+        try:
+            project = self.studio.project(key, project_key)
+        except Exception:
+            return (gr.skip(),) * 6
+        pairs = drawn_pairs(project)
+        return parts.note(f"{len(pairs)} pairs") if pairs else gr.skip(), *self.shown(key, project, pairs)
+
+    def shown(self, key: str, project: Project, pairs: list[Pair], on_page: Sequence[Pair] = ()) -> tuple:
+        """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
+        if not pairs:
+            return gr.Radio(visible=False), "", "", "", ""
+        chips, first = [(f"{p.name} · {p.seed}", p.stem) for p in pairs], pairs[0]
+        chosen = gr.Radio(chips, value=first.stem, visible=True), pictures.slider(project, first)
+        if on_page and all(pair in pairs for pair in on_page):
+            chosen = gr.Radio(chips), gr.skip()
+        same = [p for p in self.studio.workspace.projects(key) if p.model == project.model]
+        return *chosen, pictures.figures(report(project), pairs), pictures.grid(project, pairs), pictures.widths(same)
+
+    def show(self, key: str, project_key: str, stem: str) -> str:
+        project = self.studio.project(key, project_key)
+        return next((pictures.slider(project, pair) for pair in drawn_pairs(project) if pair.stem == stem), "")
+
+    # --- the blind test ---
+
+    def deal(self, key: str, project_key: str, game: dict) -> tuple:
+        """A pair in an order that only the server knows."""
+        try:
+            project = self.studio.project(key, project_key)
+        except Exception as error:
+            return parts.trouble(explain(error)), "", game
+        pairs = drawn_pairs(project)
+        if not pairs:
+            return parts.empty("Draw some pairs first."), "", game
+        game = game | {"pair": random.randrange(len(pairs)), "left": random.random() < 0.5, "open": True}
+        return pictures.blind(project, pairs[game["pair"]], game["left"], False), parts.score(game), game
+
+    def guess(self, key: str, project_key: str, game: dict, left: bool) -> tuple:
+        if not game.get("open"):
+            return self.deal(key, project_key, game)
+        project = self.studio.project(key, project_key)
+        pairs = drawn_pairs(project)
+        if game["pair"] >= len(pairs):  # drawn anew meanwhile
+            return self.deal(key, project_key, game)
+        right = int(game["left"] == left)
+        game = game | {"open": False, "right": game.get("right", 0) + right, "total": game.get("total", 0) + 1, "was": right}
+        return pictures.blind(project, pairs[game["pair"]], game["left"], True), parts.score(game), game
+
+    def guess_left(self, key: str, project_key: str, game: dict) -> tuple:
+        return self.guess(key, project_key, game, True)
+
+    def guess_right(self, key: str, project_key: str, game: dict) -> tuple:
+        return self.guess(key, project_key, game, False)
+
+
+def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
+    """How far the drawing came."""
+    wanted = settings.wanted()
+    done = sum((pair.label, pair.seed) in wanted for pair in drawn_pairs(project))
+    stopped = project.is_asked_to_stop() and report(project) is None
+    told = f"{done} of {len(wanted)} pairs" if done < len(wanted) else f"{done} pairs"
+    if stopped and not working:
+        return parts.note(f"You stopped it: {told}. Press Draw pairs to go on.")
+    if working:
+        told = f"Drawing: {told}" if done < len(wanted) else f"{told}, measuring the noise"
+        return parts.note(f"{told}, stopping …" if stopped else f"{told} …")
+    return parts.note(told)

@@ -1,0 +1,193 @@
+"""The page: five steps from top to bottom, and which event leads to which answer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vq4dit.catalog import BUNDLED
+from vq4dit.config import RECIPES
+from vq4dit.web import parts
+from vq4dit.web.answers import Answers
+from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.push_panel import Login, PushPanel
+from vq4dit.web.studio import Studio, widths_offered
+
+QUEUE_LENGTH = 24
+# A dropdown's value changes only when something is chosen; who comes to type replaces what stands there.
+TYPED = "(_, seen) => [document.querySelector('#model input').value, seen]"
+SELECT = "() => document.querySelector('#model input').select()"
+RECIPE_WORDS = {"best": "best measured", "paper": "as VQ4DiT published it", "kmeans": "codebooks only, fastest"}
+
+
+class Page:
+    """The components, by what they are for, and the wiring between them."""
+
+    def __init__(self, studio: Studio, picture: Path, login: Login = "none"):
+        self.studio, self.login = studio, login
+        self.answers, self.compare = Answers(studio), CompareAnswers(studio)
+        with gr.Blocks(title="vq4dit", analytics_enabled=False, delete_cache=(1800, 7200)) as self.blocks:
+            self.visitor = gr.BrowserState("", storage_key="vq4dit-visitor", secret="vq4dit")
+            self.project, self.turn, self.drawing = gr.State(""), gr.State(0), gr.State(0)
+            self.game = gr.State({})
+            gr.HTML(parts.hero(picture), elem_id="hero")
+            self.welcome = gr.HTML(elem_id="welcome", visible=False)
+            self._pick()
+            self._choose()
+            self._run()
+            self._compare()
+            self._keep()
+            self._wire()
+        self.blocks.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=8)
+
+    # --- layout ---
+
+    def _pick(self) -> None:
+        with gr.Column(elem_classes="step", elem_id="pick"):
+            gr.HTML(parts.heading(1, "Pick a model", "Type to search the Hugging Face Hub. Only headers are read here."))
+            self.model = gr.Dropdown(
+                self.studio.catalog.offered(),
+                value=BUNDLED,
+                allow_custom_value=True,
+                label="Model",
+                elem_id="model",
+            )
+            self.card = gr.HTML(parts.empty("What there is to know about the model appears here."), elem_id="card")
+
+    def _choose(self) -> None:
+        with gr.Column(elem_classes="step", elem_id="choose"):
+            gr.HTML(parts.heading(2, "Choose how small", "Two bits is where it gets interesting; four is nearly the original."))
+            with gr.Row():
+                with gr.Column(scale=3):
+                    self.bits = gr.Radio(widths_offered(), value=2, label="Bits per weight", elem_id="bits")
+                    recipes = [(f"{name} · {RECIPE_WORDS[name]}", name) for name in RECIPES]
+                    self.recipe = gr.Radio(recipes, value="best", label="Recipe", elem_id="recipe")
+                with gr.Column(scale=2):
+                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    with gr.Accordion("Layers to keep in 16 bit", open=False, elem_id="keep-box"):
+                        self.keep = gr.Textbox(
+                            "",
+                            label="Patterns of layer names, separated by spaces",
+                            placeholder="*.ff.*  transformer_blocks.0.*",
+                            elem_id="keep",
+                        )
+            self.command = gr.HTML(elem_id="command-box")
+
+    def _run(self) -> None:
+        with gr.Column(elem_classes="step", elem_id="run"):
+            told = f"Stop whenever you like: every finished layer is kept. One job works at a time, up to {QUEUE_LENGTH} wait."
+            gr.HTML(parts.heading(3, "Watch it shrink", told))
+            with gr.Row(elem_classes="buttons"):
+                self.start = gr.Button("Quantize", variant="primary", elem_id="start")
+                self.stop = gr.Button("Stop", elem_id="stop", visible=False)
+                self.resume = gr.Button("Resume", variant="primary", elem_id="resume", visible=False)
+            self.progress = gr.HTML(parts.empty("Nothing runs yet."), elem_id="progress")
+            self.chart = gr.HTML(parts.chart([], 0, []), elem_id="chart")
+            with gr.Accordion("Finished layers", open=False, elem_id="layers-box"):
+                self.layers = gr.HTML(parts.layers_table([]), elem_id="layers")
+            with gr.Accordion("Log", open=False, elem_id="log-box"):
+                self.log = gr.HTML(parts.log([]), elem_id="log")
+
+    def _compare(self) -> None:
+        with gr.Column(elem_classes="step", elem_id="compare"):
+            gr.HTML(
+                parts.heading(
+                    4, "Compare", "Same class, same noise, through both models. Drag the line, or use the arrow keys."
+                )
+            )
+            with gr.Row():
+                self.labels = gr.Dropdown([], multiselect=True, max_choices=12, label="Classes", elem_id="labels", scale=3)
+                self.seeds = gr.Slider(1, 4, value=1, step=1, label="Seeds of each", elem_id="seeds", scale=1)
+            with gr.Row(elem_classes="buttons"):
+                self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
+                self.halt = gr.Button("Stop drawing", elem_id="halt", visible=False)
+            self.drawn = gr.HTML(
+                parts.empty("When a model is packed, its pictures appear here beside the original's."), elem_id="drawn"
+            )
+            self.pair = gr.Radio([], label="Pair", elem_id="pair", visible=False)
+            self.slider = gr.HTML(elem_id="slider-box")
+            self.figures = gr.HTML(elem_id="figures")
+            with gr.Accordion("All pairs", open=False, elem_id="grid-box"):
+                self.grid = gr.HTML(elem_id="grid")
+            with gr.Accordion("Blind test: which one is the original?", open=False, elem_id="blind-box"):
+                self.blind = gr.HTML(parts.empty("Draw some pairs first."), elem_id="blind")
+                with gr.Row(elem_classes="buttons"):
+                    self.left = gr.Button("Left is the original", elem_id="guess-left")
+                    self.right = gr.Button("Right is the original", elem_id="guess-right")
+                    self.another = gr.Button("Next pair", elem_id="another")
+                self.score = gr.HTML(elem_id="score")
+            with gr.Accordion("All widths you have made", open=False, elem_id="widths-box"):
+                self.widths = gr.HTML(elem_id="widths")
+
+    def _keep(self) -> None:
+        with gr.Column(elem_classes="step", elem_id="keep-it"):
+            gr.HTML(
+                parts.heading(5, "Keep it", "A folder that diffusers loads with one more import, and the report beside it.")
+            )
+            with gr.Row(elem_classes="buttons"):
+                self.prepare = gr.Button("Prepare the download", elem_id="prepare")
+                self.file = gr.DownloadButton("Download", visible=False, variant="primary", elem_id="download")
+            self.kept = gr.HTML(elem_id="kept")
+            self.push = PushPanel(self.studio, self.login)
+
+    # --- wiring ---
+
+    def _wire(self) -> None:
+        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep]
+        looked = [self.card, self.command]
+        run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
+        drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths]
+        job = [self.visitor, self.project]
+        answers, compare = self.answers, self.compare
+        gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
+
+        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds]
+        arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
+        arrived.then(**self.private(answers.classes, [self.model], [self.labels]))
+        arrived.then(**self.private(compare.drawn, job, drawn_view))
+        arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
+
+        one_by_one: dict[str, Any] = {"trigger_mode": "always_last"}  # so that no older answer arrives after a newer one
+        seen = gr.State(self.studio.catalog.offered())
+        self.on(self.model.focus, None, [], [], js=SELECT)
+        self.on(self.model.key_up, answers.search, [self.model, seen], [self.model, seen], js=TYPED, queue=False, **one_by_one)
+        changes = partial(gr.on, [control.change for control in choice])
+        self.on(changes, answers.look, choice, looked, **one_by_one)
+        self.on(self.model.change, answers.classes, [self.model], [self.labels])
+
+        begun = [*run_view, self.visitor, self.project, self.turn]
+        started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
+        self.on(self.resume.click, answers.resume, [*job, self.turn], [*run_view, self.turn])
+        self.on(self.stop.click, answers.stop, job, run_view, queue=False)
+        turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
+        turned.then(**self.private(compare.drawn, job, drawn_view))
+
+        drawing = [*job, self.drawing, self.labels, self.seeds]
+        self.on(self.draw.click, compare.begin_drawing, [*job, self.drawing], [self.drawn, self.halt, self.drawing])
+        self.on(self.halt.click, compare.halt, job, [], queue=False)
+        self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
+        self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
+
+        guessed = [self.blind, self.score, self.game]
+        self.on(self.another.click, compare.deal, [*job, self.game], guessed, show_progress="hidden")
+        self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
+        self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
+        self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
+        names = ("model", "bits", "recipe", "seed", "keep", "classes", "seeds")
+        settings = dict(zip(names, (*choice, self.labels, self.seeds), strict=True))
+        self.push.wire(job, settings, arrived, [started, turned])
+
+        gr.api(answers.inspect, api_name="inspect")
+        gr.api(answers.estimate, api_name="estimate")
+
+    @staticmethod
+    def private(function: Any, inputs: list, outputs: list) -> dict[str, Any]:
+        """Arguments of an event that no API shows."""
+        return {"fn": function, "inputs": inputs, "outputs": outputs, "api_visibility": "private", "show_progress": "hidden"}
+
+    @classmethod
+    def on(cls, event: Any, function: Any, inputs: list, outputs: list, **settings: Any) -> Any:
+        return event(**(cls.private(function, inputs, outputs) | settings))

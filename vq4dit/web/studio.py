@@ -1,0 +1,177 @@
+"""What the page's events do: short answers over the library. One `Studio` serves all visitors and remembers none of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vq4dit.archive import pack
+from vq4dit.catalog import Catalog, ModelCard
+from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings, Recipe
+from vq4dit.errors import JobError
+from vq4dit.estimate import Device, Estimate, estimate, seconds_left
+from vq4dit.lease import TICK_SECONDS, work
+from vq4dit.loader import Loader
+from vq4dit.pairs import PairSettings, draw, is_complete
+from vq4dit.web import gpu
+from vq4dit.web.words import Trouble, explain
+from vq4dit.workspace import Forecast, Project, Workspace, check_space
+
+MAX_AGE_SECONDS = 7 * 86400.0
+MAX_TOTAL_BYTES = 20 * 10**9
+CARDS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a visitor has chosen, as it comes from the page."""
+
+    model: str
+    bits: int
+    recipe: str
+    seed: int | float | None  # an emptied number field holds nothing
+    keep: str
+
+    def settings(self) -> QuantizationSettings:
+        seed = int(self.seed or 0)
+        recipe: Any = self.recipe
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=seed, keep=tuple(self.keep.split()))
+
+
+class Studio:
+    """The library as the page needs it."""
+
+    def __init__(self, catalog: Catalog, workspace: Workspace):
+        self.catalog, self.workspace = catalog, workspace
+        self.loader = Loader(catalog)
+        self.device: Device = "gpu" if gpu.is_zero_gpu() else "cpu"
+        self.quantize_turn = gpu.on_gpu(self._quantize_turn)
+        self.draw_turn = gpu.on_gpu(self._draw_turn)
+        self._cards: dict[tuple, ModelCard] = {}
+
+    # --- before the work ---
+
+    def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
+        """What is known of a model. Read once and kept for all, but shown only to those who may read it themselves.
+
+        Raises:
+            VQ4DiTError: as `Catalog.card`.
+        """
+        key = name, keep, recipe
+        if key in self._cards:
+            self.catalog.check_access(name, token)
+        elif len(self._cards) >= CARDS_KEPT:
+            self._cards.clear()
+        if key not in self._cards:
+            self._cards[key] = self.catalog.card(name, keep, recipe, token)
+        return self._cards[key]
+
+    def costs(self, card: ModelCard, choice: Choice) -> dict[int, Estimate]:
+        """The estimate at each width, everything else as chosen."""
+        costs = {}
+        for prediction in card.inspection.predictions:
+            settings = Choice(choice.model, prediction.bits, choice.recipe, choice.seed, choice.keep).settings()
+            parameters = card.inspection.parameters
+            costs[prediction.bits] = estimate(
+                prediction, settings, parameters=parameters, tokens=card.tokens, device=self.device
+            )
+        return costs
+
+    def begin(self, visitor: str, choice: Choice, token: str | None = None) -> Project:
+        """The project of a choice, with everything checked that can be checked before the work.
+
+        Raises:
+            VQ4DiTError: if the model or the settings are refused, or the disk is too full.
+        """
+        settings = choice.settings()
+        card = self.card(choice.model, settings.keep, settings.recipe, token)
+        cost = self.costs(card, choice)[settings.bits]
+        self.workspace.sweep(max_age_seconds=MAX_AGE_SECONDS, max_bytes=MAX_TOTAL_BYTES)
+        check_space(self.workspace.root, cost.disk_bytes + card.download_bytes)
+        project = self.workspace.open(visitor, choice.model, settings, card.commit)
+        project.set_forecast(Forecast(card.inspection.num_blocks, cost.stages))
+        project.forget_stop()
+        return project
+
+    def project(self, visitor: object, key: str) -> Project:
+        """A visitor's own project; without a key their last one, for a page that the restarted server does not know yet.
+
+        Raises:
+            JobError: if this visitor has none of that key: another's key opens nothing.
+        """
+        own = self.workspace.visitor(visitor)
+        project = self.workspace.project(own, key) if key else next(iter(self.workspace.projects(own)), None)
+        if project is None:
+            raise JobError("there is no job here: choose a model and press Quantize")
+        return project
+
+    # --- the work; under ZeroGPU these two run in another process, and the login travels there in memory ---
+
+    def _quantize_turn(self, folder: str, token: str | None) -> Iterator[Trouble | None]:
+        try:
+            yield from work(Project(Path(folder)), self.loader.with_login(token), gpu.turn_seconds())
+        except Exception as error:
+            yield explain(error)
+
+    def _draw_turn(self, folder: str, settings: PairSettings, token: str | None) -> Iterator[Trouble | None]:
+        try:
+            yield from draw(Project(Path(folder)), self.loader.with_login(token), settings, gpu.turn_seconds())
+        except Exception as error:
+            yield explain(error)
+
+    def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
+        """One turn; yields at least twice a second."""
+        try:
+            yield from self.quantize_turn(str(project.folder), token)
+        except gr.Error as error:  # the scheduler's, not ours
+            project.set_status(gpu.refused(error, project.status()))
+            yield None
+
+    def until_free(self, project: Project) -> Iterator[None]:
+        """Yield twice a second while somebody works on a project."""
+        while project.is_busy():
+            yield
+            time.sleep(TICK_SECONDS)
+
+    def draw(self, project: Project, settings: PairSettings, token: str | None = None) -> Iterator[Trouble | None]:
+        """One turn of drawing pairs."""
+        try:
+            yield from self.draw_turn(str(project.folder), settings, token)
+        except gr.Error as error:
+            status = gpu.refused(error, project.status())
+            yield Trouble(status.message, status.details, status.next_step)
+
+    def is_drawn(self, project: Project, settings: PairSettings) -> bool:
+        return is_complete(project, settings)
+
+    def time_left(self, project: Project) -> float | None:
+        events = project.events()
+        return seconds_left(events, project.forecast().stages) if events else None
+
+    # --- after the work ---
+
+    def download(self, project: Project) -> Path:
+        """One file, below a name nobody can guess, in the folder that Gradio serves and empties by itself."""
+        root = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+        root.mkdir(parents=True, exist_ok=True)
+        return pack(project, Path(tempfile.mkdtemp(dir=root)))
+
+
+def default_labels(names: dict[str, int]) -> list[str]:
+    """Four classes, spread over all."""
+    listed = list(names)
+    count = min(4, len(listed))
+    return [listed[i * len(listed) // count] for i in range(count)]
+
+
+def widths_offered() -> list[tuple[str, int]]:
+    return [(f"{bits} bits", bits) for bits in sorted(CODEBOOKS)]
