@@ -85,6 +85,7 @@ def test_what_was_chosen_survives_the_way_to_the_login_and_back(server, place, b
     expect(visitor.page.locator("#labels .token")).to_have_count(3)
     visitor.page.locator("#labels input").click()
     visitor.page.keyboard.press("Backspace")
+    expect(visitor.page.locator("#labels .token")).to_have_count(2)
     visitor.page.keyboard.press("Escape")
     visitor.page.locator("#seeds input[type=number]").fill("2")
     visitor.page.locator("#seeds input[type=number]").blur()

@@ -52,6 +52,11 @@ def quantized(answers, visitor, **changes) -> str:
     return key
 
 
+def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_choice(answers):
+    labels, listed = answers.classes("folder:tiny", "folder:tiny", gr.Request(), None)
+    assert (labels, listed) == (gr.skip(), "folder:tiny")
+
+
 # --- words ---
 
 

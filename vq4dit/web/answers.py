@@ -36,9 +36,10 @@ class Answers:
         choice = chosen(query, last)
         seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
         welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
-        # The card comes along: looked up by an event of its own it might overtake, and undo, the visitor's first click.
-        looked = self.look(token, *(choice if isinstance(choice[0], str) else AT_FIRST))
-        return visitor, welcome, last.key if last else "", *choice, *looked, seeds
+        # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
+        shown = choice if isinstance(choice[0], str) else AT_FIRST
+        looked, listed = self.look(token, *shown), self.classes(shown[0], "", request, token)
+        return visitor, welcome, last.key if last else "", *choice, *looked, seeds, *listed
 
     def search(self, typed: str, seen: list[tuple[str, str]]) -> tuple:
         """Choices for what is typed, then those seen before; a choice made before stands in the field too, and is no search.
@@ -63,14 +64,20 @@ class Answers:
         shown = parts.card(choice.model, card, costs, settings.bits, self.studio.device)
         return shown, commands(choice)
 
-    def classes(self, model: str, request: gr.Request, token: gr.OAuthToken | None) -> Any:
-        """The classes to choose from; at first those of the link, else a few."""
+    def classes(self, model: str, listed: str, request: gr.Request, token: gr.OAuthToken | None) -> tuple:
+        """The classes to choose from; at first those of the link, else a few; `listed` is the model whose classes stand there.
+
+        A model that arrives with its classes is also a change of the model, which asks again: what was chosen stays.
+        """
+        if model == listed:
+            return gr.skip(), listed
         try:
             names = self.studio.card(model, token=secret(token)).labels
         except Exception:  # the card says what is wrong
             names = {}
         asked = [label for label in classes_of(dict(request.query_params), model) if label in names.values()]
-        return gr.Dropdown(choices=list(names.items()), value=asked or [names[label] for label in default_labels(names)])
+        value = asked or [names[label] for label in default_labels(names)]
+        return gr.Dropdown(choices=list(names.items()), value=value), model
 
     # --- running ---
 

@@ -32,7 +32,7 @@ class Page:
         with gr.Blocks(title="vq4dit", analytics_enabled=False, delete_cache=(1800, 7200)) as self.blocks:
             self.visitor = gr.BrowserState("", storage_key="vq4dit-visitor", secret="vq4dit")
             self.project, self.turn, self.drawing = gr.State(""), gr.State(0), gr.State(0)
-            self.game = gr.State({})
+            self.game, self.listed = gr.State({}), gr.State("")
             gr.HTML(parts.hero(picture), elem_id="hero")
             self.welcome = gr.HTML(elem_id="welcome", visible=False)
             self._pick()
@@ -144,9 +144,9 @@ class Page:
         answers, compare = self.answers, self.compare
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
 
-        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds]
+        classes = [self.labels, self.listed]
+        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *classes]
         arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
-        arrived.then(**self.private(answers.classes, [self.model], [self.labels]))
         arrived.then(**self.private(compare.drawn, job, drawn_view))
         arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
 
@@ -156,7 +156,7 @@ class Page:
         self.on(self.model.key_up, answers.search, [self.model, seen], [self.model, seen], js=TYPED, queue=False, **one_by_one)
         changes = partial(gr.on, [control.change for control in choice])
         self.on(changes, answers.look, choice, looked, **one_by_one)
-        self.on(self.model.change, answers.classes, [self.model], [self.labels])
+        self.on(self.model.change, answers.classes, [self.model, self.listed], classes, **one_by_one)
 
         begun = [*run_view, self.visitor, self.project, self.turn]
         started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
