@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from hub_fixtures import ann, hub  # noqa: F401  fixtures
 
 import vq4dit
-from vq4dit import layer_by_layer
+from vq4dit import layer_by_layer, sensitivity
 
-layer_by_layer.TOKENS = 640  # two trajectories of the tiny model
+layer_by_layer.TOKENS = sensitivity.TOKENS = 640  # two trajectories of the tiny model
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ LADDER = [
     {
         "calibration",
         "layer_by_layer",
+        "sensitivity",
         "tuning",
         "inspection",
         "origin",

@@ -116,32 +116,47 @@ def test_later_columns_move_where_the_quadratic_is_least(group, generator):
 
 
 @SEEDS
+def test_rows_that_matter_more_are_kept_better(seed):
+    weight, moments = problem(seed)
+    sensitivity = torch.where(torch.arange(24) < 6, 3.9, 0.1 / 3)  # mean 1
+
+    def error_of_first_rows(**options: torch.Tensor) -> float:
+        quantized = quantize_weight(weight, moments, 16, 4, generator=seeded(seed), **options)
+        return output_error(weight[:6], quantized.weight((24, 32))[:6], moments)
+
+    assert error_of_first_rows(sensitivity=sensitivity) < error_of_first_rows()
+
+
+@SEEDS
 def test_a_least_squares_codebook_never_raises_the_error(seed):
     weight, moments = problem(seed)
     generator = seeded(100 + seed)
     codebook = torch.randn(8, 4, generator=generator)
     scale = torch.rand(24, generator=generator) + 0.1
     assignments = torch.randint(8, (24 * 8,), generator=generator)
-    found = least_squares_codebook(weight, scale, assignments, codebook, moments)
+    importance = torch.rand(24, generator=generator) + 0.1
+    found = least_squares_codebook(weight, scale, importance, assignments, codebook, moments)
 
     def error(candidate: torch.Tensor) -> float:
-        return output_error(weight, reconstruct(candidate, assignments, (24, 32)) * scale.unsqueeze(1), moments)
+        error = weight - reconstruct(candidate, assignments, (24, 32)) * scale.unsqueeze(1)
+        return (importance * ((error @ moments) * error).sum(1)).sum().item()
 
     assert error(found) < error(codebook)
-    assert error(least_squares_codebook(weight, scale, assignments, found, moments)) <= error(found) * (1 + 1e-5)
+    assert error(least_squares_codebook(weight, scale, importance, assignments, found, moments)) <= error(found) * (1 + 1e-5)
 
 
 def test_a_least_squares_codebook_solves_the_normal_equations(generator):
     weight, moments = problem(0, rows=6, columns=8)
     scale = torch.rand(6, generator=generator) + 0.1
     assignments = torch.tensor([0, 1, 2]).repeat(8)  # 6 rows of 4 sub-vectors
-    found = least_squares_codebook(weight, scale, assignments, torch.zeros(3, 2), moments)
+    importance = torch.rand(6, generator=generator) + 0.1
+    found = least_squares_codebook(weight, scale, importance, assignments, torch.zeros(3, 2), moments, steps=30)
     design = torch.zeros(6, 8, 6, dtype=torch.float64)  # Ŵ = design @ codebook.flatten()
     for i, a in enumerate(assignments.tolist()):
         for component in range(2):
             row, column = i // 4, i % 4 * 2 + component
             design[row, column, 2 * a + component] = scale[row]
-    weighted = torch.einsum("rcu,cd->rdu", design, moments.double())
+    weighted = torch.einsum("r,rcu,cd->rdu", importance.double(), design, moments.double())
     normal = torch.einsum("rdu,rdv->uv", weighted, design)
     wanted = torch.linalg.solve(normal, torch.einsum("rdu,rd->u", weighted, weight.double()))
     torch.testing.assert_close(found.flatten(), wanted.float(), rtol=1e-3, atol=1e-4)

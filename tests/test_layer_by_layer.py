@@ -128,14 +128,14 @@ def test_a_fitted_bias_keeps_the_mean_output(drift, generator):
     linear = nn.Linear(32, 48)
     teacher = torch.randn(200, 32, generator=generator) + 1
     student = teacher + drift * torch.randn(32, generator=generator)
-    quantized, bias = fit_layer(linear, statistics_of(teacher, student), 16, 4, generator)
+    quantized, bias = fit_layer(linear, statistics_of(teacher, student), torch.ones(48), 16, 4, generator)
     wanted = linear(teacher).mean(0)
     torch.testing.assert_close((student @ quantized.weight((48, 32)).T + bias).mean(0), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_without_bias_gets_none(generator):
     inputs = torch.randn(100, 32, generator=generator)
-    assert fit_layer(nn.Linear(32, 48, bias=False), statistics_of(inputs, inputs), 16, 4, generator)[1] is None
+    assert fit_layer(nn.Linear(32, 48, bias=False), statistics_of(inputs, inputs), torch.ones(48), 16, 4, generator)[1] is None
 
 
 def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
@@ -144,7 +144,7 @@ def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
     student = teacher @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator))
     errors = []
     for statistics in (statistics_of(teacher, student), statistics_of(student, student)):
-        quantized, _ = fit_layer(linear, statistics, 256, 2, seeded())
+        quantized, _ = fit_layer(linear, statistics, torch.ones(linear.out_features), 256, 2, seeded())
         wanted, found = linear(teacher), student @ quantized.weight((48, 32)).T
         errors.append((wanted - found).square().sum().item())
     assert errors[0] < 0.5 * errors[1]
@@ -153,7 +153,7 @@ def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
 def test_a_fitted_layer_is_better_for_its_inputs_than_for_others(generator):
     linear = nn.Linear(32, 48)
     inputs = torch.randn(400, 32, generator=generator) * torch.logspace(0, -2, 32)
-    quantized, _ = fit_layer(linear, statistics_of(inputs, inputs), 16, 4, generator)
+    quantized, _ = fit_layer(linear, statistics_of(inputs, inputs), torch.ones(48), 16, 4, generator)
     weight = quantized.weight((48, 32))
     seen = output_error(linear.weight.detach(), weight, inputs.T @ inputs / 400)
     assert seen < 0.5 * output_error(linear.weight.detach(), weight, torch.eye(32))

@@ -8,8 +8,9 @@ column group takes its codewords, and what that group got wrong is corrected in 
 A feedback pass decides each group once, before it knows what comes after. So it is followed by cyclic coordinate descent
 (QuantEase, Behdin et al. 2023, arXiv:2309.01885, with vector codewords): group after group is decided again, all others held.
 Both alternate with the best codebook for the assignments (`least_squares_codebook`) and the best scale for every output row
-(`least_squares_scale`), which lets rows of different size share one codebook. From the first descent on no step can raise
-the error. On layers of a small trained DiT descent lowered it by a fifth.
+(`least_squares_scale`), which lets rows of different size share one codebook. Where rows meet, in the codebook, each counts
+by its sensitivity (`vq4dit/sensitivity.py`). From the first descent on no step can raise the error. On layers of a small
+trained DiT descent lowered it by a fifth.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from vq4dit.kmeans import fit_codebook
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
 BLOCK_COLUMNS = 128  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
-CONJUGATE_GRADIENT_STEPS = 30
+CONJUGATE_GRADIENT_STEPS = 5  # in each round, which goes on where the one before stopped: 30 end no lower
+LEAST_SENSITIVITY = 0.02  # of the mean of all rows: no row may cost nothing
 FEEDBACK_ROUNDS = 3
 DESCENT_ROUNDS = 6  # quantizing a layer takes about a third longer; more change nothing
 
@@ -47,17 +49,24 @@ def quantize_weight(
     num_codewords: int,
     subvector_dim: int,
     *,
+    sensitivity: Float[Tensor, " rows"] | None = None,
     feedback_rounds: int = FEEDBACK_ROUNDS,
     descent_rounds: int = DESCENT_ROUNDS,
     generator: torch.Generator,
 ) -> QuantizedWeight:
-    """Minimise tr((W - Ŵ) H (W - Ŵ)ᵀ) over assignments, codebook and scales in turn: first with feedback, then descending."""
+    """Minimise tr(R (W - Ŵ) H (W - Ŵ)ᵀ) over assignments, codebook and scales in turn: first with feedback, then descending.
+
+    R = diag(r) is the `sensitivity` of the rows (None: all count the same). Assignments and scale of a row do not depend on it.
+    """
     weight = weight.float()
     shape = (weight.shape[0], weight.shape[1])
     damped = damp(second_moments.float())
     scale = weight.square().mean(1).sqrt().clamp(min=1e-8)
     normalised = weight / scale.unsqueeze(1)
-    importance = damped.diagonal().view(-1, subvector_dim).mean(1) * scale.square().unsqueeze(1)  # (rows, groups)
+    row_weight = torch.ones_like(scale) if sensitivity is None else sensitivity.clamp(min=LEAST_SENSITIVITY)
+    importance = damped.diagonal().view(-1, subvector_dim).mean(1) * (row_weight * scale.square()).unsqueeze(
+        1
+    )  # (rows, groups)
     codebook = fit_codebook(
         split_subvectors(normalised, subvector_dim), num_codewords, weights=importance.reshape(-1), generator=generator
     )
@@ -68,7 +77,7 @@ def quantize_weight(
             assignments = assign_with_feedback(weight / scale.unsqueeze(1), codebook, correction)
         else:
             assignments = descend(weight, QuantizedWeight(codebook, assignments, scale), damped)
-        codebook = least_squares_codebook(weight, scale, assignments, codebook, damped)
+        codebook = least_squares_codebook(weight, scale, row_weight, assignments, codebook, damped)
         scale = least_squares_scale(weight, reconstruct(codebook, assignments, shape), damped)
     return QuantizedWeight(codebook, assignments, scale)
 
@@ -151,21 +160,23 @@ def descend(
 def least_squares_codebook(
     weight: Float[Tensor, "rows columns"],
     scale: Float[Tensor, " rows"],
+    row_weight: Float[Tensor, " rows"],
     assignments: Integer[Tensor, " n"],
     codebook: Float[Tensor, "k d"],
     damped: Float[Tensor, "columns columns"],
+    steps: int = CONJUGATE_GRADIENT_STEPS,
 ) -> Float[Tensor, "k d"]:
-    """The codebook that minimises tr((W - Ŵ) H (W - Ŵ)ᵀ) at given assignments and scales, by conjugate gradients.
+    """The codebook that minimises tr(R (W - Ŵ) H (W - Ŵ)ᵀ) at given assignments and scales, by conjugate gradients.
 
-    The normal equations are Σ over the sub-vectors of a codeword of (s Ŵ H) = the same of (s W H); codewords meet in them
+    The normal equations are Σ over the sub-vectors of a codeword of (r s Ŵ H) = the same of (r s W H); codewords meet in them
     because H couples columns. Starts from `codebook`, so the error never rises.
     """
     k, dim = codebook.shape
     shape = (weight.shape[0], weight.shape[1])
-    column_scale = scale.unsqueeze(1)
+    column_scale, factor = scale.unsqueeze(1), (row_weight * scale).unsqueeze(1)
 
     def gradient(matrix: Tensor) -> Tensor:
-        weighted = (matrix @ damped) * column_scale
+        weighted = (matrix @ damped) * factor
         return sum_by_codeword(split_subvectors(weighted, dim), assignments, k)
 
     def normal_matrix(c: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ def least_squares_codebook(
     direction = residual.clone()
     power = residual.square().sum()
     enough = 1e-10 * target.square().sum()
-    for _ in range(CONJUGATE_GRADIENT_STEPS):
+    for _ in range(steps):
         if power <= enough:
             break
         image = normal_matrix(direction)

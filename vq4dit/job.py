@@ -7,6 +7,7 @@ a file that is there is whole. Whoever opens the folder again goes on after the 
     DIR.job/job.json                    settings and the fingerprint of the model's weights
     DIR.job/layers/NAME.safetensors     one clustered or fitted layer
     DIR.job/calibration.safetensors     `paper`: the newest checkpoint
+    DIR.job/sensitivities.safetensors   `best`: how much each row of each layer matters
     DIR.job/samples-N.safetensors       `best`: what tuning learns from, trajectories from number N on
     DIR.job/tuning.safetensors          `best`: the newest checkpoint
     DIR.job/lock                        held by the process that works on the job

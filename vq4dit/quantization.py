@@ -31,6 +31,7 @@ from vq4dit.kmeans import fit_codebook
 from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn
 from vq4dit.layers import SoftVQLinear, TunableVQLinear, VQLinear, start_logits
 from vq4dit.progress import OnProgress, Progress, Stage, ignore
+from vq4dit.sensitivity import row_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import check_supported
@@ -201,8 +202,14 @@ def _fit_layers(
             student.set_submodule(name, _fitted_layer(job, name, linear))
         on_progress(Progress("fit", len(targets), len(targets)))
         return student
-    generator = layer_generator(settings.seed, "layer by layer")
-    walk = calibration_walk(pipeline, settings.calibration.guidance_scale, generator)
+    guidance_scale = settings.calibration.guidance_scale
+    if not job.has("sensitivities"):
+        begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
+        generator = layer_generator(settings.seed, "sensitivities")
+        found = row_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
+        job.write("sensitivities", found)
+    sensitivities = job.read("sensitivities")
+    walk = calibration_walk(pipeline, guidance_scale, layer_generator(settings.seed, "layer by layer"))
     done, slowest = 0, 0.0
     for group in groups_in_turn(pipeline.transformer, student, walk, list(targets)):
         missing = [name for name in group.names if not job.has(f"layers/{name}")]
@@ -215,6 +222,7 @@ def _fit_layers(
                 quantized, bias = fit_layer(
                     targets[name],
                     statistics,
+                    sensitivities[name].to(targets[name].weight.device),
                     settings.num_codewords,
                     settings.subvector_dim,
                     layer_generator(settings.seed, name),

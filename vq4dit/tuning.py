@@ -24,9 +24,8 @@ from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.layers import TunableVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
-from vq4dit.zero_data import NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.zero_data import GUIDANCE_SCALES, NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
 
-GUIDANCE_SCALES = (1.0, 4.0)
 WALK_STEPS = 25
 WALK_BYTES = 512 * 2**20
 BETAS = (0.9, 0.95)

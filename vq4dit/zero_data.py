@@ -22,6 +22,7 @@ from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
+GUIDANCE_SCALES = (1.0, 4.0)  # under which `best` compares noises: the plain prediction, and what tells a class from none
 
 
 class TeacherStep(NamedTuple):

@@ -34,6 +34,7 @@ from vq4dit.inspection import tensor_bytes
 from vq4dit.layer_by_layer import calibration_walk, groups_in_turn
 from vq4dit.loading import load_pipeline
 from vq4dit.quantization import layer_generator
+from vq4dit.student import student_with
 from vq4dit.zero_data import num_classes
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
             weights += weight.numel()
     pipeline = copy.copy(original)
     pipeline.register_modules(transformer=transformer)
-    rest = sum(p.numel() for p in set(original.transformer.parameters())) - weights
+    rest = sum(p.numel() for p in student_with(original.transformer, {}).parameters()) - weights  # equal embedders once
     megabytes = (bits_used / 8 + 2 * rest) / 1e6
     return pipeline, {"bits_per_weight": bits_used / weights, "megabytes": megabytes, "seconds": time.monotonic() - started}
 

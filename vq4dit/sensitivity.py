@@ -1,0 +1,92 @@
+"""Which outputs of a layer matter: how much the guided noise minds an error in each row of a weight.
+
+A codebook is shared by all rows of a layer, so it must know whose errors count. If the output y of a layer is off by δ, the
+guided noise ε̂_s (of guidance scale s) is off by J δ, and
+
+    Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  Σ_o r_o E[δ_o²],    r_o = Σ_s E (Jᵀ v)_o² / E || ε̂_s ||²,    v ~ N(0, I)
+
+since E[v vᵀ] = I: one backward pass with a random v stands for all outputs at once (Hutchinson's estimate of the diagonal of
+the Gauss-Newton matrix). That different outputs of a layer err together is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiTPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from vq4dit.zero_data import GUIDANCE_SCALES, evaluating, guide, new_scheduler, predicted_noise, teacher_steps
+
+TOKENS = 10240  # of the walk: a row's sensitivity is a mean over all of them
+STEPS = 10  # denoising steps of the walk
+
+
+def row_sensitivities(
+    pipeline: DiTPipeline,
+    names: Sequence[str],
+    guidance_scale: float,
+    generator: torch.Generator,
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, Float[Tensor, " rows"]]:
+    """r_o of every row of the named linears, with mean 1 in each layer, from one walk of the teacher.
+
+    Holds the activations of one step for its backward pass: about (tokens, 30 width) fp32 per block, where tokens are those
+    of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
+    """
+    teacher = pipeline.transformer
+    config = teacher.config
+    tokens = (config.sample_size // config.patch_size) ** 2
+    found: dict[str, Tensor] = {}
+
+    def listen(name: str, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            found[name] = found.get(name, 0) + gradient.double().square().flatten(0, -2).sum(0)
+
+        if not output.requires_grad:  # nothing before it does: the graph begins here
+            output.requires_grad_()
+        output.register_hook(add)
+
+    asked = [p for p in teacher.parameters() if p.requires_grad]
+    handles = [
+        teacher.get_submodule(name).register_forward_hook(lambda _, arguments, output, name=name: listen(name, output))
+        for name in names
+    ]
+    walk = teacher_steps(
+        pipeline,
+        generator,
+        num_trajectories=max(1, round(TOKENS / (2 * STEPS * tokens))),
+        guidance_scale=guidance_scale,
+        num_inference_steps=STEPS,
+    )
+    probes = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        for step in walk:
+            with torch.enable_grad(), evaluating(teacher):
+                prediction = teacher(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+                _projected_noise(pipeline, prediction, step.latents, step.timesteps, probes).backward()
+            on_step()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in asked:
+            p.requires_grad_(True)
+    return {name: (total / total.mean().clamp(min=1e-30)).float() for name, total in found.items()}
+
+
+def _projected_noise(
+    pipeline: DiTPipeline, prediction: Tensor, latents: Tensor, timesteps: Tensor, probes: torch.Generator
+) -> Tensor:
+    """Σ_s v_s · ε̂_s / rms(ε̂_s)."""
+    half = len(latents) // 2
+    scheduler, channels = new_scheduler(pipeline), pipeline.transformer.config.in_channels
+    total = torch.zeros((), device=latents.device)
+    for scale in GUIDANCE_SCALES:
+        noise = predicted_noise(guide(prediction, scale, channels), latents[:half], timesteps[:half], scheduler).float()
+        v = torch.randn(noise.shape, generator=probes).to(noise.device)
+        total = total + (v * noise).sum() / noise.detach().square().mean().sqrt()
+    return total
