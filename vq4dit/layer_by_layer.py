@@ -93,9 +93,9 @@ def _group_statistics(
 ) -> InputStatistics:
     if teacher_inputs[0].ndim == 2:  # no tokens: the same in teacher and student, and every class can be tried
         every = [call.of_every_class() for call in walk]
-        conditioning = _as_rows(_input_of(block, name, [call.hidden for call in every], every))
+        conditioning = _input_of(block, name, [call.hidden for call in every], every)
         return _statistics(conditioning, conditioning)
-    return _statistics(_as_rows(teacher_inputs), _as_rows(_input_of(twin, name, student_states, walk)))
+    return _statistics(teacher_inputs, _input_of(twin, name, student_states, walk))
 
 
 def fit_layer(
@@ -176,12 +176,16 @@ def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
     return groups
 
 
-def _as_rows(inputs: list[Tensor]) -> Float[Tensor, "n columns"]:
-    return torch.cat([x.reshape(-1, x.shape[-1]).float() for x in inputs])
-
-
-def _statistics(teacher: Float[Tensor, "n columns"], student: Float[Tensor, "n columns"]) -> InputStatistics:
-    count = len(student)
-    return InputStatistics(
-        student.T @ student / count, (teacher - student).T @ student / count, teacher.mean(0), student.mean(0)
-    )
+def _statistics(teacher: list[Tensor], student: list[Tensor]) -> InputStatistics:
+    """Means over all rows of all steps, one step after the other: no copy of them all is made."""
+    columns = student[0].shape[-1]
+    rows = ((x.reshape(-1, columns).float() for x in pair) for pair in zip(teacher, student, strict=True))
+    zeros = torch.zeros(columns, columns, device=student[0].device)
+    moments, drift, teacher_sum, student_sum = zeros, zeros.clone(), zeros[0].clone(), zeros[0].clone()
+    for x, seen in rows:
+        moments.addmm_(seen.T, seen)
+        drift.addmm_((x - seen).T, seen)
+        teacher_sum += x.sum(0)
+        student_sum += seen.sum(0)
+    count = sum(x.numel() // columns for x in student)
+    return InputStatistics(moments / count, drift / count, teacher_sum / count, student_sum / count)
