@@ -27,7 +27,7 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 # Floating-point operations of calibration and tuning, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
-FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone
+FIT_FACTOR = 9.0  # fitting layer by layer against clustering alone
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
