@@ -41,13 +41,21 @@ def test_the_teacher_is_left_as_it_was(pipeline, trainable):
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())
 
 
+def test_where_nothing_is_known_all_rows_count_the_same(pipeline):
+    torch.nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
+    torch.nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
+    for sensitivity in row_sensitivities(pipeline, LAYERS, 4.0, seeded()).values():
+        assert torch.equal(sensitivity, torch.ones_like(sensitivity))
+
+
 def test_a_walk_that_is_broken_off_leaves_nothing_behind(pipeline):
     pipeline.transformer.requires_grad_(True)
 
     def stop():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # with its traceback, which holds on to what was running
         row_sensitivities(pipeline, LAYERS, 4.0, seeded(), stop)
+    assert kept.tb is not None
     assert all(p.requires_grad for p in pipeline.transformer.parameters())
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())

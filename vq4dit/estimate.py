@@ -15,6 +15,7 @@ import torch
 from vq4dit.config import QuantizationSettings
 from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
+from vq4dit.layer_by_layer import walk_tokens
 from vq4dit.workspace import Event
 
 Device = Literal["cpu", "gpu"]
@@ -27,7 +28,8 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 # Floating-point operations of calibration and tuning, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
-FIT_FACTOR = 9.0  # fitting layer by layer against clustering alone
+FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone
+WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, and second moments
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
@@ -71,7 +73,8 @@ def estimate(
     if settings.recipe == "best":
         calibration = settings.calibration
         rows = 2 * calibration.tuning_batch * tokens
-        stages["fit"] = FIT_FACTOR * stages.pop("cluster")
+        walked = weights * WALK_OPERATIONS * walk_tokens(parameters) / operations
+        stages["fit"] = FIT_FACTOR * stages.pop("cluster") + walked
         stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
         memory += 12 * weights
         disk += 4 * weights

@@ -34,6 +34,8 @@ from torch import Tensor
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 
+VERSION = 2  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+
 
 def fingerprint(pipeline: Any) -> str:
     """SHA-256 over all that a result depends on: the transformer's tensors, the scheduler's settings, the labels."""
@@ -106,7 +108,7 @@ class Job:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
                 these files or another model, or another process works on it.
         """
-        description = {"version": 1, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
+        description = {"version": VERSION, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
         path = folder / "job.json"
         if path.exists() and not resume:
             raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")

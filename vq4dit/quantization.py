@@ -203,13 +203,17 @@ def _fit_layers(
         on_progress(Progress("fit", len(targets), len(targets)))
         return student
     guidance_scale = settings.calibration.guidance_scale
+    begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
     if not job.has("sensitivities"):
-        begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
+        started = time.monotonic()
         generator = layer_generator(settings.seed, "sensitivities")
         found = row_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
         job.write("sensitivities", found)
+        if not budget.allows(2 * (time.monotonic() - started)):  # the walk that follows takes about as long
+            return None
     sensitivities = job.read("sensitivities")
-    walk = calibration_walk(pipeline, guidance_scale, layer_generator(settings.seed, "layer by layer"))
+    generator = layer_generator(settings.seed, "layer by layer")
+    walk = calibration_walk(pipeline, guidance_scale, generator, lambda: on_progress(begun))
     done, slowest = 0, 0.0
     for group in groups_in_turn(pipeline.transformer, student, walk, list(targets)):
         missing = [name for name in group.names if not job.has(f"layers/{name}")]

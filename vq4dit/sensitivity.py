@@ -1,7 +1,7 @@
 """Which outputs of a layer matter: how much the guided noise minds an error in each row of a weight.
 
 A codebook is shared by all rows of a layer, so it must know whose errors count. If the output y of a layer is off by δ, the
-guided noise ε̂_s (of guidance scale s) is off by J δ, and
+guided noise ε̂_s (of guidance scale s) of a step is off by J δ, and
 
     Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  Σ_o r_o E[δ_o²],    r_o = Σ_s E (Jᵀ v)_o² / E || ε̂_s ||²,    v ~ N(0, I)
 
@@ -33,8 +33,8 @@ def row_sensitivities(
 ) -> dict[str, Float[Tensor, " rows"]]:
     """r_o of every row of the named linears, with mean 1 in each layer, from one walk of the teacher.
 
-    Holds the activations of one step for its backward pass: about (tokens, 30 width) fp32 per block, where tokens are those
-    of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
+    Holds the activations of one step for its backward pass: about (tokens, 15 width) fp32 for every block, where tokens are
+    those of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
     """
     teacher = pipeline.transformer
     config = teacher.config
@@ -71,11 +71,18 @@ def row_sensitivities(
                 _projected_noise(pipeline, prediction, step.latents, step.timesteps, probes).backward()
             on_step()
     finally:
+        walk.close()
         for handle in handles:
             handle.remove()
         for p in asked:
             p.requires_grad_(True)
-    return {name: (total / total.mean().clamp(min=1e-30)).float() for name, total in found.items()}
+    return {name: _with_mean_one(total) for name, total in found.items()}
+
+
+def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"]:
+    """All rows alike if nothing is known: the noise does not depend on the layer, or a gradient was not finite."""
+    mean = total.mean()
+    return (total / mean).float() if torch.isfinite(mean) and mean > 0 else torch.ones_like(total, dtype=torch.float32)
 
 
 def _projected_noise(
@@ -88,5 +95,5 @@ def _projected_noise(
     for scale in GUIDANCE_SCALES:
         noise = predicted_noise(guide(prediction, scale, channels), latents[:half], timesteps[:half], scheduler).float()
         v = torch.randn(noise.shape, generator=probes).to(noise.device)
-        total = total + (v * noise).sum() / noise.detach().square().mean().sqrt()
+        total = total + (v * noise).sum() / noise.detach().square().mean().sqrt().clamp(min=1e-12)
     return total

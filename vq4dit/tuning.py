@@ -24,12 +24,11 @@ from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.layers import TunableVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
-from vq4dit.zero_data import GUIDANCE_SCALES, NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.zero_data import GUIDANCE_SCALES, LARGE, NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
 
 WALK_STEPS = 25
 WALK_BYTES = 512 * 2**20
 BETAS = (0.9, 0.95)
-LARGE = 10**8  # weights from which on activations are computed twice: a third more time, far less memory, the same bytes
 
 
 def walks(pipeline: DiTPipeline, config: CalibrationConfig) -> dict[int, int]:
@@ -100,7 +99,7 @@ class Tuning:
         self.step = 0
         self.layers = {name: m for name, m in student.named_modules() if isinstance(m, TunableVQLinear)}
         if sum(math.prod(layer.shape) for layer in self.layers.values()) >= LARGE:
-            student.enable_gradient_checkpointing()
+            student.enable_gradient_checkpointing()  # a third more time, far less memory, the same bytes
         for p in student.parameters():  # in fp32: squares of small gradients would vanish in 16 bit
             p.data = p.data.float()
             p.requires_grad_(True)

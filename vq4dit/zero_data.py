@@ -9,7 +9,7 @@ as sampling does. Teacher and student both see those latents, so the student's e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
+LARGE = 10**8  # weights from which on a pass of the model is long, and activations fill the memory
 GUIDANCE_SCALES = (1.0, 4.0)  # under which `best` compares noises: the plain prediction, and what tells a class from none
 
 
@@ -103,7 +104,7 @@ def teacher_steps(
     guidance_scale: float,
     num_inference_steps: int,
     replayed: Sequence[Tensor] = (),
-) -> Iterator[TeacherStep]:
+) -> Generator[TeacherStep, None, None]:
     """Walk `num_trajectories` random trajectories side by side, once, as `DiTPipeline.__call__` walks them.
 
     Yields `num_inference_steps` steps (more for schedulers that evaluate twice). The generator draws labels and noise on
@@ -163,6 +164,7 @@ def record_block_calls(
     num_trajectories: int,
     guidance_scale: float,
     num_inference_steps: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[BlockCall]:
     """Walk the teacher once and keep what enters its first block at every step."""
     calls: list[BlockCall] = []
@@ -180,7 +182,7 @@ def record_block_calls(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
         ):
-            pass
+            on_step()
     finally:
         handle.remove()
     return calls

@@ -10,6 +10,7 @@ block, `tuning` begins with the layers of k-means and makes ten updates, of fewe
 
 import argparse
 import json
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +112,7 @@ class FirstBlockIsFitted(Exception):
 
 
 def fit(model: Path, work: Path) -> None:
-    """The first block of `best` in this process; the job stays, so that the next call goes on from it."""
+    """The first block of `best` in this process; its peak is also that of whatever ran in it before."""
     original = load_pipeline(str(model))
 
     def stop_after_a_block(progress: Progress) -> None:
@@ -119,9 +120,12 @@ def fit(model: Path, work: Path) -> None:
             raise FirstBlockIsFitted
 
     started = time.monotonic()
-    with Job.open(work / "fitting.job", QuantizationSettings(recipe="best"), original, resume=True) as job:
+    folder = work / "fitting.job"
+    shutil.rmtree(folder, ignore_errors=True)
+    with Job.open(folder, QuantizationSettings(recipe="best"), original, resume=False) as job:
         with suppress(FirstBlockIsFitted):
             run(job, original, on_progress=stop_after_a_block)
+        job.remove()
     seconds, peak = time.monotonic() - started, peak_memory(torch.device("cpu")) / 1e9
     print(f"best, sensitivities, walk and first block: {seconds:.0f} s, peak {peak:.2f} GB")
 

@@ -38,7 +38,8 @@ class Answers:
         welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
         # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
         shown = choice if isinstance(choice[0], str) else AT_FIRST
-        looked, listed = self.look(token, *shown), self.classes(shown[0], "", request, token)
+        looked = self.look(token, *shown)
+        listed = self.classes(choice[0], "", request, token) if isinstance(choice[0], str) else (gr.skip(), "")
         return visitor, welcome, last.key if last else "", *choice, *looked, seeds, *listed
 
     def search(self, typed: str, seen: list[tuple[str, str]]) -> tuple:
@@ -77,7 +78,7 @@ class Answers:
             names = {}
         asked = [label for label in classes_of(dict(request.query_params), model) if label in names.values()]
         value = asked or [names[label] for label in default_labels(names)]
-        return gr.Dropdown(choices=list(names.items()), value=value), model
+        return gr.Dropdown(choices=list(names.items()), value=value), model if names else ""
 
     # --- running ---
 

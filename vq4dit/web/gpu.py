@@ -16,7 +16,7 @@ from vq4dit.workspace import Status
 
 LEASE_SECONDS = 60  # the longest lease we ask for
 WORK_SECONDS = 40.0  # of them spent on work; the rest is for loading and saving
-LOCAL_TURN_SECONDS = 180.0  # without ZeroGPU: then the next one in the queue; each turn of `best` repeats its walk, about 10 s
+LOCAL_TURN_SECONDS = 180.0  # without ZeroGPU: then the next one in the queue; each turn of `best` repeats its walk, about 30 s
 
 EXPIRED = "Your permission to use the GPU ran out between two turns."
 

@@ -147,6 +147,7 @@ class Page:
         classes = [self.labels, self.listed]
         restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *classes]
         arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
+        arrived.then(**self.private(answers.classes, [self.model, self.listed], classes))
         arrived.then(**self.private(compare.drawn, job, drawn_view))
         arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
 
