@@ -22,6 +22,7 @@ sys.path[:0] = [str(HOME), str(HOME / "tests")]  # the tests' own steps through 
 
 from app_server import AppServer  # noqa: E402
 from browsing import Visitor, chromium  # noqa: E402
+from playwright.sync_api import expect  # noqa: E402
 
 WATCH = """() => { window.longestSilence = 0; let last = performance.now();
 new MutationObserver(() => { const now = performance.now();
@@ -67,7 +68,7 @@ def walk(server: AppServer, visitor: Visitor, recipe: str, folder: Path) -> None
     visitor.press("#resume")
     visitor.see("#progress .running")
     silence = Silence(visitor)
-    visitor.see("#progress .done", "is packed", seconds=3600)
+    expect(visitor.page.locator("#progress .done")).to_contain_text("is packed", timeout=3_600_000)
     print(f"packed, reload and resume included: {clock() - begun:.1f} s; after the reload: {silence.told()}")
 
     begun = clock()
