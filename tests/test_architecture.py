@@ -10,7 +10,14 @@ LADDER = [
     {"codebook", "packing", "errors", "progress"},  # no torch.nn, no diffusers
     {"config", "kmeans", "optimizer_state", "hub_errors", "terminal"},  # settings; one codebook; failures; what commands share
     {"layers", "dit", "job", "error_feedback"},  # one layer's states; which layers and blocks; work on disk; assignments
-    {"zero_data", "diffusers_quantizer", "loading", "student", "saving"},  # what learns from what; save and load
+    {
+        "zero_data",
+        "joint_descent",
+        "diffusers_quantizer",
+        "loading",
+        "student",
+        "saving",
+    },  # what learns from what, save and load
     {
         "calibration",
         "layer_by_layer",

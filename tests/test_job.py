@@ -197,7 +197,7 @@ def test_pieces_without_a_description_are_not_used(tmp_path, pipeline):
         assert not opened.has("layers/x")
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 2}', '{"version": 1}', "[]"])
+@pytest.mark.parametrize("content", ["{", '{"version": 3}', '{"version": 2}', "[]"])
 def test_a_damaged_description_is_told(tmp_path, pipeline, content):
     (tmp_path / "job.json").write_text(content)
     with pytest.raises(JobError, match="delete the folder and start again"):

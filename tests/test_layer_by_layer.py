@@ -150,6 +150,30 @@ def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_errors_along_a_constant_input_cost_nothing_where_a_bias_makes_them_good(generator):
+    linear = nn.Linear(32, 48)
+    inputs = torch.randn(400, 32, generator=generator)
+    shifted = inputs + 10 * torch.randn(32, generator=generator)
+    found = [fit_layer(linear, statistics_of(x, x), torch.ones(48), 16, 4, seeded()) for x in (inputs, shifted)]
+    errors = [
+        (linear(x) - x @ quantized.weight((48, 32)).T - bias).square().mean().item()
+        for x, (quantized, bias) in zip((inputs, shifted), found, strict=True)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_a_coupling_of_outputs_is_used(generator):
+    """All that is read of the outputs is their sum."""
+    linear, inputs = nn.Linear(32, 48), torch.randn(400, 32, generator=generator)
+    together = torch.ones(48, 48)
+    errors = []
+    for sensitivity in (together, together[0]):
+        quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, 16, 4, seeded())
+        error = linear(inputs) - inputs @ quantized.weight((48, 32)).T - bias
+        errors.append(error.sum(1).square().mean().item())
+    assert errors[0] < 0.2 * errors[1]
+
+
 def test_a_fitted_layer_is_better_for_its_inputs_than_for_others(generator):
     linear = nn.Linear(32, 48)
     inputs = torch.randn(400, 32, generator=generator) * torch.logspace(0, -2, 32)

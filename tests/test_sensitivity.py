@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vq4dit.sensitivity import row_sensitivities
+from vq4dit import sensitivity
+from vq4dit.sensitivity import output_sensitivities
 
 LAYERS = ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn1.to_v", "transformer_blocks.1.ff.net.2"]
 
@@ -19,23 +20,48 @@ def test_outputs_that_are_read_with_three_times_the_weight_matter_nine_times_as_
     half = columns.shape[1] // 2
     columns[:, :half] *= 3
     columns[:, 0] = 0
-    found = row_sensitivities(pipeline, [name], 4.0, seeded())[name]
+    found = output_sensitivities(pipeline, [name], 4.0, seeded())[name].diagonal()
     assert found[0] == 0
     assert (found[1:half].mean() / found[half:].mean()).item() == pytest.approx(9, rel=0.4)
 
 
 def test_each_layer_has_mean_one_and_the_same_seed_gives_the_same(pipeline):
-    first, second = (row_sensitivities(pipeline, LAYERS, 4.0, seeded()) for _ in range(2))
+    first, second = (output_sensitivities(pipeline, LAYERS, 4.0, seeded()) for _ in range(2))
     for name in LAYERS:
-        assert first[name].shape == (pipeline.transformer.get_submodule(name).out_features,)
-        assert first[name].mean().item() == pytest.approx(1, rel=1e-5)
+        diagonal = first[name].diagonal() if first[name].ndim == 2 else first[name]
+        assert diagonal.shape == (pipeline.transformer.get_submodule(name).out_features,)
+        assert diagonal.mean().item() == pytest.approx(1, rel=1e-5)
         assert torch.equal(first[name], second[name])
+
+
+def test_layers_with_tokens_know_which_errors_add_up_the_others_and_those_of_large_models_only_which_matter(
+    pipeline, monkeypatch
+):
+    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    assert [found[name].ndim for name in LAYERS] == [1, 2, 2]
+    torch.testing.assert_close(found[LAYERS[1]], found[LAYERS[1]].T)
+    monkeypatch.setattr("vq4dit.sensitivity.LARGE", 0)
+    monkeypatch.setattr("vq4dit.sensitivity.TOKENS_OF_LARGE", sensitivity.TOKENS)
+    large = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    assert [large[name].ndim for name in LAYERS] == [1, 1, 1]
+    torch.testing.assert_close(large[LAYERS[1]], found[LAYERS[1]].diagonal())
+
+
+def test_outputs_that_are_read_as_one_are_coupled(pipeline):
+    """Two values that the next layer reads with the same weights: their errors add up, and opposite ones cancel."""
+    block, name = pipeline.transformer.transformer_blocks[0], "transformer_blocks.0.attn1.to_v"
+    columns = block.attn1.to_out[0].weight.data
+    columns[:, 1] = columns[:, 0]
+    columns[:, 2] = -columns[:, 0]
+    found = output_sensitivities(pipeline, [name], 4.0, seeded())[name]
+    assert found[0, 1].item() == pytest.approx(found[0, 0].item(), rel=1e-3)
+    assert found[0, 2].item() == pytest.approx(-found[0, 0].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_the_teacher_is_left_as_it_was(pipeline, trainable):
     pipeline.transformer.requires_grad_(trainable).train()
-    row_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    output_sensitivities(pipeline, LAYERS, 4.0, seeded())
     assert pipeline.transformer.training
     assert all(p.grad is None and p.requires_grad is trainable for p in pipeline.transformer.parameters())
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())
@@ -44,8 +70,8 @@ def test_the_teacher_is_left_as_it_was(pipeline, trainable):
 def test_where_nothing_is_known_all_rows_count_the_same(pipeline):
     torch.nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
     torch.nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
-    for sensitivity in row_sensitivities(pipeline, LAYERS, 4.0, seeded()).values():
-        assert torch.equal(sensitivity, torch.ones_like(sensitivity))
+    for name, found in output_sensitivities(pipeline, LAYERS, 4.0, seeded()).items():
+        assert torch.equal(found, torch.ones(pipeline.transformer.get_submodule(name).out_features))
 
 
 def test_a_walk_that_is_broken_off_leaves_nothing_behind(pipeline):
@@ -55,7 +81,7 @@ def test_a_walk_that_is_broken_off_leaves_nothing_behind(pipeline):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:  # with its traceback, which holds on to what was running
-        row_sensitivities(pipeline, LAYERS, 4.0, seeded(), stop)
+        output_sensitivities(pipeline, LAYERS, 4.0, seeded(), stop)
     assert kept.tb is not None
     assert all(p.requires_grad for p in pipeline.transformer.parameters())
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())

@@ -92,8 +92,8 @@ def test_a_look_up_has_the_gradient_of_plain_indexing(generator):
 def test_samples_are_steps_of_the_teacher_with_its_own_answers(clustered):
     pipeline, _ = clustered
     samples = record_samples(pipeline, 2, 4.0, seeded())
-    assert {len(values) for values in samples.values()} == {50}  # two trajectories of 25 steps
-    some = torch.tensor([0, 1, 30])
+    assert {len(values) for values in samples.values()} == {20}  # two trajectories of ten steps
+    some = torch.tensor([0, 1, 15])
     latents, timesteps, labels = (samples[name][some] for name in ("latents", "timesteps", "class_labels"))
     for name, asked in (("conditional", labels), ("unconditional", torch.full_like(labels, NULL_CLASS))):
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_samples_are_steps_of_the_teacher_with_its_own_answers(clustered):
 
 def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(clustered, monkeypatch):
     pipeline, _ = clustered
-    config = CalibrationConfig(tuning_steps=50, tuning_batch=8)  # 16 trajectories
+    config = CalibrationConfig(tuning_steps=20, tuning_batch=8)  # 16 trajectories
     assert walks(pipeline, config) == {0: 16}
     c = pipeline.transformer.config
     outputs = 2 * 4 * (c.sample_size // c.patch_size) ** 2 * c.num_attention_heads * c.attention_head_dim * c.num_layers

@@ -89,6 +89,7 @@ class CalibrationConfig:
     tuning_steps: int = 200  # `best`: updates after all assignments are fixed
     tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
     tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
+    tuning_codebook_learning_rate: float = 1.5e-3  # codewords are of size 1, what else learns is ten times smaller
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_candidates <= 4:

@@ -82,10 +82,10 @@ def quantize_weight(
     return QuantizedWeight(codebook, assignments, scale)
 
 
-def damp(second_moments: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Float[Tensor, "n n"]:
     """H + λ mean(diag H) I."""
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
-    return second_moments + DAMPING * diagonal * torch.eye(len(second_moments), device=second_moments.device)
+    return second_moments + damping * diagonal * torch.eye(len(second_moments), device=second_moments.device)
 
 
 class Correction:
@@ -160,7 +160,7 @@ def descend(
 def least_squares_codebook(
     weight: Float[Tensor, "rows columns"],
     scale: Float[Tensor, " rows"],
-    row_weight: Float[Tensor, " rows"],
+    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     assignments: Integer[Tensor, " n"],
     codebook: Float[Tensor, "k d"],
     damped: Float[Tensor, "columns columns"],
@@ -168,16 +168,18 @@ def least_squares_codebook(
 ) -> Float[Tensor, "k d"]:
     """`steps` of conjugate gradients to the codebook that minimises tr(R (W - Ŵ) H (W - Ŵ)ᵀ) at given assignments and scales.
 
-    The normal equations are Σ over the sub-vectors of a codeword of (r s Ŵ H) = the same of (r s W H); codewords meet in them
-    because H couples columns. Starts from `codebook`, so the error never rises.
+    The normal equations are Σ over the sub-vectors of a codeword of (s R Ŵ H) = the same of (s R W H); codewords meet in them
+    because H couples columns. Starts from `codebook`, so the error never rises. R is given whole (`vq4dit/joint_descent.py`)
+    or by its diagonal.
     """
     k, dim = codebook.shape
     shape = (weight.shape[0], weight.shape[1])
-    column_scale, factor = scale.unsqueeze(1), (row_weight * scale).unsqueeze(1)
+    column_scale = scale.unsqueeze(1)
 
     def gradient(matrix: Tensor) -> Tensor:
-        weighted = (matrix @ damped) * factor
-        return sum_by_codeword(split_subvectors(weighted, dim), assignments, k)
+        image = matrix @ damped
+        weighted = sensitivity @ image if sensitivity.ndim == 2 else sensitivity.unsqueeze(1) * image
+        return sum_by_codeword(split_subvectors(weighted * column_scale, dim), assignments, k)
 
     def normal_matrix(c: Tensor) -> Tensor:
         return gradient(reconstruct(c.float(), assignments, shape) * column_scale)

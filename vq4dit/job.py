@@ -7,7 +7,7 @@ a file that is there is whole. Whoever opens the folder again goes on after the 
     DIR.job/job.json                    settings and the fingerprint of the model's weights
     DIR.job/layers/NAME.safetensors     one clustered or fitted layer
     DIR.job/calibration.safetensors     `paper`: the newest checkpoint
-    DIR.job/sensitivities.safetensors   `best`: how much each row of each layer matters
+    DIR.job/sensitivities.safetensors   `best`: how much errors in each layer's outputs matter
     DIR.job/samples-N.safetensors       `best`: what tuning learns from, trajectories from number N on
     DIR.job/tuning.safetensors          `best`: the newest checkpoint
     DIR.job/lock                        held by the process that works on the job
@@ -34,7 +34,7 @@ from torch import Tensor
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 
-VERSION = 2  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+VERSION = 3  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 
 
 def fingerprint(pipeline: Any) -> str:

@@ -4,11 +4,11 @@ Teacher and student (the copy that is being quantized) go through the blocks sid
 trajectories. When a layer's turn comes, its inputs are known: x in the teacher, x̃ in the student, behind all that is
 quantized already. The layer gets a corrected weight
 
-    W* = W + α W E[(x - x̃) x̃ᵀ] E[x̃ x̃ᵀ]⁻¹
+    W* = W + α W Cov(x - x̃, x̃) Cov(x̃, x̃)⁻¹
 
 which at α = 1 is the best linear answer to the student's inputs (GPTAQ, arXiv:2504.02692); α = 1/2 measured better, since
-the whole correction fits the few latents too closely. W* is then quantized by error feedback under the second moments of
-the student's inputs, and the bias takes up what is left of the mean error.
+the whole correction fits the few latents too closely. W* is then quantized by error feedback under the covariance of the
+student's inputs: what a mean input makes wrong, the bias makes good, so errors in its direction cost nothing.
 
 Layers that see no tokens (adaLN: their input depends on timestep and class only) are fitted on *every* class. All that is
 in memory besides the two models is one walk's hidden states and one block's inputs.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks
 from vq4dit.error_feedback import QuantizedWeight, damp, quantize_weight
+from vq4dit.joint_descent import quantize_jointly
 from vq4dit.zero_data import LARGE, BlockCall, evaluating, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
@@ -43,6 +44,13 @@ class InputStatistics(NamedTuple):
     drift: Float[Tensor, "columns columns"]  # E[(x - x̃) x̃ᵀ]
     teacher_mean: Float[Tensor, " columns"]
     student_mean: Float[Tensor, " columns"]
+
+    def centered(self) -> InputStatistics:
+        """The same of inputs less their means: covariances."""
+        return self._replace(
+            second_moments=self.second_moments - torch.outer(self.student_mean, self.student_mean),
+            drift=self.drift - torch.outer(self.teacher_mean - self.student_mean, self.student_mean),
+        )
 
 
 class LayerGroup(NamedTuple):
@@ -111,7 +119,7 @@ def _group_statistics(
 def fit_layer(
     linear: nn.Linear,
     statistics: InputStatistics,
-    sensitivity: Float[Tensor, " rows"],
+    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     num_codewords: int,
     subvector_dim: int,
     generator: torch.Generator,
@@ -119,13 +127,18 @@ def fit_layer(
     """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none).
 
     Args:
-        sensitivity: how much an error in each output counts, with mean 1 (`row_sensitivities`).
+        sensitivity: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
     """
     weight = linear.weight.detach().float()
-    moments = statistics.second_moments
-    correction = torch.linalg.solve(damp(moments), (weight @ statistics.drift).T).T
+    moments, drift, *_ = statistics if linear.bias is None else statistics.centered()
+    correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
     corrected = weight + PREFIX_CORRECTION * correction
-    quantized = quantize_weight(corrected, moments, num_codewords, subvector_dim, sensitivity=sensitivity, generator=generator)
+    if sensitivity.ndim == 2:
+        quantized = quantize_jointly(corrected, moments, sensitivity, num_codewords, subvector_dim, generator=generator)
+    else:
+        quantized = quantize_weight(
+            corrected, moments, num_codewords, subvector_dim, sensitivity=sensitivity, generator=generator
+        )
     if linear.bias is None:
         return quantized, None
     shape = (weight.shape[0], weight.shape[1])

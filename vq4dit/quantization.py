@@ -31,7 +31,7 @@ from vq4dit.kmeans import fit_codebook
 from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn
 from vq4dit.layers import SoftVQLinear, TunableVQLinear, VQLinear, start_logits
 from vq4dit.progress import OnProgress, Progress, Stage, ignore
-from vq4dit.sensitivity import row_sensitivities
+from vq4dit.sensitivity import output_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import check_supported
@@ -207,7 +207,7 @@ def _fit_layers(
     if not job.has("sensitivities"):
         started = time.monotonic()
         generator = layer_generator(settings.seed, "sensitivities")
-        found = row_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
+        found = output_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
         job.write("sensitivities", found)
         if not budget.allows(2 * (time.monotonic() - started)):  # the walk that follows takes about as long
             return None

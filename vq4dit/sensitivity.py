@@ -1,12 +1,13 @@
-"""Which outputs of a layer matter: how much the guided noise minds an error in each row of a weight.
+"""Which outputs of a layer matter: how much the guided noise minds an error in them.
 
-A codebook is shared by all rows of a layer, so it must know whose errors count. If the output y of a layer is off by δ, the
-guided noise ε̂_s (of guidance scale s) of a step is off by J δ, and
+If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance scale s) of a step is off by J δ, and
 
-    Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  Σ_o r_o E[δ_o²],    r_o = Σ_s E (Jᵀ v)_o² / E || ε̂_s ||²,    v ~ N(0, I)
+    Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  tr(B E[δ δᵀ]),    B = E[g gᵀ],    g = Σ_s Jᵀ v_s / rms(ε̂_s),    v_s ~ N(0, I)
 
-since E[v vᵀ] = I: one backward pass with a random v stands for all outputs at once (Hutchinson's estimate of the diagonal of
-the Gauss-Newton matrix). That different outputs of a layer err together is left out.
+since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
+matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
+It takes many gradients to know the rest. Layers that see no tokens have one gradient for an image, not one for a token, and for
+large models a matrix for every layer would fill the memory: of those only the diagonal is kept.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from vq4dit.zero_data import GUIDANCE_SCALES, evaluating, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.zero_data import GUIDANCE_SCALES, LARGE, evaluating, guide, new_scheduler, predicted_noise, teacher_steps
 
-TOKENS = 10240  # of the walk: a row's sensitivity is a mean over all of them
+TOKENS = 40960  # of the walk
+TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 STEPS = 10  # denoising steps of the walk
 
 
-def row_sensitivities(
+def output_sensitivities(
     pipeline: DiTPipeline,
     names: Sequence[str],
     guidance_scale: float,
     generator: torch.Generator,
     on_step: Callable[[], None] = lambda: None,
-) -> dict[str, Float[Tensor, " rows"]]:
-    """r_o of every row of the named linears, with mean 1 in each layer, from one walk of the teacher.
+) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
+    """B of the named linears, or its diagonal where no more is known; the mean of the diagonal is 1. One walk of the teacher.
 
     Holds the activations of one step for its backward pass: about (tokens, 15 width) fp32 for every block, where tokens are
     those of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
@@ -39,11 +41,15 @@ def row_sensitivities(
     teacher = pipeline.transformer
     config = teacher.config
     tokens = (config.sample_size // config.patch_size) ** 2
+    large = sum(p.numel() for p in teacher.parameters()) >= LARGE
+    wanted = TOKENS_OF_LARGE if large else TOKENS
     found: dict[str, Tensor] = {}
 
     def listen(name: str, output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            found[name] = found.get(name, 0) + gradient.double().square().flatten(0, -2).sum(0)
+            rows = gradient.flatten(0, -2).float()
+            total = rows.square().sum(0) if large or gradient.ndim == 2 else rows.T @ rows
+            found[name] = found.get(name, 0) + total.double()
 
         if not output.requires_grad:  # nothing before it does: the graph begins here
             output.requires_grad_()
@@ -57,7 +63,7 @@ def row_sensitivities(
     walk = teacher_steps(
         pipeline,
         generator,
-        num_trajectories=max(1, round(TOKENS / (2 * STEPS * tokens))),
+        num_trajectories=max(1, round(wanted / (2 * STEPS * tokens))),
         guidance_scale=guidance_scale,
         num_inference_steps=STEPS,
     )
@@ -79,10 +85,12 @@ def row_sensitivities(
     return {name: _with_mean_one(total) for name, total in found.items()}
 
 
-def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"]:
+def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"] | Float[Tensor, "rows rows"]:
     """All rows alike if nothing is known: the noise does not depend on the layer, or a gradient was not finite."""
-    mean = total.mean()
-    return (total / mean).float() if torch.isfinite(mean) and mean > 0 else torch.ones_like(total, dtype=torch.float32)
+    mean = (total.diagonal() if total.ndim == 2 else total).mean()
+    if torch.isfinite(total).all() and mean > 0:
+        return (total / mean).float()
+    return torch.ones(len(total), device=total.device)
 
 
 def _projected_noise(

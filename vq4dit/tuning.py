@@ -26,7 +26,7 @@ from vq4dit.layers import TunableVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
 from vq4dit.zero_data import GUIDANCE_SCALES, LARGE, NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
 
-WALK_STEPS = 25
+WALK_STEPS = 10  # few, so that the same number of samples shows more classes and latents: 25 gave errors a tenth higher
 WALK_BYTES = 512 * 2**20
 BETAS = (0.9, 0.95)
 
@@ -103,7 +103,14 @@ class Tuning:
         for p in student.parameters():  # in fp32: squares of small gradients would vanish in 16 bit
             p.data = p.data.float()
             p.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(student.parameters(), lr=config.tuning_learning_rate, betas=BETAS)
+        codebooks = [layer.codebook for layer in self.layers.values()]
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [p for p in student.parameters() if not any(p is c for c in codebooks)], "lr": self._rates()[0]},
+                {"params": codebooks, "lr": self._rates()[1]},
+            ],
+            betas=BETAS,
+        )
         start_state(self.optimizer, "exp_avg", "exp_avg_sq")
 
     def advance(self) -> dict[str, float]:
@@ -123,12 +130,17 @@ class Tuning:
                 f"the loss became {noise_nmse} in step {self.step}: try another seed, and check that the original model gives "
                 "sensible images"
             )
-        cosine = (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
-        self.optimizer.param_groups[0]["lr"] = self.config.tuning_learning_rate * cosine
+        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {"noise_nmse": noise_nmse}
+
+    def _rates(self) -> tuple[float, float]:
+        """Learning rates of this step: of everything but codebooks, and of codebooks."""
+        cosine = (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
+        return self.config.tuning_learning_rate * cosine, self.config.tuning_codebook_learning_rate * cosine
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         latents, timesteps, labels = batch["latents"], batch["timesteps"], batch["class_labels"]
