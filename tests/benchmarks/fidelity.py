@@ -1,13 +1,16 @@
 """What every method costs in quality: the README's table, its plot, and how the default holds up elsewhere.
 
-    python tests/benchmarks/fidelity.py [--model assets/emoji-dit] [--work DIR] [--seed 0] [--only NAME ...] [--plot PNG]
+    python tests/benchmarks/fidelity.py [--model assets/emoji-dit] [--work DIR] [--seeds 0 1 2] [--only NAME ...] [--plot PNG]
     python tests/benchmarks/fidelity.py --transfer "best, 2 bits"      # unseen guidance, step counts, scheduler
     python tests/benchmarks/fidelity.py --picture "best, 2 bits" PNG   # original, quantized, difference
 
 Recipes of vq4dit are quantized by `python -m vq4dit quantize` in a process of its own and loaded back from the file; what
-WORK holds already is not made again. Round-to-nearest and GPTQ are made here, without a packed format: their bits per weight
-count b bits for each weight and an fp16 scale and offset for each row or group. Noise errors are measured on 16 held-out
-zero-data trajectories of 25 steps, PSNR and SSIM on same-seed images of classes spread over all.
+WORK holds already is neither made nor measured again. With several seeds (of quantizing and of measuring alike) a row is
+their mean, and the lowest and highest stand behind it.
+
+Round-to-nearest and GPTQ are made here, without a packed format: their bits per weight count b bits for each weight and an fp16
+scale and offset for each row or group. Noise errors are measured on 16 held-out zero-data trajectories of 25 steps, PSNR and
+SSIM on same-seed images of classes spread over all.
 """
 
 import argparse
@@ -122,12 +125,18 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
 # --- vq4dit's own ----------------------------------------------------------------------------------------------------
 
 
-def recipe_pipeline(original: Any, args: argparse.Namespace, name: str, bits: int) -> tuple[Any, dict[str, float]]:
+def stem_of(row: str, seed: int) -> str:
+    """What the files of a row are called."""
+    return f"{row.replace(',', '').replace(' ', '-').replace('=', '')}-seed{seed}"
+
+
+def recipe_pipeline(original: Any, args: argparse.Namespace, row: str, seed: int) -> tuple[Any, dict[str, float]]:
     """Quantize by the command, unless that is done already, and load the file."""
-    output = args.work / f"{name.replace(' ', '-').replace('=', '')}-{bits}-bits-seed{args.seed}"
+    name, bits = method_and_bits(row)
+    output = args.work / stem_of(row, seed)
     report = output.with_suffix(".json")
     if not report.exists():
-        options = [*RECIPES[name], "--bits", str(bits), "--seed", str(args.seed), "--resume", "--json"]
+        options = [*RECIPES[name], "--bits", str(bits), "--seed", str(seed), "--resume", "--json"]
         made = run_vq4dit("quantize", args.model, "--output", str(output), *options)
         report.write_text(json.dumps({"seconds": made.seconds, "peak_gb": made.peak_bytes / 1e9}))
     pipeline = load_pipeline(str(output))
@@ -152,26 +161,59 @@ def measure(original: Any, pipeline: Any, images: np.ndarray, labels: list[int],
 # --- tables and the plot ---------------------------------------------------------------------------------------------
 
 
+COLUMNS = {  # of the table: how each figure is printed
+    "bits_per_weight": "{:.2f}",
+    "megabytes": "{:.2f}",
+    "nmse_1.5": "{:.4f}",
+    "nmse_4.0": "{:.4f}",
+    "psnr_db": "{:.1f}",
+    "ssim": "{:.3f}",
+    "seconds": "{:.0f}",
+    "peak_gb": "{:.1f}",
+}
+
+
 def table(original: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    count = num_classes(original)
-    labels = [i * count // args.images for i in range(args.images)]
-    images = sample(original, labels, [args.seed + i for i in range(args.images)])
     print("| method | bits per weight | transformer, MB | noise_nmse, guidance 1.5 | guidance 4 | PSNR, dB | SSIM | s | GB |")
     print("|---|---|---|---|---|---|---|---|---|")
+    references: dict[int, np.ndarray] = {}
     rows = []
     for row in args.only:
+        found = [figures_of(original, args, row, seed, references) for seed in args.seeds]
+        cells = [cell([figures[column] for figures in found if column in figures], COLUMNS[column]) for column in COLUMNS]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
         name, bits = method_and_bits(row)
-        if name in SCALAR:
-            pipeline, figures = scalar_pipeline(original, name, bits, args.seed)
-        else:
-            pipeline, figures = recipe_pipeline(original, args, name, bits)
-        figures |= measure(original, pipeline, images, labels, args.seed)
-        rows.append({"name": name, "bits": bits} | figures)
-        peak = f"{figures['peak_gb']:.1f}" if "peak_gb" in figures else ""
-        errors = f"{figures['nmse_1.5']:.4f} | {figures['nmse_4.0']:.4f} | {figures['psnr_db']:.1f} | {figures['ssim']:.3f}"
-        size = f"{figures['bits_per_weight']:.2f} | {figures['megabytes']:.2f}"
-        print(f"| {row} | {size} | {errors} | {figures['seconds']:.0f} | {peak} |", flush=True)
+        means = {column: float(np.mean([figures[column] for figures in found])) for column in found[0]}
+        rows.append({"name": name, "bits": bits} | means)
     return rows
+
+
+def cell(values: list[float], form: str) -> str:
+    """The mean, and the lowest and highest if they print differently."""
+    if not values:
+        return ""
+    low, mean, high = (form.format(value) for value in (min(values), float(np.mean(values)), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"
+
+
+def figures_of(
+    original: Any, args: argparse.Namespace, row: str, seed: int, references: dict[int, np.ndarray]
+) -> dict[str, float]:
+    """All figures of a row with one seed; kept in WORK. `references`: images of the original by seed, made when needed."""
+    kept = args.work / f"{stem_of(row, seed)}-{args.images}-images.figures.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    name, bits = method_and_bits(row)
+    if name in SCALAR:
+        pipeline, figures = scalar_pipeline(original, name, bits, seed)
+    else:
+        pipeline, figures = recipe_pipeline(original, args, row, seed)
+    labels = [i * num_classes(original) // args.images for i in range(args.images)]
+    if seed not in references:
+        references[seed] = sample(original, labels, [seed + i for i in range(args.images)])
+    figures |= measure(original, pipeline, references[seed], labels, seed)
+    kept.write_text(json.dumps(figures, indent=1))
+    return figures
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -193,7 +235,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def transfer(original: Any, args: argparse.Namespace) -> None:
     """Noise error of one row where calibration never looked."""
-    pipeline, _ = recipe_pipeline(original, args, *method_and_bits(args.transfer))
+    pipeline, _ = recipe_pipeline(original, args, args.transfer, args.seeds[0])
     ddim = original.scheduler
     solver = DPMSolverMultistepScheduler.from_config(ddim.config)
     print("| scheduler | steps | " + " | ".join(f"guidance {g:g}" for g in (1, 1.5, 4, 7)) + " |")
@@ -202,7 +244,9 @@ def transfer(original: Any, args: argparse.Namespace) -> None:
         for steps in (10, 25, 50, 100):
             original.register_modules(scheduler=scheduler)
             errors = [
-                noise_nmse(original, pipeline, num_trajectories=8, num_inference_steps=steps, guidance_scale=g, seed=args.seed)
+                noise_nmse(
+                    original, pipeline, num_trajectories=8, num_inference_steps=steps, guidance_scale=g, seed=args.seeds[0]
+                )
                 for g in (1.0, 1.5, 4.0, 7.0)
             ]
             print(f"| {scheduler_name} | {steps} | " + " | ".join(f"{e:.4f}" for e in errors) + " |", flush=True)
@@ -214,8 +258,8 @@ SUBJECTS = ["grinning face", "panda", "unicorn", "maple leaf", "hamburger", "tra
 def picture(original: Any, args: argparse.Namespace) -> None:
     """Some subjects: original, quantized and their difference, one above the other, at twice their size; guidance 3."""
     row, path = args.picture
-    pipeline, _ = recipe_pipeline(original, args, *method_and_bits(row))
-    labels, seeds = label_ids(original, SUBJECTS), [args.seed + i for i in range(len(SUBJECTS))]
+    pipeline, _ = recipe_pipeline(original, args, row, args.seeds[0])
+    labels, seeds = label_ids(original, SUBJECTS), [args.seeds[0] + i for i in range(len(SUBJECTS))]
     both = (sample(p, labels, seeds, guidance_scale=3.0) for p in (original, pipeline))
     pairs = [SamplePair(*values) for values in zip(labels, seeds, *both, strict=True)]
     shown = [
@@ -228,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji-dit"))
     parser.add_argument("--work", type=Path, default=Path("fidelity-work"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the plot has means; other tasks take the first")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS)
     parser.add_argument("--plot", type=Path, help="also draw error against bytes")
@@ -238,7 +282,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     original = load_pipeline(args.model)
     threads, version = torch.get_num_threads(), torch.__version__
-    print(f"{args.model}, {date.today()}, {platform.machine()}, {threads} threads, torch {version}, seed {args.seed}\n")
+    print(f"{args.model}, {date.today()}, {platform.machine()}, {threads} threads, torch {version}")
+    print(f"n = {args.images} images, seeds {args.seeds}\n")
     if args.transfer:
         transfer(original, args)
         return
