@@ -40,7 +40,7 @@ def test_layers_with_tokens_know_which_errors_add_up_the_others_and_those_of_lar
     found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
     assert [found[name].ndim for name in LAYERS] == [1, 2, 2]
     torch.testing.assert_close(found[LAYERS[1]], found[LAYERS[1]].T)
-    monkeypatch.setattr("vq4dit.sensitivity.LARGE", 0)
+    monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
     monkeypatch.setattr("vq4dit.sensitivity.TOKENS_OF_LARGE", sensitivity.TOKENS)
     large = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
     assert [large[name].ndim for name in LAYERS] == [1, 1, 1]

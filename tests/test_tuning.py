@@ -13,7 +13,7 @@ from vq4dit.job import Job
 from vq4dit.layers import LookUp, TunableVQLinear, VQLinear
 from vq4dit.quantization import run
 from vq4dit.tuning import Tuning, record_samples, walks
-from vq4dit.zero_data import NULL_CLASS
+from vq4dit.zero_data import NULL_CLASS, image_tokens
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -39,7 +39,7 @@ def new_tuning(clustered, **changes) -> Tuning:
 def test_a_large_model_learns_the_same_with_less_memory(clustered, monkeypatch):
     """Activations of its blocks are computed again when their gradients are due."""
     kept = new_tuning(clustered)
-    monkeypatch.setattr("vq4dit.tuning.LARGE", 0)
+    monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
     recomputed = new_tuning(clustered)
     assert recomputed.student.is_gradient_checkpointing and not kept.student.is_gradient_checkpointing
     assert all(kept.advance() == recomputed.advance() for _ in range(3))
@@ -106,7 +106,7 @@ def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(clustered,
     config = CalibrationConfig(tuning_steps=20, tuning_batch=8)  # 16 trajectories
     assert walks(pipeline, config) == {0: 16}
     c = pipeline.transformer.config
-    outputs = 2 * 4 * (c.sample_size // c.patch_size) ** 2 * c.num_attention_heads * c.attention_head_dim * c.num_layers
+    outputs = 2 * 4 * image_tokens(pipeline) * c.num_attention_heads * c.attention_head_dim * c.num_layers
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 6 * outputs)
     assert walks(pipeline, config) == {0: 6, 6: 6, 12: 4}
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 0)

@@ -15,8 +15,12 @@ import torch
 from vq4dit.config import QuantizationSettings
 from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
-from vq4dit.layer_by_layer import walk_tokens
+from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
+from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
+from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
+from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
 from vq4dit.workspace import Event
+from vq4dit.zero_data import LARGE
 
 Device = Literal["cpu", "gpu"]
 
@@ -28,8 +32,10 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 # Floating-point operations of calibration and tuning, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
-FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone
+FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone ...
+JOINT_FIT_FACTOR = 11.0  # ... and where outputs are fitted jointly
 WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, and second moments
+SENSITIVITY_OPERATIONS = 10  # per weight and token: forward, forward and backward, products of gradients
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
@@ -73,8 +79,11 @@ def estimate(
     if settings.recipe == "best":
         calibration = settings.calibration
         rows = 2 * calibration.tuning_batch * tokens
-        walked = weights * WALK_OPERATIONS * walk_tokens(parameters) / operations
-        stages["fit"] = FIT_FACTOR * stages.pop("cluster") + walked
+        large = parameters >= LARGE
+        walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
+        felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
+        fitted = (FIT_FACTOR if large else JOINT_FIT_FACTOR) * stages.pop("cluster")
+        stages["fit"] = fitted + weights * (walked + felt) / operations
         stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
         memory += 12 * weights
         disk += 4 * weights

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vq4dit.dit import named_blocks
 from vq4dit.error_feedback import QuantizedWeight, damp, quantize_weight
 from vq4dit.joint_descent import quantize_jointly
-from vq4dit.zero_data import LARGE, BlockCall, evaluating, record_block_calls
+from vq4dit.zero_data import BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
 TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
@@ -60,22 +60,14 @@ class LayerGroup(NamedTuple):
     statistics: Callable[[], InputStatistics]
 
 
-def walk_tokens(weights: int) -> int:
-    """How many tokens the layers of a model are fitted on."""
-    return TOKENS if weights < LARGE else TOKENS_OF_LARGE
-
-
 def calibration_walk(
     pipeline: DiTPipeline, guidance_scale: float, generator: torch.Generator, on_step: Callable[[], None] = lambda: None
 ) -> list[BlockCall]:
-    """A walk of about `walk_tokens` tokens, as many trajectories as that takes; calls `on_step` after each of its steps."""
-    config = pipeline.transformer.config
-    tokens = (config.sample_size // config.patch_size) ** 2
-    wanted = walk_tokens(sum(p.numel() for p in pipeline.transformer.parameters()))
+    """A walk of about `TOKENS` tokens, as many trajectories as that takes; calls `on_step` after each of its steps."""
     return record_block_calls(
         pipeline,
         generator,
-        num_trajectories=max(1, round(wanted / (2 * STEPS * tokens))),
+        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if is_large(pipeline.transformer) else TOKENS, STEPS),
         guidance_scale=guidance_scale,
         num_inference_steps=STEPS,
         on_step=on_step,

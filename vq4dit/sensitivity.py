@@ -19,7 +19,16 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from vq4dit.zero_data import GUIDANCE_SCALES, LARGE, evaluating, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.zero_data import (
+    GUIDANCE_SCALES,
+    evaluating,
+    guide,
+    is_large,
+    new_scheduler,
+    num_trajectories_for,
+    predicted_noise,
+    teacher_steps,
+)
 
 TOKENS = 40960  # of the walk
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
@@ -39,10 +48,7 @@ def output_sensitivities(
     those of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
     """
     teacher = pipeline.transformer
-    config = teacher.config
-    tokens = (config.sample_size // config.patch_size) ** 2
-    large = sum(p.numel() for p in teacher.parameters()) >= LARGE
-    wanted = TOKENS_OF_LARGE if large else TOKENS
+    large = is_large(teacher)
     found: dict[str, Tensor] = {}
 
     def listen(name: str, output: Tensor) -> None:
@@ -63,7 +69,7 @@ def output_sensitivities(
     walk = teacher_steps(
         pipeline,
         generator,
-        num_trajectories=max(1, round(wanted / (2 * STEPS * tokens))),
+        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
         guidance_scale=guidance_scale,
         num_inference_steps=STEPS,
     )

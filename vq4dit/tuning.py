@@ -24,7 +24,16 @@ from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.layers import TunableVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
-from vq4dit.zero_data import GUIDANCE_SCALES, LARGE, NULL_CLASS, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.zero_data import (
+    GUIDANCE_SCALES,
+    NULL_CLASS,
+    guide,
+    image_tokens,
+    is_large,
+    new_scheduler,
+    predicted_noise,
+    teacher_steps,
+)
 
 WALK_STEPS = 10  # few, so that the same number of samples shows more classes and latents: 25 gave errors a tenth higher
 WALK_BYTES = 512 * 2**20
@@ -37,8 +46,8 @@ def walks(pipeline: DiTPipeline, config: CalibrationConfig) -> dict[int, int]:
     A step holds what every block returned, (2n, tokens, width) fp32 each; n is such that they stay below `WALK_BYTES`.
     """
     c = pipeline.transformer.config
-    tokens, width = (c.sample_size // c.patch_size) ** 2, c.num_attention_heads * c.attention_head_dim
-    together = max(1, WALK_BYTES // (2 * 4 * tokens * width * c.num_layers))
+    width = c.num_attention_heads * c.attention_head_dim
+    together = max(1, WALK_BYTES // (2 * 4 * image_tokens(pipeline) * width * c.num_layers))
     needed = math.ceil(config.tuning_steps * config.tuning_batch / WALK_STEPS)
     return {first: min(together, needed - first) for first in range(0, needed, together)}
 
@@ -98,7 +107,7 @@ class Tuning:
         self.order = torch.randperm(len(samples["latents"]), generator=generator)
         self.step = 0
         self.layers = {name: m for name, m in student.named_modules() if isinstance(m, TunableVQLinear)}
-        if sum(math.prod(layer.shape) for layer in self.layers.values()) >= LARGE:
+        if is_large(pipeline.transformer):
             student.enable_gradient_checkpointing()  # a third more time, far less memory, the same bytes
         for p in student.parameters():  # in fp32: squares of small gradients would vanish in 16 bit
             p.data = p.data.float()

@@ -58,6 +58,22 @@ def num_classes(pipeline: DiTPipeline) -> int:
     return pipeline.transformer.config.num_embeds_ada_norm
 
 
+def image_tokens(pipeline: DiTPipeline) -> int:
+    """Positions that one image has in the transformer."""
+    config = pipeline.transformer.config
+    return (config.sample_size // config.patch_size) ** 2
+
+
+def num_trajectories_for(pipeline: DiTPipeline, tokens: int, num_inference_steps: int) -> int:
+    """How many guided trajectories show about that many tokens in all their steps together."""
+    return max(1, round(tokens / (2 * num_inference_steps * image_tokens(pipeline))))
+
+
+def is_large(transformer: nn.Module) -> bool:
+    """Whether the model has `LARGE` weights or more."""
+    return sum(p.numel() for p in transformer.parameters()) >= LARGE
+
+
 def guide(prediction: Float[Tensor, "twice_b out h w"], guidance_scale: float, channels: int) -> Float[Tensor, "b c h w"]:
     """Classifier-free guidance ε̂ = ε_∅ + s (ε_y - ε_∅) on the latent channels (a learned variance is left out).
 
