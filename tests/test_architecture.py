@@ -27,7 +27,13 @@ LADDER = [
         "origin",
     },  # learn; what would become of a model; where it comes from
     {"quantization", "catalog", "workspace"},  # the recipe; which models there are; visitors' folders
-    {"evaluation", "estimate", "loader", "archive"},  # look at the result; what it will cost; pipelines in memory; one file
+    {
+        "evaluation",
+        "attribution",
+        "estimate",
+        "loader",
+        "archive",
+    },  # look at the result; what it will cost; pipelines in memory; one file
     {"model_card", "lease"},  # tell what it is; work for a while
     {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
     {"hub"},  # give it away

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vq4dit.attribution import layer_noise_errors
 from vq4dit.cli_push import add_push_arguments, push_command
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.evaluation import LayerError, compare, grid, label_ids, layer_errors, sample, write_comparison
 from vq4dit.inspection import inspect, tensor_bytes
-from vq4dit.job import Job
+from vq4dit.job import Job, write_atomically
 from vq4dit.loading import load_pipeline, pinned
 from vq4dit.origin import origin_of, write_origin
 from vq4dit.quantization import check, run
@@ -270,7 +271,9 @@ def compare_command(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             on_progress=on_progress,
         )
+        parts = layer_noise_errors(original, quantized, guidance_scale=args.guidance, seed=args.seed)
     write_comparison(args.output, report, pairs, {index: name for name, index in original.labels.items()})
+    write_atomically(args.output / "layers.json", (json.dumps(parts, indent=1) + "\n").encode())
     values = dataclasses.asdict(report)
     if args.json:
         print(json.dumps(values, indent=1))
@@ -279,4 +282,14 @@ def compare_command(args: argparse.Namespace) -> None:
     for key, value in values.items():
         table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    Console().print(f"pictures and report.json in {escape(str(args.output))}")
+    if parts:
+        print_worst_layers(parts)
+    Console().print(f"pictures, report.json and layers.json in {escape(str(args.output))}")
+
+
+def print_worst_layers(errors: dict[str, float], count: int = 8) -> None:
+    """Where the remaining error is: the layers that, quantized alone, put the noise off most."""
+    table = Table(Column("layer", no_wrap=True), "noise_nmse of it alone", "of the sum of all")
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:count]:
+        table.add_row(name, f"{errors[name]:.2g}", f"{errors[name] / sum(errors.values()):.1%}")
+    Console().print(table)

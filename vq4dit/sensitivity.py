@@ -42,36 +42,68 @@ def output_sensitivities(
     generator: torch.Generator,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
-    """B of the named linears, or its diagonal where no more is known; the mean of the diagonal is 1. One walk of the teacher.
-
-    Holds the activations of one step for its backward pass: about (tokens, 15 width) fp32 for every block, where tokens are
-    those of the trajectories side by side. No gradient of a parameter is made or left. Calls `on_step` after each step.
-    """
-    teacher = pipeline.transformer
-    large = is_large(teacher)
+    """B of the named linears, or its diagonal where no more is known, scaled to a mean of 1 on the diagonal. One walk."""
+    large = is_large(pipeline.transformer)
     found: dict[str, Tensor] = {}
 
-    def listen(name: str, output: Tensor) -> None:
-        def add(gradient: Tensor) -> None:
-            rows = gradient.flatten(0, -2).float()
-            total = rows.square().sum(0) if large or gradient.ndim == 2 else rows.T @ rows
-            found[name] = found.get(name, 0) + total.double()
+    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        rows = gradient.flatten(0, -2).float()
+        total = rows.square().sum(0) if large or gradient.ndim == 2 else rows.T @ rows
+        found[name] = found.get(name, 0) + total.double()
 
+    probe_outputs(
+        pipeline,
+        names,
+        add,
+        generator,
+        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        compared_scales=GUIDANCE_SCALES,
+        on_step=on_step,
+    )
+    return {name: _with_mean_one(total) for name, total in found.items()}
+
+
+def probe_outputs(
+    pipeline: DiTPipeline,
+    names: Sequence[str],
+    listen: Callable[[str, Tensor, Tensor], None],
+    generator: torch.Generator,
+    *,
+    num_trajectories: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    compared_scales: Sequence[float],
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Walk the teacher and tell `listen` name, input x and output gradient g of the named linears, once for every step.
+
+    x and g are (rows, tokens, width), or (rows, width) without tokens, where rows are the trajectories with a class, then the
+    same with none. g is that of Σ_s v_s·ε̂_s / rms(ε̂_s) over the `compared_scales`. Holds the activations of one step for its
+    backward pass: about (tokens, 15 width) fp32 for every block, where tokens are those of the trajectories side by side. No
+    gradient of a parameter is made or left. Calls `on_step` after each step.
+    """
+    teacher = pipeline.transformer
+
+    def follow(name: str, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:  # nothing before it does: the graph begins here
             output.requires_grad_()
-        output.register_hook(add)
+        output.register_hook(lambda gradient: listen(name, inputs.detach(), gradient))
 
     asked = [p for p in teacher.parameters() if p.requires_grad]
     handles = [
-        teacher.get_submodule(name).register_forward_hook(lambda _, arguments, output, name=name: listen(name, output))
+        teacher.get_submodule(name).register_forward_hook(
+            lambda _, arguments, output, name=name: follow(name, arguments[0], output)
+        )
         for name in names
     ]
     walk = teacher_steps(
         pipeline,
         generator,
-        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
+        num_trajectories=num_trajectories,
         guidance_scale=guidance_scale,
-        num_inference_steps=STEPS,
+        num_inference_steps=num_inference_steps,
     )
     probes = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     try:
@@ -80,7 +112,7 @@ def output_sensitivities(
         for step in walk:
             with torch.enable_grad(), evaluating(teacher):
                 prediction = teacher(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-                _projected_noise(pipeline, prediction, step.latents, step.timesteps, probes).backward()
+                _projected_noise(pipeline, prediction, step.latents, step.timesteps, compared_scales, probes).backward()
             on_step()
     finally:
         walk.close()
@@ -88,7 +120,6 @@ def output_sensitivities(
             handle.remove()
         for p in asked:
             p.requires_grad_(True)
-    return {name: _with_mean_one(total) for name, total in found.items()}
 
 
 def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"] | Float[Tensor, "rows rows"]:
@@ -100,13 +131,18 @@ def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"] | Float[Tensor, "row
 
 
 def _projected_noise(
-    pipeline: DiTPipeline, prediction: Tensor, latents: Tensor, timesteps: Tensor, probes: torch.Generator
+    pipeline: DiTPipeline,
+    prediction: Tensor,
+    latents: Tensor,
+    timesteps: Tensor,
+    scales: Sequence[float],
+    probes: torch.Generator,
 ) -> Tensor:
     """Σ_s v_s · ε̂_s / rms(ε̂_s)."""
     half = len(latents) // 2
     scheduler, channels = new_scheduler(pipeline), pipeline.transformer.config.in_channels
     total = torch.zeros((), device=latents.device)
-    for scale in GUIDANCE_SCALES:
+    for scale in scales:
         noise = predicted_noise(guide(prediction, scale, channels), latents[:half], timesteps[:half], scheduler).float()
         v = torch.randn(noise.shape, generator=probes).to(noise.device)
         total = total + (v * noise).sum() / noise.detach().square().mean().sqrt().clamp(min=1e-12)
