@@ -37,7 +37,7 @@ LADDER = [
     {"model_card", "lease"},  # tell what it is; work for a while
     {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
     {"hub"},  # give it away
-    {"cli_push", "publishing"},  # one command of the terminal; a visitor's project on its way to the Hub
+    {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
     {"web.words", "web.theme", "web.gpu"},  # the door in the browser: words, looks, lent GPUs
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
@@ -47,7 +47,7 @@ LADDER = [
     {"web.page"},  # layout and wiring
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
-DOORS = {"cli", "cli_push"}  # may print
+DOORS = {"cli", "cli_push", "cli_compare"}  # may print
 
 SOURCES = sorted(PACKAGE.rglob("[!_]*.py"))
 

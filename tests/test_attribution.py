@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import quick_settings
+from conftest import new_pipeline, new_transformer, quick_settings
 
-from vq4dit import quantize
+from vq4dit import UnsupportedModelError, quantize
 from vq4dit.attribution import layer_noise_errors
 from vq4dit.diffusers_quantizer import vq_layers
 from vq4dit.evaluation import noise_nmse
@@ -35,12 +35,30 @@ def test_every_layer_is_told_in_order_and_the_models_are_left_as_they_were(pair)
     original, quantized = pair
     original.transformer.requires_grad_(True)
     steps = []
-    settings = {"num_trajectories": 1, "num_inference_steps": 2, "on_step": lambda: steps.append(1)}
+    settings = {"num_trajectories": 1, "num_inference_steps": 2, "on_progress": lambda progress: steps.append(progress.done)}
     first, again = (layer_noise_errors(original, quantized, **settings) for _ in range(2))
-    assert list(first) == list(vq_layers(quantized.transformer)) and first == again and len(steps) == 4
+    assert list(first) == list(vq_layers(quantized.transformer)) and first == again and steps == [1, 2, 1, 2]
     assert all(error > 0 for error in first.values())
     assert all(p.grad is None and p.requires_grad for p in original.transformer.parameters())
     assert not any(module._forward_hooks for module in original.transformer.modules())
+
+
+def test_trajectories_that_do_not_fit_into_memory_together_are_walked_one_after_the_other(pair, monkeypatch):
+    settings = {"num_trajectories": 128, "num_inference_steps": 1}
+    together = layer_noise_errors(*pair, **settings)
+    monkeypatch.setattr("vq4dit.attribution.TOKENS_TOGETHER", 40 * 2 * 16)
+    steps = []
+    apart = layer_noise_errors(*pair, **settings, on_progress=lambda progress: steps.append((progress.done, progress.total)))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert sum(apart.values()) == pytest.approx(sum(together.values()), rel=0.3)
+
+
+@pytest.mark.parametrize("changes", [{"num_layers": 1}, {"attention_head_dim": 64}], ids=["fewer blocks", "wider"])
+def test_a_model_that_was_made_from_another_is_refused(pair, changes):
+    other = new_pipeline()
+    other.register_modules(transformer=new_transformer(**changes))
+    with pytest.raises(UnsupportedModelError, match="compare it with the model it was made from"):
+        layer_noise_errors(other, pair[1])
 
 
 def test_a_model_that_is_not_quantized_has_no_layers_to_tell_of(pipeline):

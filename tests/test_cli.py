@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import new_pipeline
+from conftest import new_pipeline, new_transformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -48,10 +48,12 @@ def test_the_whole_way_from_a_model_to_a_report(tmp_path, model_folder, capsys):
     assert run("sample", tmp_path / "q", "--labels", "cat, 2", "--steps", 2, "--output", tmp_path / "grid.png") == 0
     assert Image.open(tmp_path / "grid.png").size == (18, 8)
     capsys.readouterr()
-    assert run("compare", model_folder, tmp_path / "q", "--steps", 2, "--output", tmp_path / "cmp", "--json") == 0
+    assert run("compare", model_folder, tmp_path / "q", "--steps", 2, "--output", tmp_path / "cmp", "--layers", "--json") == 0
     compared = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "cmp" / "report.json").read_text()) == compared
     assert 0 < compared["noise_nmse"] < 1 and compared["num_pairs"] == 3
+    parts = json.loads((tmp_path / "cmp" / "layers.json").read_text())
+    assert list(parts) == [layer["name"] for layer in report["layers"]] and all(0 < part < 1 for part in parts.values())
     names = {path.name for path in (tmp_path / "cmp").iterdir()}
     assert {"pairs.png", "cat-seed0-original.png", "dog-seed1-quantized.png", "fox-seed2-difference.png"} <= names
 
@@ -59,10 +61,27 @@ def test_the_whole_way_from_a_model_to_a_report(tmp_path, model_folder, capsys):
 def test_tables_are_printed_for_people(tmp_path, model_folder, capsys):
     assert run("inspect", model_folder) == 0
     assert run(*quick(model_folder, tmp_path / "q")) == 0
-    assert run("compare", model_folder, tmp_path / "q", "--steps", 1, "--output", tmp_path / "c") == 0
+    assert run("compare", model_folder, tmp_path / "q", "--steps", 1, "--output", tmp_path / "c", "--layers") == 0
     shown = capsys.readouterr().out
-    for words in ("16 bit: embedder", "transformer_blocks.1.ff.net.2", "relative error", "smaller", "noise_nmse"):
+    columns = ("relative error", "noise_nmse of it alone", "of the sum of all")
+    for words in ("16 bit: embedder", "transformer_blocks.1.ff.net.2", "smaller", "noise_nmse", *columns):
         assert words in shown
+
+
+def test_a_quantized_model_compared_with_another_original_is_refused_before_anything_is_drawn(tmp_path, model_folder, capsys):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    other = new_pipeline()
+    other.register_modules(transformer=new_transformer(num_layers=1))
+    other.save_pretrained(tmp_path / "other")
+    assert run("compare", tmp_path / "other", tmp_path / "q", "--output", tmp_path / "c") == 1
+    assert "compare it with the model it was made from" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_quantized_model_compared_with_itself_has_no_layer_to_blame(tmp_path, model_folder, capsys):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    assert run("compare", tmp_path / "q", tmp_path / "q", "--steps", 1, "--output", tmp_path / "c", "--layers") == 0
+    assert "0.0%" in capsys.readouterr().out
 
 
 def test_a_model_compared_with_itself_has_no_error(tmp_path, model_folder, capsys):

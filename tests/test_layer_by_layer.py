@@ -11,7 +11,7 @@ from vq4dit import quantize
 from vq4dit.dit import find_targets
 from vq4dit.error_feedback import output_error
 from vq4dit.evaluation import noise_nmse
-from vq4dit.layer_by_layer import InputStatistics, calibration_walk, fit_layer, groups_in_turn
+from vq4dit.layer_by_layer import InputStatistics, _statistics, calibration_walk, fit_layer, groups_in_turn
 from vq4dit.zero_data import NULL_CLASS, teacher_steps
 
 GROUPS = [
@@ -38,8 +38,7 @@ def group_of(found, name: str) -> InputStatistics:
 
 
 def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> InputStatistics:
-    drift = (teacher - student).T @ student / len(student)
-    return InputStatistics(student.T @ student / len(student), drift, teacher.mean(0), student.mean(0))
+    return _statistics([teacher], [student])
 
 
 def test_every_target_comes_once_in_order_of_execution_and_q_k_v_come_together(pipeline):
@@ -65,7 +64,8 @@ def test_statistics_are_those_of_what_the_teacher_sees_while_sampling(pipeline, 
     inputs = torch.cat(seen)
     assert inputs.shape[0] == 10 * 2 * 2 * 16
     statistics = group_of(groups(pipeline), layer)
-    torch.testing.assert_close(statistics.second_moments, inputs.T @ inputs / len(inputs))
+    torch.testing.assert_close(statistics.covariance, inputs.T.cov(correction=0))
+    torch.testing.assert_close(statistics.about_zero()[0], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.teacher_mean, inputs.mean(0))
 
 
@@ -98,7 +98,8 @@ def test_layers_without_tokens_see_every_class_and_as_often_none(pipeline):
             seen.append(torch.nn.functional.silu(embedder(step.timesteps[:1].expand(6), labels)))
     inputs = torch.cat(seen)
     statistics = group_of(groups(pipeline), layer)
-    torch.testing.assert_close(statistics.second_moments, inputs.T @ inputs / len(inputs))
+    torch.testing.assert_close(statistics.covariance, inputs.T.cov(correction=0))
+    torch.testing.assert_close(statistics.about_zero()[0], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.student_mean, inputs.mean(0))
 
 
@@ -160,6 +161,25 @@ def test_errors_along_a_constant_input_cost_nothing_where_a_bias_makes_them_good
         for x, (quantized, bias) in zip((inputs, shifted), found, strict=True)
     ]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01], ids=["constant inputs", "nearly constant inputs"])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_inputs_that_hardly_vary_are_no_obstacle(coupled, spread, generator):
+    linear = nn.Linear(32, 48)
+    inputs = 30 + spread * torch.randn(400, 32, generator=generator)
+    sensitivity = torch.eye(48) if coupled else torch.ones(48)
+    quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, 16, 4, generator)
+    wanted, found = linear(inputs), inputs @ quantized.weight((48, 32)).T + bias
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("layer", ["attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
+def test_a_dead_layer_is_quantized_like_the_others(layer, pipeline):
+    name = f"transformer_blocks.0.{layer}"
+    pipeline.transformer.get_submodule(name).weight.data.zero_()
+    quantized = quantize(pipeline, quick_settings(recipe="best", calibration={"tuning_steps": 0}))
+    assert quantized.transformer.get_submodule(name).weight.abs().max() < 1e-3
 
 
 def test_a_coupling_of_outputs_is_used(generator):

@@ -11,15 +11,33 @@ to that step). The parts need not add up to the whole: layers are fitted to make
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
 from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.layers import VQLinear
+from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.quantization import layer_generator
 from vq4dit.sensitivity import probe_outputs
+from vq4dit.zero_data import num_trajectories_for
+
+TOKENS_TOGETHER = 2048  # whose activations are held for the backward pass
+
+
+def check_comparable(original: DiTPipeline, quantized: DiTPipeline) -> None:
+    """Raise `UnsupportedModelError` unless the original has every quantized layer, in the same shape."""
+    for name, layer in vq_layers(quantized.transformer).items():
+        linear = dict(original.transformer.named_modules()).get(name)
+        wanted = (layer.out_features, layer.in_features)
+        found = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
+        if found != wanted:
+            has = "has none" if linear is None else f"has {found[0]} x {found[1]}"
+            raise UnsupportedModelError(
+                f"the quantized model has a layer {name} of {wanted[0]} x {wanted[1]}, the original {has}: compare it with the "
+                "model it was made from"
+            )
 
 
 @torch.no_grad()
@@ -31,40 +49,56 @@ def layer_noise_errors(
     num_inference_steps: int = 10,
     guidance_scale: float = 4.0,
     seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = ignore,
 ) -> dict[str, float]:
     """The error of every quantized layer by name, in order of execution, on held-out zero-data trajectories.
 
-    An estimate: with 160 images (16 trajectories of ten steps) each figure is good to about a tenth.
+    An estimate: by default a figure's relative standard deviation is 0.1 to 0.4. Of large models a few trajectories are walked
+    at a time (`num_trajectories` in all), and it takes about twice as long as `noise_nmse` with the same numbers.
     """
-    layers = vq_layers(quantized.transformer)
-    config = original.transformer.config
-    values = config.in_channels * config.sample_size**2
-    changes: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in layers.items():
-        linear = original.transformer.get_submodule(name)
-        bias = linear.bias.float() - layer.bias.float() if layer.bias is not None else torch.zeros(())
-        changes[name] = linear.weight.float() - layer.reconstruct(torch.float32), bias.to(linear.weight.device)
-    found = dict.fromkeys(layers, 0.0)
+    check_comparable(original, quantized)
+    changes = {name: _change(original, name, layer) for name, layer in vq_layers(quantized.transformer).items()}
+    found = dict.fromkeys(changes, 0.0)
     if not found:
         return found
+    config = original.transformer.config
+    values = config.in_channels * config.sample_size**2
+    seen = 0  # steps
 
     def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
         weight, bias = changes[name]
         products = (gradient.float() * (inputs.float() @ weight.T + bias)).flatten(1).sum(1)
         with_class, without = products.chunk(2)
-        relative = (with_class + without).square().mean() / values  # rms(ε̂) is divided by already
-        found[name] += relative.item() / num_inference_steps
+        found[name] += (with_class + without).square().sum().item() / values  # rms(ε̂) is divided by already
 
-    probe_outputs(
-        original,
-        list(layers),
-        add,
-        layer_generator(seed, "held-out trajectories"),
-        num_trajectories=num_trajectories,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        compared_scales=[guidance_scale],
-        on_step=on_step,
-    )
-    return found
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        on_progress(Progress("measure", min(seen, total), total))
+
+    together = min(num_trajectories, num_trajectories_for(original, TOKENS_TOGETHER, 1))
+    total = num_inference_steps * -(-num_trajectories // together)
+    images = 0
+    generator = layer_generator(seed, "held-out trajectories")
+    for first in range(0, num_trajectories, together):
+        before, side_by_side = seen, min(together, num_trajectories - first)
+        probe_outputs(
+            original,
+            list(changes),
+            add,
+            generator,
+            num_trajectories=side_by_side,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            compared_scales=[guidance_scale],
+            on_step=count,
+        )
+        images += side_by_side * (seen - before)
+    return {name: error / images for name, error in found.items()}
+
+
+def _change(original: DiTPipeline, name: str, layer: VQLinear) -> tuple[Tensor, Tensor]:
+    """W - Ŵ and b - b̂."""
+    linear = original.transformer.get_submodule(name)
+    weight = linear.weight.float() - layer.reconstruct(torch.float32)
+    return weight, linear.bias.float() - layer.bias.float() if layer.bias is not None else weight.new_zeros(())

@@ -18,20 +18,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vq4dit.attribution import layer_noise_errors
+from vq4dit.cli_compare import compare_command
 from vq4dit.cli_push import add_push_arguments, push_command
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
-from vq4dit.evaluation import LayerError, compare, grid, label_ids, layer_errors, sample, write_comparison
+from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
 from vq4dit.inspection import inspect, tensor_bytes
-from vq4dit.job import Job, write_atomically
+from vq4dit.job import Job
 from vq4dit.loading import load_pipeline, pinned
 from vq4dit.origin import origin_of, write_origin
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
-from vq4dit.zero_data import check_supported, num_classes
+from vq4dit.zero_data import check_supported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("original", metavar="ORIGINAL")
     sub.add_argument("quantized", metavar="QUANTIZED")
     sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
+    sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
     _add_sampling(sub)
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
@@ -248,48 +249,3 @@ def sample_command(args: argparse.Namespace) -> None:
         print(json.dumps({"output": str(args.output), "images": len(images), "seconds": seconds}))
     else:
         Console().print(f"{escape(str(args.output))}: {len(images)} images, {seconds:.1f} s")
-
-
-def compare_command(args: argparse.Namespace) -> None:
-    check_output(args.output, args.overwrite, contains="report.json")
-    with decode_mode(args.decode):
-        original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
-    if args.labels:
-        labels = label_ids(original, [label.strip() for label in args.labels.split(",")])
-    else:
-        count = num_classes(original)
-        labels = [i * count // min(8, count) for i in range(min(8, count))]
-    with progress_bars() as on_progress:
-        report, pairs = compare(
-            original,
-            quantized,
-            tensor_bytes(args.original),
-            tensor_bytes(args.quantized),
-            labels=labels,
-            seed=args.seed,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            on_progress=on_progress,
-        )
-        parts = layer_noise_errors(original, quantized, guidance_scale=args.guidance, seed=args.seed)
-    write_comparison(args.output, report, pairs, {index: name for name, index in original.labels.items()})
-    write_atomically(args.output / "layers.json", (json.dumps(parts, indent=1) + "\n").encode())
-    values = dataclasses.asdict(report)
-    if args.json:
-        print(json.dumps(values, indent=1))
-        return
-    table = Table("figure", "value")
-    for key, value in values.items():
-        table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    if parts:
-        print_worst_layers(parts)
-    Console().print(f"pictures, report.json and layers.json in {escape(str(args.output))}")
-
-
-def print_worst_layers(errors: dict[str, float], count: int = 8) -> None:
-    """Where the remaining error is: the layers that, quantized alone, put the noise off most."""
-    table = Table(Column("layer", no_wrap=True), "noise_nmse of it alone", "of the sum of all")
-    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:count]:
-        table.add_row(name, f"{errors[name]:.2g}", f"{errors[name] / sum(errors.values()):.1%}")
-    Console().print(table)

@@ -85,8 +85,9 @@ def estimate(
         fitted = (FIT_FACTOR if large else JOINT_FIT_FACTOR) * stages.pop("cluster")
         stages["fit"] = fitted + weights * (walked + felt) / operations
         stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
-        memory += 12 * weights
-        disk += 4 * weights
+        coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
+        memory += 12 * weights + 12 * coupled
+        disk += 4 * weights + 4 * coupled
     if settings.recipe == "paper":
         calibration = settings.calibration
         rows = 2 * calibration.num_trajectories * tokens  # guidance doubles the batch

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from vq4dit.codebook import argmax_of_rows, reconstruct
+from vq4dit.codebook import argmax_of_rows, assignment_dtype, reconstruct
 from vq4dit.error_feedback import QuantizedWeight, damp, least_squares_codebook, quantize_weight
 
 COUPLING_DAMPING = 0.2  # of the mean of B's diagonal: B is known from few latents, and 0.02 follows their noise
@@ -91,7 +91,7 @@ class JointDescent:
             first, stop = max(0, diagonal - self.rows + 1), min(self.groups, diagonal + 1)
             group = torch.arange(first, stop, device=self.chosen.device)
             self._decide(diagonal - group, group)
-        return self.chosen.flatten()
+        return self.chosen.flatten().to(assignment_dtype(len(self.codebook)))
 
     def _decide(self, row: Integer[Tensor, " w"], group: Integer[Tensor, " w"]) -> None:
         """Give sub-vectors of different rows and groups their best codeword, as if all others stayed.
@@ -131,5 +131,4 @@ def joint_scale(
     """The scales s of all rows that minimise tr(B E H Eᵀ): (B ∘ Q H Qᵀ) s = diag(B W H Qᵀ), with Ŵ = diag(s) Q."""
     normal_matrix = (coupling * (unscaled @ damped @ unscaled.T)).double()
     target = (coupling @ (weight @ damped) * unscaled).sum(1).double()
-    ridge = 1e-6 * normal_matrix.diagonal().mean() * torch.eye(len(target), dtype=torch.float64, device=weight.device)
-    return torch.linalg.solve(normal_matrix + ridge, target).float()
+    return torch.linalg.solve(damp(normal_matrix, 1e-6), target).float()

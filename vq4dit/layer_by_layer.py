@@ -40,17 +40,15 @@ STEPS = 10  # denoising steps of the walk
 class InputStatistics(NamedTuple):
     """What a layer must know of its inputs x (teacher) and x̃ (student)."""
 
-    second_moments: Float[Tensor, "columns columns"]  # E[x̃ x̃ᵀ]
-    drift: Float[Tensor, "columns columns"]  # E[(x - x̃) x̃ᵀ]
+    covariance: Float[Tensor, "columns columns"]  # Cov(x̃, x̃)
+    drift: Float[Tensor, "columns columns"]  # Cov(x - x̃, x̃)
     teacher_mean: Float[Tensor, " columns"]
     student_mean: Float[Tensor, " columns"]
 
-    def centered(self) -> InputStatistics:
-        """The same of inputs less their means: covariances."""
-        return self._replace(
-            second_moments=self.second_moments - torch.outer(self.student_mean, self.student_mean),
-            drift=self.drift - torch.outer(self.teacher_mean - self.student_mean, self.student_mean),
-        )
+    def about_zero(self) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, "columns columns"]]:
+        """E[x̃ x̃ᵀ] and E[(x - x̃) x̃ᵀ]: what counts where no bias makes a mean error good."""
+        mean = self.student_mean
+        return self.covariance + torch.outer(mean, mean), self.drift + torch.outer(self.teacher_mean - mean, mean)
 
 
 class LayerGroup(NamedTuple):
@@ -122,7 +120,7 @@ def fit_layer(
         sensitivity: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
     """
     weight = linear.weight.detach().float()
-    moments, drift, *_ = statistics if linear.bias is None else statistics.centered()
+    moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
     correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
     corrected = weight + PREFIX_CORRECTION * correction
     if sensitivity.ndim == 2:
@@ -192,15 +190,22 @@ def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
 
 
 def _statistics(teacher: list[Tensor], student: list[Tensor]) -> InputStatistics:
-    """Means over all rows of all steps, one step after the other: no copy of them all is made."""
+    """Means over all rows of all steps, one step after the other: no copy of them all is made.
+
+    Means first, then products of what differs from them: a difference of large products would lose a small covariance.
+    """
     columns = student[0].shape[-1]
-    rows = ((x.reshape(-1, columns).float() for x in pair) for pair in zip(teacher, student, strict=True))
-    zeros = torch.zeros(columns, columns, device=student[0].device)
-    moments, drift, teacher_sum, student_sum = zeros, zeros.clone(), zeros[0].clone(), zeros[0].clone()
-    for x, seen in rows:
-        moments.addmm_(seen.T, seen)
-        drift.addmm_((x - seen).T, seen)
-        teacher_sum += x.sum(0)
-        student_sum += seen.sum(0)
     count = sum(x.numel() // columns for x in student)
-    return InputStatistics(moments / count, drift / count, teacher_sum / count, student_sum / count)
+    teacher_mean, student_mean = (
+        torch.stack([x.reshape(-1, columns).double().sum(0) for x in steps]).sum(0).div(count).float()
+        for steps in (teacher, student)
+    )
+    covariance = torch.zeros(columns, columns, device=student[0].device)
+    drift = covariance.clone()
+    for pair in zip(teacher, student, strict=True):
+        x, seen = (
+            rows.reshape(-1, columns).float() - mean for rows, mean in zip(pair, (teacher_mean, student_mean), strict=True)
+        )
+        covariance.addmm_(seen.T, seen)
+        drift.addmm_((x - seen).T, seen)
+    return InputStatistics(covariance / count, drift / count, teacher_mean, student_mean)

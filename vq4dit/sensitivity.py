@@ -81,7 +81,7 @@ def probe_outputs(
 
     x and g are (rows, tokens, width), or (rows, width) without tokens, where rows are the trajectories with a class, then the
     same with none. g is that of Σ_s v_s·ε̂_s / rms(ε̂_s) over the `compared_scales`. Holds the activations of one step for its
-    backward pass: about (tokens, 15 width) fp32 for every block, where tokens are those of the trajectories side by side. No
+    backward pass: about (tokens, 28 width) fp32 for every block, where tokens are those of the trajectories side by side. No
     gradient of a parameter is made or left. Calls `on_step` after each step.
     """
     teacher = pipeline.transformer

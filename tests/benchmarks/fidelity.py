@@ -34,6 +34,7 @@ from vq4dit.dit import find_targets
 from vq4dit.error_feedback import damp
 from vq4dit.evaluation import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
 from vq4dit.inspection import tensor_bytes
+from vq4dit.job import write_atomically
 from vq4dit.layer_by_layer import calibration_walk, groups_in_turn
 from vq4dit.loading import load_pipeline
 from vq4dit.quantization import layer_generator
@@ -106,7 +107,7 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
 
         def second_moments(group: Any = group, moments: list[Tensor] = moments) -> Tensor:
             if not moments:
-                moments.append(group.statistics().second_moments)
+                moments.append(group.statistics().about_zero()[0])
             return moments[0]
 
         for layer in group.names:
@@ -212,7 +213,7 @@ def figures_of(
     if seed not in references:
         references[seed] = sample(original, labels, [seed + i for i in range(args.images)])
     figures |= measure(original, pipeline, references[seed], labels, seed)
-    kept.write_text(json.dumps(figures, indent=1))
+    write_atomically(kept, json.dumps(figures, indent=1).encode())
     return figures
 
 

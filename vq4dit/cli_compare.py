@@ -1,0 +1,73 @@
+"""`python -m vq4dit compare`: an original and a quantized model side by side, in figures and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from vq4dit.attribution import check_comparable, layer_noise_errors
+from vq4dit.diffusers_quantizer import decode_mode
+from vq4dit.evaluation import compare, label_ids, write_comparison
+from vq4dit.inspection import tensor_bytes
+from vq4dit.job import write_atomically
+from vq4dit.loading import load_pipeline
+from vq4dit.saving import check_output
+from vq4dit.terminal import progress_bars
+from vq4dit.zero_data import num_classes
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    check_output(args.output, args.overwrite, contains="report.json")
+    with decode_mode(args.decode):
+        original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
+    check_comparable(original, quantized)
+    if args.labels:
+        labels = label_ids(original, [label.strip() for label in args.labels.split(",")])
+    else:
+        count = num_classes(original)
+        labels = [i * count // min(8, count) for i in range(min(8, count))]
+    with progress_bars() as on_progress:
+        report, pairs = compare(
+            original,
+            quantized,
+            tensor_bytes(args.original),
+            tensor_bytes(args.quantized),
+            labels=labels,
+            seed=args.seed,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            on_progress=on_progress,
+        )
+    write_comparison(args.output, report, pairs, {index: name for name, index in original.labels.items()})
+    parts: dict[str, float] = {}
+    if args.layers:
+        with progress_bars() as on_progress:
+            parts = layer_noise_errors(
+                original, quantized, guidance_scale=args.guidance, seed=args.seed, on_progress=on_progress
+            )
+        write_atomically(args.output / "layers.json", (json.dumps(parts, indent=1) + "\n").encode())
+    values = dataclasses.asdict(report)
+    if args.json:
+        print(json.dumps(values, indent=1))
+        return
+    table = Table("figure", "value")
+    for key, value in values.items():
+        table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if parts:
+        print_worst_layers(parts)
+    Console().print(f"pictures and report.json in {escape(str(args.output))}")
+
+
+def print_worst_layers(errors: dict[str, float], count: int = 8) -> None:
+    """Where the remaining error is: the layers that, quantized alone, put the noise off most."""
+    total = sum(errors.values()) or 1.0  # a model compared with itself has no error
+    table = Table(Column("layer", no_wrap=True), "noise_nmse of it alone", "of the sum of all")
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:count]:
+        table.add_row(name, f"{errors[name]:.2g}", f"{errors[name] / total:.1%}")
+    Console().print(table)
