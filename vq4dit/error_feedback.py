@@ -85,7 +85,8 @@ def quantize_weight(
 def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Float[Tensor, "n n"]:
     """H + λ mean(diag H) I."""
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
-    return second_moments + damping * diagonal * torch.eye(len(second_moments)).to(second_moments)
+    identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
+    return second_moments + damping * diagonal * identity
 
 
 class Correction:

@@ -197,7 +197,7 @@ def _statistics(teacher: list[Tensor], student: list[Tensor]) -> InputStatistics
     columns = student[0].shape[-1]
     count = sum(x.numel() // columns for x in student)
     teacher_mean, student_mean = (
-        torch.stack([x.reshape(-1, columns).double().sum(0) for x in steps]).sum(0).div(count).float()
+        torch.stack([x.reshape(-1, columns).sum(0, dtype=torch.float64) for x in steps]).sum(0).div(count).float()
         for steps in (teacher, student)
     )
     covariance = torch.zeros(columns, columns, device=student[0].device)
