@@ -31,6 +31,7 @@ from vq4dit.origin import origin_of, write_origin
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
+from vq4dit.tuning import UPDATES
 from vq4dit.zero_data import check_supported
 
 
@@ -83,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--steps",
         type=positive,
-        help=f"updates: calibration of paper (default: {defaults.steps}), tuning of best (default: {defaults.tuning_steps})",
+        help=f"updates: calibration of paper (default: {defaults.steps}), tuning of best (default: {UPDATES}, none on a CPU "
+        "for models of 100 million weights or more)",
     )
     sub.add_argument(
         "--trajectories",
@@ -203,7 +205,7 @@ def check_not_inside(model: str, output: Path) -> None:
 def settings_of(args: argparse.Namespace) -> QuantizationSettings:
     calibration = CalibrationConfig(
         steps=args.steps or CalibrationConfig.steps,
-        tuning_steps=args.steps or CalibrationConfig.tuning_steps,
+        tuning_steps=args.steps,
         num_trajectories=args.trajectories,
         num_candidates=args.candidates,
         ratio_start=args.ratio_start,

@@ -33,8 +33,8 @@ from vq4dit.layers import SoftVQLinear, TunableVQLinear, VQLinear, start_logits
 from vq4dit.progress import OnProgress, Progress, Stage, ignore
 from vq4dit.sensitivity import output_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
-from vq4dit.tuning import Tuning, record_samples, walks
-from vq4dit.zero_data import check_supported
+from vq4dit.tuning import Tuning, num_updates, record_samples, walks
+from vq4dit.zero_data import check_supported, is_large
 
 CHECKPOINT_SECONDS = 15.0
 CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
@@ -86,11 +86,12 @@ def _best(job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBu
     student = _fit_layers(job, pipeline, targets, budget, on_progress)
     if student is None:
         return None
-    if job.settings.calibration.tuning_steps:
+    large, on_cpu = is_large(pipeline.transformer), pipeline.transformer.device.type == "cpu"
+    if updates := num_updates(job.settings.calibration, large=large, on_cpu=on_cpu):
         tunable = {name: TunableVQLinear(layer) for name, layer in vq_layers(student).items()}
         for name, layer in tunable.items():
             student.set_submodule(name, layer)
-        if not _tune(job, pipeline, student, budget, on_progress):
+        if not _tune(job, pipeline, student, updates, budget, on_progress):
             return None
         for name, layer in tunable.items():
             student.set_submodule(name, layer.harden(targets[name].weight.dtype))
@@ -101,12 +102,12 @@ def _best(job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBu
     return _finish(pipeline, student, job.settings)
 
 
-def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+def _tune(job: Job, pipeline: Any, student: nn.Module, updates: int, budget: TimeBudget, on_progress: OnProgress) -> bool:
     """Run the tuning of `best` from its newest checkpoint to its end; False if time ran out."""
     config = job.settings.calibration
-    begun = Progress("tune", 0, config.tuning_steps)  # a sign of life, and a moment to stop
+    begun = Progress("tune", 0, updates)  # a sign of life, and a moment to stop
     pieces, slowest = [], 0.0
-    for first, count in walks(pipeline, config).items():
+    for first, count in walks(pipeline, updates * config.tuning_batch).items():
         pieces.append(f"samples-{first}")
         if job.has(pieces[-1]):
             continue
@@ -120,8 +121,8 @@ def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_pr
     read = [job.read(piece) for piece in pieces]
     samples = {name: torch.cat([part[name] for part in read]).to(device) for name in read[0]}
     with torch.enable_grad():
-        tuning = Tuning(pipeline, student, samples, config, layer_generator(job.settings.seed, "order of samples"))
-        finished = _advance(job, "tuning", tuning, config.tuning_steps, budget, on_progress, "tune")
+        tuning = Tuning(pipeline, student, samples, config, updates, layer_generator(job.settings.seed, "order of samples"))
+        finished = _advance(job, "tuning", tuning, updates, budget, on_progress, "tune")
     tuning.student.disable_gradient_checkpointing()
     return finished
 

@@ -5,8 +5,8 @@
     python tests/benchmarks/fidelity.py --picture "best, 2 bits" PNG   # original, quantized, difference
 
 Recipes of vq4dit are quantized by `python -m vq4dit quantize` in a process of its own and loaded back from the file; what
-WORK holds already is neither made nor measured again. With several seeds (of quantizing and of measuring alike) a row is
-their mean, and the lowest and highest stand behind it.
+WORK holds of this model already is neither made nor measured again. With several seeds (of quantizing and of measuring
+alike) a row is their mean, and the lowest and highest stand behind it.
 
 Round-to-nearest and GPTQ are made here, without a packed format: their bits per weight count b bits for each weight and an fp16
 scale and offset for each row or group. Noise errors are measured on 16 held-out zero-data trajectories of 25 steps, PSNR and
@@ -28,6 +28,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from process import run_vq4dit
 from torch import Tensor
+from weights import fingerprint
 
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
@@ -280,6 +281,7 @@ def main() -> None:
     parser.add_argument("--transfer", choices=ROWS, help="only this: one row under unseen settings")
     parser.add_argument("--picture", nargs=2, metavar=("ROW", "PNG"), help="only this: images of one row beside the original's")
     args = parser.parse_args()
+    args.work /= fingerprint(args.model)
     args.work.mkdir(parents=True, exist_ok=True)
     original = load_pipeline(args.model)
     threads, version = torch.get_num_threads(), torch.__version__
