@@ -15,7 +15,7 @@ import torch
 from conftest import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit import quantization
+from vq4dit import learning
 
 
 def die_at(moment: int) -> None:
@@ -37,8 +37,8 @@ def die_at(moment: int) -> None:
 def main() -> None:
     folder, output, recipe, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
-    quantization.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
-    quantization.CHECKPOINT_SHARE = 1e9
+    learning.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
+    learning.CHECKPOINT_SHARE = 1e9
     pipeline = new_pipeline()
     die_at(moment)
     with vq4dit.Job.open(folder, quick_settings(recipe=recipe), pipeline, resume=True) as job:

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress"},  # no torch.nn, no diffusers
+    {"codebook", "packing", "errors", "progress", "randomness"},  # no torch.nn, no diffusers
     {"config", "kmeans", "optimizer_state", "hub_errors", "terminal"},  # settings; one codebook; failures; what commands share
-    {"layers", "dit", "job", "error_feedback"},  # one layer's states; which layers and blocks; work on disk; assignments
+    {"layers", "dit", "job", "error_feedback"},  # a packed layer; which layers and blocks; work on disk; assignments
     {
         "zero_data",
         "joint_descent",
@@ -17,7 +17,10 @@ LADDER = [
         "loading",
         "student",
         "saving",
-    },  # what learns from what, save and load
+        "learning",
+        "soft_layers",
+        "tunable_layers",
+    },  # what learns from what, save and load; a layer's states on its way
     {
         "calibration",
         "layer_by_layer",
@@ -26,6 +29,7 @@ LADDER = [
         "inspection",
         "origin",
     },  # learn; what would become of a model; where it comes from
+    {"best"},  # one recipe, piece by piece
     {"quantization", "catalog", "workspace"},  # the recipe; which models there are; visitors' folders
     {
         "evaluation",

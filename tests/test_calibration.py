@@ -7,8 +7,9 @@ from vq4dit.calibration import Calibration, block_loss, ratio_loss
 from vq4dit.codebook import nearest_codewords
 from vq4dit.evaluation import noise_nmse
 from vq4dit.kmeans import fit_codebook
-from vq4dit.layers import SoftVQLinear, start_logits
-from vq4dit.quantization import check, layer_generator, subvectors_of
+from vq4dit.quantization import check, subvectors_of
+from vq4dit.randomness import named_generator
+from vq4dit.soft_layers import SoftVQLinear, start_logits
 from vq4dit.student import student_with
 
 
@@ -16,7 +17,7 @@ def new_calibration(pipeline, settings) -> Calibration:
     layers = {}
     for name, linear in check(pipeline, settings).items():
         subvectors = subvectors_of(linear, settings.subvector_dim)
-        codebook = fit_codebook(subvectors, 64, generator=layer_generator(0, name))
+        codebook = fit_codebook(subvectors, 64, generator=named_generator(0, name))
         _, candidates = nearest_codewords(subvectors, codebook, settings.calibration.num_candidates)
         logits = start_logits(subvectors, codebook, candidates, settings.calibration.ratio_start)
         layers[name] = SoftVQLinear(codebook, candidates, logits, tuple(linear.weight.shape), linear.bias)

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq4dit import layers
+from vq4dit import soft_layers
 from vq4dit.codebook import nearest_codewords, split_subvectors
 from vq4dit.errors import FormatError
-from vq4dit.layers import MixCandidates, SoftVQLinear, VQLinear, start_logits
+from vq4dit.layers import VQLinear
 from vq4dit.packing import pack_bits
+from vq4dit.soft_layers import MixCandidates, SoftVQLinear, start_logits
 
 ROWS, COLUMNS, DIM = 12, 16, 2
 SHAPE = (ROWS, COLUMNS)
@@ -160,7 +161,7 @@ def test_hardening_keeps_codebook_and_bias(generator):
 @pytest.mark.parametrize("mix_chunk", [7, 2**18], ids=["chunks", "whole"])
 @pytest.mark.parametrize("num_candidates", [1, 2, 3])
 def test_mixing_and_its_gradients_equal_the_plain_formula(num_candidates, mix_chunk, generator, monkeypatch):
-    monkeypatch.setattr(layers, "MIX_CHUNK", mix_chunk)
+    monkeypatch.setattr(soft_layers, "MIX_CHUNK", mix_chunk)
     soft = new_soft(num_candidates, generator)
     gradient = torch.randn(NUM_SUBVECTORS, DIM, generator=generator)
     mixed = MixCandidates.apply(soft.codebook, soft.logits, soft.candidates)

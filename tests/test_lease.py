@@ -151,7 +151,7 @@ def test_tuning_hears_a_stop_while_its_samples_are_made_and_goes_on_without_the_
     with pytest.raises(Stopped), Job.open(project.work, project.settings, loader.original(project), resume=True) as job:
         run(job, loader.original(project), None, listen)
     assert stages[-1] == ("tune", 0)
-    monkeypatch.setattr("vq4dit.quantization.calibration_walk", lambda *_: pytest.fail("every layer is fitted"))
+    monkeypatch.setattr("vq4dit.best.calibration_walk", lambda *_: pytest.fail("every layer is fitted"))
     list(work(project, loader))
     other = new_project(quick_settings(recipe="best"))
     monkeypatch.undo()

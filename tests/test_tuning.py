@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from vq4dit import CalibrationConfig, CalibrationDivergedError, quantize, save
 from vq4dit.diffusers_quantizer import vq_layers
 from vq4dit.job import Job
-from vq4dit.layers import LookUp, TunableVQLinear, VQLinear
+from vq4dit.layers import VQLinear
 from vq4dit.quantization import run
-from vq4dit.tuning import UPDATES, Tuning, num_updates, record_samples, walks
+from vq4dit.tunable_layers import LookUp, TunableVQLinear
+from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import NULL_CLASS, image_tokens
 
 
@@ -33,7 +34,7 @@ def new_tuning(clustered, **changes) -> Tuning:
     student = copy.deepcopy(transformer)
     for name, layer in vq_layers(student).items():
         student.set_submodule(name, TunableVQLinear(layer))
-    return Tuning(pipeline, student, record_samples(pipeline, 2, 4.0, seeded()), config, config.tuning_steps, seeded(1))
+    return Tuning(pipeline, student, record_samples(pipeline, 2, 4.0, seeded()), config, seeded(1))
 
 
 def test_a_large_model_learns_the_same_with_less_memory(clustered, monkeypatch):
@@ -103,21 +104,14 @@ def test_samples_are_steps_of_the_teacher_with_its_own_answers(clustered):
 
 def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(clustered, monkeypatch):
     pipeline, _ = clustered
-    samples = 160  # 16 trajectories
-    assert walks(pipeline, samples) == {0: 16}
+    config = CalibrationConfig(tuning_steps=20, tuning_batch=8)  # 16 trajectories
+    assert walks(pipeline, config) == {0: 16}
     c = pipeline.transformer.config
     outputs = 2 * 4 * image_tokens(pipeline) * c.num_attention_heads * c.attention_head_dim * c.num_layers
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 6 * outputs)
-    assert walks(pipeline, samples) == {0: 6, 6: 6, 12: 4}
+    assert walks(pipeline, config) == {0: 6, 6: 6, 12: 4}
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 0)
-    assert list(walks(pipeline, samples).values()) == [1] * 16
-
-
-def test_a_large_model_is_tuned_on_a_cpu_only_if_that_is_asked_for():
-    default, asked = CalibrationConfig(), CalibrationConfig(tuning_steps=30)
-    assert num_updates(default, large=True, on_cpu=True) == 0
-    assert num_updates(default, large=True, on_cpu=False) == num_updates(default, large=False, on_cpu=True) == UPDATES
-    assert num_updates(asked, large=True, on_cpu=True) == 30
+    assert list(walks(pipeline, config).values()) == [1] * 16
 
 
 def test_a_slice_that_ends_between_two_walks_goes_on_with_the_next(clustered, monkeypatch, tmp_path):
@@ -126,7 +120,7 @@ def test_a_slice_that_ends_between_two_walks_goes_on_with_the_next(clustered, mo
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 0)  # four walks of one trajectory
     with Job.open(tmp_path / "at once", settings, pipeline, resume=False) as job:
         at_once = run(job, pipeline)
-    monkeypatch.setattr("vq4dit.quantization.TimeBudget.allows", lambda *_: False)
+    monkeypatch.setattr("vq4dit.job.TimeBudget.allows", lambda *_: False)
     slices, seen = 0, []
     with Job.open(tmp_path / "in slices", settings, pipeline, resume=False) as job:
         while (in_slices := run(job, pipeline, 1.0)) is None:

@@ -19,7 +19,7 @@ from vq4dit.diffusers_quantizer import vq_layers
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers import VQLinear
 from vq4dit.progress import OnProgress, Progress, ignore
-from vq4dit.quantization import layer_generator
+from vq4dit.randomness import named_generator
 from vq4dit.sensitivity import probe_outputs
 from vq4dit.zero_data import num_trajectories_for
 
@@ -79,7 +79,7 @@ def layer_noise_errors(
     together = min(num_trajectories, num_trajectories_for(original, TOKENS_TOGETHER, 1))
     total = num_inference_steps * -(-num_trajectories // together)
     images = 0
-    generator = layer_generator(seed, "held-out trajectories")
+    generator = named_generator(seed, "held-out trajectories")
     for first in range(0, num_trajectories, together):
         before, side_by_side = seen, min(together, num_trajectories - first)
         probe_outputs(

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from vq4dit.config import CalibrationConfig
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import CalibrationDivergedError
-from vq4dit.layers import SoftVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
+from vq4dit.soft_layers import SoftVQLinear
 from vq4dit.zero_data import TeacherStep, teacher_steps
 
 

@@ -86,7 +86,7 @@ class CalibrationConfig:
     hardening_start: float = 0.05  # part of the steps after which a schedule freezes more and more sub-vectors ...
     hardening_end: float = 0.7  # ... until all are (ours; released: no schedule, both 1)
     ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
-    tuning_steps: int | None = None  # `best`: updates after all assignments are fixed; None: see `vq4dit.tuning.num_updates`
+    tuning_steps: int = 200  # `best`: updates after all assignments are fixed
     tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
     tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
     tuning_codebook_learning_rate: float = 1.5e-3  # codewords are of size 1, what else learns is ten times smaller
@@ -104,7 +104,7 @@ class CalibrationConfig:
                 "hardening_start and hardening_end are parts of the steps, 0 <= start <= end <= 1, got "
                 f"{self.hardening_start} and {self.hardening_end}"
             )
-        if self.tuning_steps is not None and self.tuning_steps < 0:
+        if self.tuning_steps < 0:
             raise ValueError(f"tuning_steps must not be negative, got {self.tuning_steps}")
 
 
@@ -131,6 +131,12 @@ class QuantizationSettings:
     @property
     def subvector_dim(self) -> int:
         return CODEBOOKS[self.bits][1]
+
+    def suited(self, *, large: bool, on_cpu: bool) -> QuantizationSettings:
+        """These as defaults for a model and a machine: on a CPU a large model is not tuned, one update takes minutes there."""
+        if self.recipe != "best" or not (large and on_cpu):
+            return self
+        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, tuning_steps=0))
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "keep": list(self.keep)}

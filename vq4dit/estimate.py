@@ -19,7 +19,6 @@ from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
 from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
 from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
-from vq4dit.tuning import num_updates
 from vq4dit.workspace import Event
 from vq4dit.zero_data import LARGE
 
@@ -85,8 +84,8 @@ def estimate(
         felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
         fitted = (FIT_FACTOR if large else JOINT_FIT_FACTOR) * stages.pop("cluster")
         stages["fit"] = fitted + weights * (walked + felt) / operations
-        if updates := num_updates(calibration, large=large, on_cpu=device == "cpu"):
-            stages["tune"] = updates * weights * (6 * rows + 40) / operations
+        if calibration.tuning_steps:
+            stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
         memory += 12 * weights + 12 * coupled
         disk += 4 * weights + 4 * coupled

@@ -28,7 +28,7 @@ from vq4dit.codebook import assignment_bits
 from vq4dit.diffusers_quantizer import vq_layers
 from vq4dit.job import write_atomically
 from vq4dit.progress import OnProgress, Progress, ignore
-from vq4dit.quantization import layer_generator
+from vq4dit.randomness import named_generator
 from vq4dit.zero_data import (
     TeacherStep,
     check_supported,
@@ -84,7 +84,7 @@ def noise_nmse(
     channels = original.transformer.config.in_channels
     steps = teacher_steps(
         original,
-        layer_generator(seed, "held-out trajectories"),
+        named_generator(seed, "held-out trajectories"),
         num_trajectories=num_trajectories,
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,

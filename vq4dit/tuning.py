@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
-from vq4dit.layers import TunableVQLinear
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
+from vq4dit.tunable_layers import TunableVQLinear
 from vq4dit.zero_data import (
     GUIDANCE_SCALES,
     NULL_CLASS,
@@ -35,28 +35,20 @@ from vq4dit.zero_data import (
     teacher_steps,
 )
 
-UPDATES = 200
 WALK_STEPS = 10  # few, so that the same number of samples shows more classes and latents: 25 gave errors a tenth higher
 WALK_BYTES = 512 * 2**20
 BETAS = (0.9, 0.95)
 
 
-def num_updates(config: CalibrationConfig, *, large: bool, on_cpu: bool) -> int:
-    """As many as were asked for; otherwise `UPDATES`, but none of a large model on a CPU: one alone takes minutes there."""
-    if config.tuning_steps is not None:
-        return config.tuning_steps
-    return 0 if large and on_cpu else UPDATES
-
-
-def walks(pipeline: DiTPipeline, num_samples: int) -> dict[int, int]:
-    """How the trajectories for that many samples are walked: {number of the first: how many side by side}.
+def walks(pipeline: DiTPipeline, config: CalibrationConfig) -> dict[int, int]:
+    """How the trajectories that tuning needs are walked: {number of the first: how many side by side}.
 
     A step holds what every block returned, (2n, tokens, width) fp32 each; n is such that they stay below `WALK_BYTES`.
     """
     c = pipeline.transformer.config
     width = c.num_attention_heads * c.attention_head_dim
     together = max(1, WALK_BYTES // (2 * 4 * image_tokens(pipeline) * width * c.num_layers))
-    needed = math.ceil(num_samples / WALK_STEPS)
+    needed = math.ceil(config.tuning_steps * config.tuning_batch / WALK_STEPS)
     return {first: min(together, needed - first) for first in range(0, needed, together)}
 
 
@@ -107,10 +99,9 @@ class Tuning:
         student: Any,
         samples: dict[str, Tensor],
         config: CalibrationConfig,
-        updates: int,
         generator: torch.Generator,
     ):
-        self.student, self.samples, self.config, self.updates = student, samples, config, updates
+        self.student, self.samples, self.config = student, samples, config
         self.scheduler = new_scheduler(pipeline)
         self.channels = pipeline.transformer.config.in_channels
         self.order = torch.randperm(len(samples["latents"]), generator=generator)
@@ -157,7 +148,7 @@ class Tuning:
 
     def _rates(self) -> tuple[float, float]:
         """Learning rates of this step: of everything but codebooks, and of codebooks."""
-        cosine = (1 + math.cos(math.pi * self.step / self.updates)) / 2
+        cosine = (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
         return self.config.tuning_learning_rate * cosine, self.config.tuning_codebook_learning_rate * cosine
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:

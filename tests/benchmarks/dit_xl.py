@@ -133,6 +133,7 @@ def fit(model: Path, work: Path) -> None:
 def quantize(model: Path, work: Path, recipe: Recipe, bits: int, *options: str) -> None:
     """Run the command as a process of its own and print what it cost and what it wrote."""
     output = work / f"{recipe}-{bits}bit"
+    shutil.rmtree(work / f"{output.name}.job", ignore_errors=True)  # of a run that was stopped
     arguments = ["--output", str(output), "--bits", str(bits), "--recipe", recipe, "--overwrite", "--json", *options]
     measured = run_vq4dit("quantize", str(model), *arguments)
     report = json.loads(measured.printed)

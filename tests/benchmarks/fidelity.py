@@ -28,17 +28,16 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from process import run_vq4dit
 from torch import Tensor
-from weights import fingerprint
 
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
 from vq4dit.error_feedback import damp
 from vq4dit.evaluation import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
 from vq4dit.inspection import tensor_bytes
-from vq4dit.job import write_atomically
+from vq4dit.job import fingerprint, write_atomically
 from vq4dit.layer_by_layer import calibration_walk, groups_in_turn
 from vq4dit.loading import load_pipeline
-from vq4dit.quantization import layer_generator
+from vq4dit.randomness import named_generator
 from vq4dit.student import student_with
 from vq4dit.zero_data import num_classes
 
@@ -101,7 +100,7 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
     k, dim = CODEBOOKS[bits]
     targets, _ = find_targets(original.transformer, dim, k)
     transformer = copy.deepcopy(original.transformer)
-    walk = calibration_walk(original, 4.0, layer_generator(seed, "layer by layer"))
+    walk = calibration_walk(original, 4.0, named_generator(seed, "layer by layer"))
     bits_used = weights = 0.0
     for group in groups_in_turn(original.transformer, original.transformer, walk, list(targets)):
         moments: list[Tensor] = []
@@ -281,9 +280,9 @@ def main() -> None:
     parser.add_argument("--transfer", choices=ROWS, help="only this: one row under unseen settings")
     parser.add_argument("--picture", nargs=2, metavar=("ROW", "PNG"), help="only this: images of one row beside the original's")
     args = parser.parse_args()
-    args.work /= fingerprint(args.model)
-    args.work.mkdir(parents=True, exist_ok=True)
     original = load_pipeline(args.model)
+    args.work /= fingerprint(original)[:12]
+    args.work.mkdir(parents=True, exist_ok=True)
     threads, version = torch.get_num_threads(), torch.__version__
     print(f"{args.model}, {date.today()}, {platform.machine()}, {threads} threads, torch {version}")
     print(f"n = {args.images} images, seeds {args.seeds}\n")

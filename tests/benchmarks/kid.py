@@ -7,30 +7,32 @@ features, arXiv:1801.01401) of each crowd to the real images of its subjects. Fe
 `assets/evaluate_emoji_dit.py`: the values compare with each other and with no published KID. Needs `npm` and the packages in
 tests/requirements.txt; what WORK holds already is not made again, so two processes can make the images of two models.
 
-Intervals are of a bootstrap (95 %, 1,000 resamples): generated images are drawn again with replacement, each with its twin of
-the same seed, so that a difference to the original is one of pairs; real images stay. A quantized model is within the
-sampling error of the original if its KID is inside the original's interval.
+Intervals are of a bootstrap (95 %, 1,000 resamples): the generated images of each class are drawn again with replacement, each
+with its twin of the same seed, so that a difference to the original is one of pairs; real images stay. Inside the original's
+interval means that the original could have drawn such images with other seeds; whether a model is worse with the same seeds
+is what the difference tells.
 """
 
 import argparse
+import io
 import platform
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from weights import fingerprint
 
+from vq4dit.job import fingerprint, write_atomically
 from vq4dit.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "assets"))
 
 from emoji_images import render  # noqa: E402
-from evaluate_emoji_dit import BATCH_SIZE, feature_network, features, generate, spread_classes  # noqa: E402
+from evaluate_emoji_dit import BATCH_SIZE, NUM_INFERENCE_STEPS, feature_network, features, generate, spread_classes  # noqa: E402
 from train_emoji_dit import pixels_as_tensor, subject_images  # noqa: E402
 
 RESAMPLES = 1000
@@ -59,19 +61,18 @@ class Crowd(NamedTuple):
 
 def images_of(model: str, args: argparse.Namespace) -> Tensor:
     """(n, 3, 64, 64) uint8, batch by batch; those in WORK are taken from there."""
-    folder = args.work / f"images-{fingerprint(model)}-guidance{args.guidance:g}-seed{args.seed}-of-{args.images}"
+    pipeline = load_pipeline(model)
+    folder = args.work / f"images-{fingerprint(pipeline)[:12]}-guidance{args.guidance:g}-seed{args.seed}-of-{args.images}"
     folder.mkdir(parents=True, exist_ok=True)
     classes = spread_classes(args.images)
-    pipeline: Any = None
     parts = []
     for start in range(0, args.images, BATCH_SIZE):
         file = folder / f"{start:05}.npy"
         if not file.exists():
-            pipeline = pipeline or load_pipeline(model)
             drawn = generate(pipeline, classes[start : start + BATCH_SIZE], args.seed + start, args.guidance)
-            with open(unfinished := file.with_suffix(".part"), "wb") as stream:
-                np.save(stream, drawn.numpy())
-            unfinished.rename(file)
+            content = io.BytesIO()
+            np.save(content, drawn.numpy())
+            write_atomically(file, content.getvalue())
         parts.append(torch.from_numpy(np.load(file)))
     return torch.cat(parts)
 
@@ -90,6 +91,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=3.0, help="default: 3, as in the card of the bundled model")
     args = parser.parse_args()
+    if args.images < 2:
+        parser.error(f"--images {args.images}: KID needs at least two")
 
     models = [args.model, *args.quantized]
     crowds = [images_of(model, args) for model in models]
@@ -102,15 +105,19 @@ def main() -> None:
     of_real = ((own.sum() - own.trace()) / (len(real) * (len(real) - 1))).item()
     kernels = [Crowd(kernel(x, x), kernel(x, real).mean(1)) for x in seen]
     generator = torch.Generator().manual_seed(args.seed)
-    draws = [
-        torch.randint(args.images, (args.images,), generator=generator).bincount(minlength=args.images).double()
-        for _ in range(RESAMPLES)
-    ]
+    classes = torch.tensor(spread_classes(args.images))  # in order: those of a class stand side by side
+    size = classes.bincount()
+    first = (size.cumsum(0) - size)[classes]
+    draws = []
+    for _ in range(RESAMPLES):
+        drawn = first + (torch.rand(args.images, generator=generator) * size[classes]).long()
+        draws.append(drawn.bincount(minlength=args.images).double())
     once = torch.ones(args.images, dtype=torch.float64)
     resampled = [[crowd.kid(weights, of_real) for weights in draws] for crowd in kernels]
 
     print(f"\n{date.today()}, {platform.machine()}, torch {torch.__version__}, seed {args.seed}, guidance {args.guidance:g}")
-    print(f"n = {args.images} generated and {len(real)} real images; 25 steps; 95 % intervals of {RESAMPLES} resamples\n")
+    counts = f"n = {args.images} generated and {len(real)} real images"
+    print(f"{counts}; {NUM_INFERENCE_STEPS} steps; 95 % intervals of {RESAMPLES} resamples\n")
     print("| model | KID | interval | minus the original's | interval | inside the original's interval |")
     print("|---|---|---|---|---|---|")
     lowest, highest = interval(resampled[0])

@@ -1,0 +1,132 @@
+"""The recipe `best`, piece by piece, as a job can hold it.
+
+First how much an error in each layer's outputs matters (`vq4dit/sensitivity.py`), then one layer after the other
+(`vq4dit/layer_by_layer.py`), then the tuning of all that is not an assignment (`vq4dit/tuning.py`). Each piece is on disk
+before the next begins.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.job import Job, TimeBudget
+from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn
+from vq4dit.layers import VQLinear
+from vq4dit.learning import learn
+from vq4dit.progress import OnProgress, Progress
+from vq4dit.randomness import named_generator
+from vq4dit.sensitivity import output_sensitivities
+from vq4dit.student import rest_dtype, round_rest, student_with
+from vq4dit.tunable_layers import TunableVQLinear
+from vq4dit.tuning import Tuning, record_samples, walks
+
+
+def quantize_best(
+    job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
+) -> nn.Module | None:
+    """From the newest pieces of a job to the quantized transformer; None if time ran out first."""
+    student = _fit_layers(job, pipeline, targets, budget, on_progress)
+    if student is None:
+        return None
+    if job.settings.calibration.tuning_steps:
+        tunable = {name: TunableVQLinear(layer) for name, layer in vq_layers(student).items()}
+        for name, layer in tunable.items():
+            student.set_submodule(name, layer)
+        if not _tune(job, pipeline, student, budget, on_progress):
+            return None
+        for name, layer in tunable.items():
+            student.set_submodule(name, layer.harden(targets[name].weight.dtype))
+        dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
+        for name, p in student.named_parameters():  # those of hard layers but the bias are not in the original
+            p.data = p.data.to(dtypes.get(name, p.dtype))
+        round_rest(student, rest_dtype(pipeline.transformer))
+    return student
+
+
+def _fit_layers(
+    job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
+) -> nn.Module | None:
+    """Quantize layer by layer (`best`), one piece for each; the student, or None if time ran out."""
+    settings = job.settings
+    student = student_with(pipeline.transformer, {})
+    if all(job.has(f"layers/{name}") for name in targets):  # a turn of the tuning: nothing is left to be walked for
+        for name, linear in targets.items():
+            student.set_submodule(name, _fitted_layer(job, name, linear))
+        on_progress(Progress("fit", len(targets), len(targets)))
+        return student
+    guidance_scale = settings.calibration.guidance_scale
+    begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
+    if not job.has("sensitivities"):
+        started = time.monotonic()
+        generator = named_generator(settings.seed, "sensitivities")
+        found = output_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
+        job.write("sensitivities", found)
+        if not budget.allows(2 * (time.monotonic() - started)):  # the walk that follows takes about as long
+            return None
+    sensitivities = job.read("sensitivities")
+    generator = named_generator(settings.seed, "layer by layer")
+    walk = calibration_walk(pipeline, guidance_scale, generator, lambda: on_progress(begun))
+    done, slowest = 0, 0.0
+    for group in groups_in_turn(pipeline.transformer, student, walk, list(targets)):
+        missing = [name for name in group.names if not job.has(f"layers/{name}")]
+        if missing:
+            if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
+                return None
+            started = time.monotonic()
+            statistics = group.statistics()
+            for name in missing:
+                quantized, bias = fit_layer(
+                    targets[name],
+                    statistics,
+                    sensitivities[name].to(targets[name].weight.device),
+                    settings.num_codewords,
+                    settings.subvector_dim,
+                    named_generator(settings.seed, name),
+                )
+                job.write(f"layers/{name}", quantized._asdict() | ({} if bias is None else {"bias": bias}))
+            slowest = max(slowest, time.monotonic() - started)
+        for name in group.names:
+            student.set_submodule(name, _fitted_layer(job, name, targets[name]))
+        done += len(group.names)
+        on_progress(Progress("fit", done, len(targets)))
+    return student
+
+
+def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
+    piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
+    shape = (linear.out_features, linear.in_features)
+    layer = VQLinear.from_assignments(
+        piece["codebook"], piece["assignments"], shape, piece.get("bias"), piece["row_scale"], dtype=linear.weight.dtype
+    )
+    layer.decode(linear.weight.dtype)
+    return layer
+
+
+def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Run the tuning of `best` from its newest checkpoint to its end; False if time ran out."""
+    config = job.settings.calibration
+    begun = Progress("tune", 0, config.tuning_steps)  # a sign of life, and a moment to stop
+    pieces, slowest = [], 0.0
+    for first, count in walks(pipeline, config).items():
+        pieces.append(f"samples-{first}")
+        if job.has(pieces[-1]):
+            continue
+        if slowest and not budget.allows(2 * slowest):  # every slice makes at least one walk
+            return False
+        started = time.monotonic()
+        generator = named_generator(job.settings.seed, f"tuning {first}" if first else "tuning")
+        job.write(pieces[-1], record_samples(pipeline, count, config.guidance_scale, generator, lambda: on_progress(begun)))
+        slowest = max(slowest, time.monotonic() - started)
+    device = next(student.parameters()).device
+    read = [job.read(piece) for piece in pieces]
+    samples = {name: torch.cat([part[name] for part in read]).to(device) for name in read[0]}
+    with torch.enable_grad():
+        tuning = Tuning(pipeline, student, samples, config, named_generator(job.settings.seed, "order of samples"))
+        finished = learn(job, "tuning", tuning, config.tuning_steps, budget, on_progress, "tune")
+    tuning.student.disable_gradient_checkpointing()
+    return finished
