@@ -5,6 +5,8 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,18 @@ RUNNER = Path(__file__).with_name("job_runner.py")
 LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
 
 
-def run_process(folder: Path, output: Path, recipe: str, moment: int) -> int:
+@contextmanager
+def processes(folder: Path, output: Path, recipe: str) -> Iterator[Callable[[int], int]]:
+    """Runs of one job that die at a moment, each a process of its own; a call gives how it ended (`job_runner.py`)."""
     environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
-    command = [sys.executable, "-W", "ignore", RUNNER, folder, output, recipe, str(moment)]
-    return subprocess.run(command, timeout=300, env=environment).returncode
+    command = [sys.executable, "-W", "ignore", RUNNER, folder, output, recipe]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as runner:
+
+        def run_until(moment: int) -> int:
+            print(moment, file=runner.stdin, flush=True)
+            return int(runner.stdout.readline())
+
+        yield run_until
 
 
 def saved_bytes(folder: Path) -> dict[str, bytes]:
@@ -43,12 +53,13 @@ def uninterrupted(tmp_path: Path, recipe: str) -> dict[str, bytes]:
 def test_killed_at_ten_moments_and_resumed_each_time_it_ends_in_the_same_bytes(tmp_path, recipe):
     # files in order: job.json, 14 layers, (best: samples,) one checkpoint a step; each run goes on where the last one died
     left = []
-    for moment in (1, 2, 3, 2, 5, 2, 3, 2, 2, 2):
-        assert run_process(tmp_path / "job", tmp_path / "out", recipe, moment) == -9
-        assert not (tmp_path / "out").exists()
-        assert (found := saved_bytes(tmp_path / "job")) not in left, "killed here before"
-        left.append(found)
-    assert run_process(tmp_path / "job", tmp_path / "out", recipe, 0) == 0
+    with processes(tmp_path / "job", tmp_path / "out", recipe) as run_until:
+        for moment in (1, 2, 3, 2, 5, 2, 3, 2, 2, 2):
+            assert run_until(moment) == -9
+            assert not (tmp_path / "out").exists()
+            assert (found := saved_bytes(tmp_path / "job")) not in left, "killed here before"
+            left.append(found)
+        assert run_until(0) == 0
     assert not (tmp_path / "job").exists()
     assert saved_bytes(tmp_path / "out") == uninterrupted(tmp_path, recipe)
 
