@@ -8,7 +8,7 @@ from conftest import new_pipeline, new_transformer, quick_settings
 
 from vq4dit import UnsupportedModelError, quantize
 from vq4dit.attribution import layer_noise_errors
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.evaluation import noise_nmse
 
 
@@ -26,7 +26,7 @@ def test_the_error_of_a_layer_is_that_of_a_model_in_which_only_it_is_quantized(p
     estimated = layer_noise_errors(original, quantized, **settings)[name]
     alone = copy.copy(original)
     transformer = copy.deepcopy(original.transformer)
-    transformer.set_submodule(name, vq_layers(quantized.transformer)[name])
+    transformer.set_submodule(name, packed_layers(quantized.transformer)[name])
     alone.register_modules(transformer=transformer)
     assert estimated == pytest.approx(noise_nmse(original, alone, **settings), rel=0.3)
 
@@ -37,7 +37,7 @@ def test_every_layer_is_told_in_order_and_the_models_are_left_as_they_were(pair)
     steps = []
     settings = {"num_trajectories": 1, "num_inference_steps": 2, "on_progress": lambda progress: steps.append(progress.done)}
     first, again = (layer_noise_errors(original, quantized, **settings) for _ in range(2))
-    assert list(first) == list(vq_layers(quantized.transformer)) and first == again and steps == [1, 2, 1, 2]
+    assert list(first) == list(packed_layers(quantized.transformer)) and first == again and steps == [1, 2, 1, 2]
     assert all(error > 0 for error in first.values())
     assert all(p.grad is None and p.requires_grad for p in original.transformer.parameters())
     assert not any(module._forward_hooks for module in original.transformer.modules())

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import vq4dit
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.loading import load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -31,7 +31,7 @@ def output(model, arguments):
 
 
 def decoded_bytes(model) -> int:
-    tensors = (layer.decoded_weight for layer in vq_layers(model).values())
+    tensors = (layer.decoded_weight for layer in packed_layers(model).values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -119,7 +119,7 @@ def test_a_merged_lora_is_used_and_never_lost_silently(tmp_path, quantized_folde
 def test_the_packed_weights_come_back_after_a_merge(tmp_path, quantized_folder, one_step_input):
     model = load(quantized_folder)
     wanted = output(model, one_step_input)
-    vq_layers(model)[LAYER].weight.data += 1
+    packed_layers(model)[LAYER].weight.data += 1
     assert not torch.equal(output(model, one_step_input), wanted)
     vq4dit.set_decode_mode(model, "load")
     assert torch.equal(output(model, one_step_input), wanted)
@@ -131,7 +131,7 @@ def test_dequantized_is_an_ordinary_model(tmp_path, quantized_folder, one_step_i
     model = load(quantized_folder)
     wanted = output(model, one_step_input)
     ordinary = dequantize(model)
-    assert not vq_layers(ordinary) and not ordinary.is_quantized
+    assert not packed_layers(ordinary) and not ordinary.is_quantized
     assert torch.equal(output(ordinary, one_step_input), wanted)
     ordinary.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -156,8 +156,8 @@ def change_tensors(folder, change) -> None:
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"format_version": 2}, "format version 2, this library reads up to 1: upgrade vq4dit"),
-        ({"format_version": 2, "rotation": "hadamard"}, "format version 2"),
+        ({"format_version": 3}, "format version 3, this library reads up to 2: upgrade vq4dit"),
+        ({"format_version": 3, "rotation": "hadamard"}, "format version 3"),
         ({"format_version": "1"}, "must have a format_version"),
         ({"rotation": "hadamard"}, "has no entry 'rotation'"),
         ({"shared_embedders": ["norm9.emb"]}, "blocks share norm9.emb"),
@@ -193,7 +193,7 @@ def test_a_copy_does_not_lose_a_merged_lora_either(tmp_path, quantized_folder):
     copied = copy.deepcopy(model)
     del model
     copied.save_pretrained(tmp_path / "copied")
-    vq_layers(copied)[LAYER].weight.data += 1
+    packed_layers(copied)[LAYER].weight.data += 1
     with pytest.raises(vq4dit.FormatError, match="merged LoRA"):
         copied.save_pretrained(tmp_path / "lost")
 

@@ -1,4 +1,4 @@
-"""Error feedback against brute force, and each of its minimisers against the error they minimise."""
+"""Error feedback against brute force, and against the error it minimises."""
 
 import itertools
 
@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from vq4dit import error_feedback
-from vq4dit.codebook import nearest_codewords, reconstruct, split_subvectors
-from vq4dit.error_feedback import (
-    Correction,
-    QuantizedWeight,
-    assign_with_feedback,
-    damp,
-    descend,
-    least_squares_codebook,
-    least_squares_scale,
-    output_error,
-    quantize_weight,
-)
-from vq4dit.kmeans import fit_codebook
+from vq4dit.entropy_coding import coded_bits, estimate_levels
+from vq4dit.error_feedback import Correction, ErrorFeedback, damp, output_error, quantize_weight
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
@@ -27,208 +16,173 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def correlated_inputs(count: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Inputs of which a few directions hold most of the power, like those of a transformer's layers."""
-    mixing = torch.randn(columns, columns, generator=generator) / torch.arange(1, columns + 1).unsqueeze(1)
-    return torch.randn(count, columns, generator=generator) @ mixing
+def correlated(count: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Second moments of vectors of which a few directions hold most of the power, like those in a transformer."""
+    mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).unsqueeze(1)
+    vectors = torch.randn(count, width, generator=generator) @ mixing
+    return vectors.T @ vectors / count
 
 
-def moments_of(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.T @ inputs / len(inputs)
-
-
-def problem(seed: int, rows: int = 24, columns: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight whose rows differ in size, and second moments of correlated inputs."""
+def problem(seed: int, rows: int = 48, columns: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight whose rows differ in size, moments of correlated inputs, and of correlated gradients."""
     generator = seeded(seed)
     weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator).add(0.2)
-    return weight, moments_of(correlated_inputs(500, columns, generator))
+    return weight, correlated(500, columns, generator), correlated(500, rows, generator)
 
 
-def test_white_inputs_take_the_nearest_codewords(generator):
-    weight, _ = problem(0)
-    normalised = weight / weight.square().mean(1, keepdim=True).sqrt()
-    subvectors = split_subvectors(normalised, 4)
-    codebook = fit_codebook(subvectors, 16, generator=generator)
-    found = assign_with_feedback(normalised, codebook, Correction(damp(torch.eye(32)), 4))
-    assert torch.equal(found, nearest_codewords(subvectors, codebook)[1][:, 0])
+def joint_error(error: torch.Tensor, moments: torch.Tensor, coupling: torch.Tensor) -> float:
+    """tr(B E H Eᵀ), damped as while quantizing."""
+    return ((damp(coupling, error_feedback.COUPLING_DAMPING) @ error @ damp(moments)) * error).sum().item()
+
+
+def taken(integers: torch.Tensor) -> float:
+    return coded_bits(integers, *estimate_levels(integers)).sum().item()
+
+
+def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
+    weight, _, _ = problem(0)
+    feedback = ErrorFeedback(torch.eye(32), torch.ones(48))
+    scales = feedback.scales(log_t=-3.0)
+    steps = torch.outer(*scales)
+    assert steps.std() / steps.mean() < 1e-3
+    assert torch.equal(feedback.round(weight, *scales, beam=1), (weight / steps).round().short())
 
 
 @SEEDS
-def test_feedback_keeps_outputs_better_than_nearest_codewords(seed):
-    weight, moments = problem(seed)
-    codebook = fit_codebook(split_subvectors(weight, 4), 16, generator=seeded(seed))
-    _, nearest = nearest_codewords(split_subvectors(weight, 4), codebook)
-    fed_back = assign_with_feedback(weight, codebook, Correction(damp(moments), 4))
-    errors = [output_error(weight, reconstruct(codebook, a, (24, 32)), moments) for a in (fed_back, nearest[:, 0])]
+@pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows coupled"])
+def test_feedback_keeps_what_matters_better_than_rounding(seed, beam, coupled):
+    weight, moments, coupling = problem(seed)
+    sensitivity = coupling if coupled else coupling.diagonal()
+    feedback = ErrorFeedback(moments, sensitivity)
+    row_scale, column_scale = feedback.scales(feedback_t(feedback, weight))
+    steps = torch.outer(row_scale, column_scale)
+    found = feedback.round(weight, row_scale, column_scale, beam)
+    metric = coupling if coupled else torch.diag(coupling.diagonal())
+    rounded = joint_error(weight - (weight / steps).round() * steps, moments, metric)
+    assert joint_error(weight - found * steps, moments, metric) < 0.7 * rounded
+
+
+def feedback_t(feedback: ErrorFeedback, weight: torch.Tensor) -> float:
+    return error_feedback.log_t_for([feedback.rate_curve(weight)], 2.0 * weight.numel())
+
+
+@SEEDS
+def test_rows_that_correct_each_other_are_better_together(seed):
+    weight, moments, coupling = problem(seed)
+    together = quantize_weight(weight, moments, coupling, 2.0 * weight.numel())
+    apart = quantize_weight(weight, moments, coupling.diagonal(), 2.0 * weight.numel())
+    errors = [joint_error(weight - quantized.weight(), moments, coupling) for quantized in (together, apart)]
     assert errors[0] < 0.9 * errors[1]
 
 
-@SEEDS
-def test_all_together_keep_outputs_better_than_plain_kmeans(seed):
-    weight, moments = problem(seed)
-    codebook = fit_codebook(split_subvectors(weight, 4), 16, generator=seeded(seed))
-    _, nearest = nearest_codewords(split_subvectors(weight, 4), codebook)
-    plain = output_error(weight, reconstruct(codebook, nearest[:, 0], (24, 32)), moments)
-    found = quantize_weight(weight, moments, 16, 4, generator=seeded(seed)).weight((24, 32))
-    assert output_error(weight, found, moments) < 0.7 * plain
+def test_a_wide_beam_is_better_and_costs_no_bits():
+    errors, bits = [], []
+    for seed in range(4):
+        weight, moments, coupling = problem(seed)
+        found = [quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=beam) for beam in (1, 8)]
+        errors.append([joint_error(weight - quantized.weight(), moments, coupling) for quantized in found])
+        bits.append([taken(quantized.integers) for quantized in found])
+    (near, wide), (bits_near, bits_wide) = torch.tensor(errors).sum(0), torch.tensor(bits).sum(0)
+    assert wide < 0.95 * near and bits_wide < 1.02 * bits_near
+
+
+def test_a_beam_that_holds_all_roundings_finds_the_best_of_them():
+    generator = seeded(1)
+    weight, moments = torch.randn(3, 5, generator=generator), correlated(200, 5, generator)
+    feedback = ErrorFeedback(moments, torch.ones(3))
+    scales = feedback.scales(-1.0)
+    found = feedback.round(weight, *scales, beam=4**5)
+    steps = torch.outer(*scales)
+    near = (weight / steps).floor()
+    for row in range(3):
+        every = [near[row] + torch.tensor(move) for move in itertools.product((-1.0, 0.0, 1.0, 2.0), repeat=5)]
+        costs = [(e := weight[row] - integers * steps[row]) @ damp(moments) @ e for integers in every]
+        error = weight[row] - found[row] * steps[row]
+        assert error @ damp(moments) @ error <= min(costs) * 1.001
+
+
+@pytest.mark.parametrize("element", [0, 3, 7])
+def test_later_elements_move_where_the_quadratic_is_least(element):
+    metric = damp(correlated(300, 8, seeded(element)))
+    correction = Correction(metric)
+    ordered = metric[correction.order][:, correction.order].double()
+    later = ordered[element + 1 :, element + 1 :]
+    best = -torch.linalg.solve(later, ordered[element + 1 :, element])
+    factor = correction.factor
+    torch.testing.assert_close(factor[element, element + 1 :] / factor[element, element], best)  # errors, after the move
+    error = torch.cat([torch.ones(1, dtype=torch.float64), best])
+    least = error @ ordered[element:, element:] @ error
+    assert correction.costs()[correction.order[element]].item() == pytest.approx(least.item(), rel=1e-4)
+
+
+def test_rows_that_matter_more_are_kept_better_and_take_more_bits():
+    weight, moments, _ = problem(2)
+    weight = weight / weight.square().mean(1, keepdim=True).sqrt()
+    sensitivity = torch.ones(48)
+    sensitivity[:24] = 16
+    quantized = quantize_weight(weight, moments, sensitivity, 2.0 * weight.numel())
+    errors = (weight - quantized.weight()).square().mean(1)
+    bits = coded_bits(quantized.integers, *estimate_levels(quantized.integers)).mean(1)
+    assert errors[:24].mean() < 0.2 * errors[24:].mean()
+    assert 1.0 < bits[:24].mean() - bits[24:].mean() < 2.5  # four times finer steps
 
 
 @SEEDS
-def test_descent_decides_every_group_as_well_as_trying_all_codewords(seed):
-    weight, moments = problem(seed, rows=3, columns=8)
-    generator = seeded(100 + seed)
-    codebook, scale = torch.randn(5, 2, generator=generator), torch.rand(3, generator=generator) + 0.1
-    assignments = torch.randint(5, (12,), generator=generator)
-    found = descend(weight, QuantizedWeight(codebook, assignments, scale), moments)
-    for row in range(3):  # rows do not meet in the error
-        for group in range(4):
-            tried = assignments.view(3, 4)[row].repeat(5, 1)
-            tried[:, group] = torch.arange(5)
-            errors = weight[row] - scale[row] * codebook[tried].view(5, 8)
-            assignments[4 * row + group] = ((errors @ moments) * errors).sum(1).argmin()
-    assert torch.equal(found, assignments)
+@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 4.0])
+def test_the_promised_bits_are_taken(seed, bits):
+    weight, moments, coupling = problem(seed, rows=128, columns=96)
+    quantized = quantize_weight(weight, moments, coupling, bits * weight.numel())
+    assert taken(quantized.integers) / weight.numel() == pytest.approx(bits, abs=0.04)
 
 
-@SEEDS
-def test_more_rounds_of_descent_never_raise_the_error_and_a_few_lower_it(seed):
-    weight, moments = problem(seed, rows=48, columns=256)
-    errors = []
-    for rounds in (0, 1, 2, 6):
-        quantized = quantize_weight(weight, moments, 16, 4, descent_rounds=rounds, generator=seeded(seed))
-        errors.append(output_error(weight, quantized.weight((48, 256)), damp(moments)))
-    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
-    assert errors[-1] < 0.9 * errors[0]
+def test_another_bit_for_each_weight_divides_the_error_by_four():
+    weight, moments, coupling = problem(3, rows=64, columns=64)
+    errors = [
+        joint_error(weight - quantize_weight(weight, moments, coupling, b * weight.numel()).weight(), moments, coupling)
+        for b in (3.0, 4.0)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
 
 
-@pytest.mark.parametrize("group", [0, 1, 2, 3])
-def test_later_columns_move_where_the_quadratic_is_least(group, generator):
-    moments = damp(moments_of(correlated_inputs(50, 8, generator)))
-    correction = Correction(moments, 2)
-    error = torch.randn(3, 2, generator=generator)  # w - q of the group, for three rows
-    left, right = 2 * group, 2 * group + 2
-    coupling, later = moments[left:right, right:].double(), moments[right:, right:].double()
-    best = -torch.linalg.solve(later, coupling.T @ error.double().T).T  # of the errors after it
-    whole = torch.cat([error.double(), best], dim=1)
-    least = ((whole @ moments[left:, left:].double()) * whole).sum(1)
-    weighted = error @ correction.metrics[group]
-    torch.testing.assert_close(weighted @ correction.factor[left:right, right:], best.float(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(weighted.square().sum(1), least.float(), rtol=1e-3, atol=1e-5)
+def test_scales_are_of_a_size_that_fp16_holds():
+    weight, moments, coupling = problem(0)
+    for factor in (1e-6, 1.0, 1e6):
+        quantized = quantize_weight(weight, moments * factor, coupling / factor, 3.0 * weight.numel())
+        assert torch.equal(quantized.row_scale, quantized.row_scale.half().float())
+        assert output_error(weight, quantized.weight(), moments) < 0.02
 
 
-@SEEDS
-def test_rows_that_matter_more_are_kept_better(seed):
-    weight, moments = problem(seed)
-    sensitivity = torch.where(torch.arange(24) < 6, 3.9, 0.1 / 3)  # mean 1
-
-    def error_of_first_rows(**options: torch.Tensor) -> float:
-        quantized = quantize_weight(weight, moments, 16, 4, generator=seeded(seed), **options)
-        return output_error(weight[:6], quantized.weight((24, 32))[:6], moments)
-
-    assert error_of_first_rows(sensitivity=sensitivity) < error_of_first_rows()
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, 130])
+def test_the_width_of_blocks_changes_hardly_anything(columns, monkeypatch):
+    weight, moments, coupling = problem(0, columns=columns)
+    usual = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
+    monkeypatch.setattr(error_feedback, "BLOCK_COLUMNS", 5)
+    narrow = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
+    assert (usual.integers != narrow.integers).float().mean() < 0.02  # sums in another order
 
 
-@SEEDS
-def test_a_least_squares_codebook_never_raises_the_error(seed):
-    weight, moments = problem(seed)
-    generator = seeded(100 + seed)
-    codebook = torch.randn(8, 4, generator=generator)
-    scale = torch.rand(24, generator=generator) + 0.1
-    assignments = torch.randint(8, (24 * 8,), generator=generator)
-    importance = torch.rand(24, generator=generator) + 0.1
-    found = least_squares_codebook(weight, scale, importance, assignments, codebook, moments)
-
-    def error(candidate: torch.Tensor) -> float:
-        error = weight - reconstruct(candidate, assignments, (24, 32)) * scale.unsqueeze(1)
-        return (importance * ((error @ moments) * error).sum(1)).sum().item()
-
-    assert error(found) < error(codebook)
-    assert error(least_squares_codebook(weight, scale, importance, assignments, found, moments)) <= error(found) * (1 + 1e-5)
+def test_a_weight_of_zeros_stays_and_no_number_is_lost():
+    quantized = quantize_weight(torch.zeros(8, 16), torch.zeros(16, 16), torch.zeros(8), 100.0)
+    assert not quantized.weight().any()
 
 
-def test_a_least_squares_codebook_solves_the_normal_equations(generator):
-    weight, moments = problem(0, rows=6, columns=8)
-    scale = torch.rand(6, generator=generator) + 0.1
-    assignments = torch.tensor([0, 1, 2]).repeat(8)  # 6 rows of 4 sub-vectors
-    importance = torch.rand(6, generator=generator) + 0.1
-    found = least_squares_codebook(weight, scale, importance, assignments, torch.zeros(3, 2), moments, steps=30)
-    design = torch.zeros(6, 8, 6, dtype=torch.float64)  # Ŵ = design @ codebook.flatten()
-    for i, a in enumerate(assignments.tolist()):
-        for component in range(2):
-            row, column = i // 4, i % 4 * 2 + component
-            design[row, column, 2 * a + component] = scale[row]
-    weighted = torch.einsum("r,rcu,cd->rdu", importance.double(), design, moments.double())
-    normal = torch.einsum("rdu,rdv->uv", weighted, design)
-    wanted = torch.linalg.solve(normal, torch.einsum("rdu,rd->u", weighted, weight.double()))
-    torch.testing.assert_close(found.flatten(), wanted.float(), rtol=1e-3, atol=1e-4)
-
-
-@SEEDS
-def test_a_least_squares_scale_is_the_best_of_each_row(seed):
-    weight, moments = problem(seed)
-    unscaled = weight + 0.3 * torch.randn(24, 32, generator=seeded(100 + seed))
-    scale = least_squares_scale(weight, unscaled, moments).unsqueeze(1)
-    least = output_error(weight, unscaled * scale, moments)
-    for other in (torch.ones(24, 1), 0.98 * scale, 1.02 * scale):
-        assert least < output_error(weight, unscaled * other, moments)
-
-
-def test_a_scale_is_never_negative(generator):
-    weight, moments = problem(0)
-    assert (least_squares_scale(weight, -weight, moments) > 0).all()
-
-
-def test_codewords_for_all_distinct_subvectors_reconstruct_exactly(generator):
-    distinct = torch.randn(8, 4, generator=generator)
-    weight = torch.stack([distinct[torch.randperm(8, generator=generator)].flatten() for _ in range(20)])  # rows of one size
-    weight = weight * (1 + torch.arange(20.0).unsqueeze(1))
-    _, moments = problem(0)
-    quantized = quantize_weight(weight, moments, 8, 4, generator=generator)
-    torch.testing.assert_close(quantized.weight((20, 32)), weight, rtol=1e-3, atol=1e-3)
+def test_fewer_inputs_than_columns_still_keep_the_weight(generator):
+    weight = torch.randn(32, 64, generator=generator)
+    inputs = torch.randn(3, 64, generator=generator)
+    quantized = quantize_weight(weight, inputs.T @ inputs / 3, torch.ones(32), 4.0 * weight.numel())
+    assert output_error(weight, quantized.weight(), torch.eye(64)) < 0.3
 
 
 def test_output_error_is_the_error_of_outputs_over_their_power(generator):
-    inputs = correlated_inputs(100, 32, generator)
-    weight, quantized = torch.randn(24, 32, generator=generator), torch.randn(24, 32, generator=generator)
-    wanted, found = inputs @ weight.T, inputs @ quantized.T
-    direct = (wanted - found).square().sum() / wanted.square().sum()
-    assert output_error(weight, quantized, moments_of(inputs)) == pytest.approx(direct.item(), rel=1e-4)
+    weight, quantized = torch.randn(2, 4, 6, generator=generator)
+    inputs = torch.randn(50, 6, generator=generator)
+    outputs, found = inputs @ weight.T, inputs @ quantized.T
+    expected = (outputs - found).square().sum() / outputs.square().sum()
+    assert output_error(weight, quantized, inputs.T @ inputs / 50) == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_same_seed_same_result_and_another_seed_another():
-    weight, moments = problem(0)
-    results = []
-    for global_seed, seed in ((1, 3), (2, 3), (2, 4)):
-        torch.manual_seed(global_seed)  # the global generator has no say
-        results.append(quantize_weight(weight, moments, 16, 4, generator=seeded(seed)))
-    first, same, other = results
-    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    assert not torch.equal(first.codebook, other.codebook)
-
-
-@pytest.mark.parametrize("count", [0, 1, 5], ids=["no input but zero", "one input", "five inputs"])
-def test_fewer_inputs_than_columns_still_keep_the_weight(count, generator):
-    """Directions that were never seen are not free: the weight stays near the original in them too."""
-    weight, _ = problem(0)
-    inputs = torch.cat([correlated_inputs(count, 32, generator), torch.zeros(1, 32)])
-    quantized = quantize_weight(weight, moments_of(inputs), 64, 4, generator=generator).weight((24, 32))
-    assert ((weight - quantized).square().sum() / weight.square().sum()).item() < 0.5
-
-
-@pytest.mark.parametrize("block", [32, 256])
-def test_the_width_of_a_block_of_columns_changes_nothing(block, monkeypatch, generator):
-    weight, moments = problem(0, columns=256)
-    codebook = fit_codebook(split_subvectors(weight, 4), 16, generator=generator)
-    correction = Correction(damp(moments), 4)
-    wanted = assign_with_feedback(weight, codebook, correction)
-    monkeypatch.setattr(error_feedback, "BLOCK_COLUMNS", block)
-    assert torch.equal(assign_with_feedback(weight, codebook, correction), wanted)
-
-
-@pytest.mark.parametrize("block", [32, 256])
-def test_nor_does_it_in_descent(block, monkeypatch, generator):
-    weight, moments = problem(0, columns=256)
-    codebook, scale = torch.randn(16, 4, generator=generator), torch.ones(24)
-    start = QuantizedWeight(codebook, torch.randint(16, (24 * 64,), generator=generator), scale)
-    wanted = descend(weight, start, moments)
-    monkeypatch.setattr(error_feedback, "BLOCK_COLUMNS", block)
-    assert torch.equal(descend(weight, start, moments), wanted)
+def test_the_same_weight_gives_the_same_integers():
+    weight, moments, coupling = problem(0)
+    first, second = (quantize_weight(weight, moments, coupling, 2.0 * weight.numel()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,17 +1,22 @@
-"""Format version 1: files made once load for ever, and need nothing but numpy and safetensors to be read."""
+"""Format versions 1 and 2: files made once load for ever, and need nothing but numpy and safetensors to be read."""
 
 import hashlib
+from functools import cache
+from math import erfc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from coded_models import new_coded, save_mixed
 from safetensors.numpy import load_file
 
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.layers import VQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
+GOLDEN_CODED = GOLDEN.with_name("v2.safetensors")
 GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
@@ -27,6 +32,43 @@ def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -
     if f"{name}.row_scale" in tensors:
         weight *= tensors[f"{name}.row_scale"].astype(np.float32)[:, None]
     return weight
+
+
+@cache
+def starts(level: int) -> np.ndarray:
+    """README's c(0) ... c(2047) of a sum of levels."""
+    spread = 2 ** ((level - 32) / 4) * 2**0.5
+    u = [max(1, round(2**24 * (erfc((z - 0.5) / spread) - erfc((z + 0.5) / spread)) / 2)) for z in range(1, 1024)]
+    below = np.cumsum([0, *u[::-1], 2**24 - 2 * sum(u), *u])[:-1]
+    return np.append(below * (2**24 - 2047) // 2**24 + np.arange(2047), 2**24)
+
+
+def decode_coded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The same for layers of coded integers, of format version 2."""
+    row_level, column_level = (tensors[f"{name}.{side}_level"].astype(int) for side in ("row", "column"))
+    levels = np.clip(row_level[:, None] + column_level, 12, 68)
+    words = tensors[f"{name}.coded_integers"].view("<u4").tolist()
+    assert words and words[-1] != 0
+    state = 0
+
+    def fill() -> None:
+        nonlocal state
+        if state < 2**32 and words:
+            state = state * 2**32 + words.pop()
+
+    fill()
+    fill()
+    integers = np.empty(levels.shape)
+    for place in np.argsort(levels.flatten(), kind="stable"):
+        c = starts(int(levels.flat[place]))
+        q = state % 2**24
+        s = int(np.searchsorted(c, q, side="right")) - 1
+        integers.flat[place] = s - 1023
+        state = (state >> 24) * int(c[s + 1] - c[s]) + q - int(c[s])
+        fill()
+    assert not words and state == 0 and integers.min() > -1023
+    row, column = (tensors[f"{name}.{side}_scale"].astype(np.float32) for side in ("row", "column"))
+    return row[:, None] * integers.astype(np.float32) * column
 
 
 def golden_layers() -> dict[str, VQLinear]:
@@ -80,7 +122,7 @@ def test_a_golden_model_of_different_widths_loads_for_ever():
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel.from_pretrained(GOLDEN_MODEL).eval()
-    layers = vq_layers(model)
+    layers = packed_layers(model)
     assert {tuple(layer.codebook.shape) for layer in layers.values()} == {(16, 4), (8, 2), (16, 2), (13, 4)}
     digest = hashlib.sha256()
     for name, layer in sorted(layers.items()):
@@ -88,6 +130,39 @@ def test_a_golden_model_of_different_widths_loads_for_ever():
     assert digest.hexdigest() == "a39c383322fa09dfdd1a54bb45b62ede67f4eb04a05969fecc7a6fd741bcacaa"
     output = model(torch.ones(1, 4, 4, 4), timestep=torch.tensor([5]), class_labels=torch.tensor([2])).sample
     assert output.shape == (1, 4, 4, 4) and output.isfinite().all()
+
+
+def test_a_file_of_both_kinds_is_read_by_its_description(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    folder = save_mixed(tmp_path / "mixed")
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = packed_layers(DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer"))
+    coded = [name for name in layers if f"{name}.coded_integers" in tensors]
+    assert len(coded) == 9 and len(layers) == 14
+    for name in [*coded[:3], *(layers.keys() - coded)]:
+        wanted, shape = layers[name].reconstruct(torch.float32).numpy(), (layers[name].out_features, layers[name].in_features)
+        found = decode_coded(tensors, name) if name in coded else decode(tensors, name, *shape)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (24, 16)], ids=str)
+def test_streams_of_any_length_are_read_by_their_description(shape, generator):
+    """Also such that are so short that the coder's first state is not full."""
+    for _ in range(10):
+        layer = new_coded(*shape, generator)
+        tensors = {f"layer.{name}": tensor.numpy() for name, tensor in layer.state_dict().items()}
+        np.testing.assert_array_equal(decode_coded(tensors, "layer"), layer.reconstruct(torch.float32).numpy())
+
+
+def test_a_golden_file_of_coded_integers_is_read_for_ever():
+    tensors, digest = load_file(GOLDEN_CODED), hashlib.sha256()
+    for name in ("plain", "extreme", "zeros"):
+        parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
+        found = EntropyCodedLinear.from_tensors(parts).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, decode_coded(tensors, name))
+        digest.update(found.tobytes())
+    assert digest.hexdigest() == "4de593a8c4b49187ec9eebd2cdb3063cf56e98b7c6368aab546f611b4476633a"
 
 
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])

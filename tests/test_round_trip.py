@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import vq4dit
 from vq4dit.config import RECIPES
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.evaluation import sample
 
 LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
@@ -42,15 +42,15 @@ def test_loaded_images_equal_those_before_saving_bit_by_bit(tmp_path, pipeline, 
 
 def test_layers_of_different_widths_in_one_model_are_loaded_bit_by_bit(tmp_path, one_step_input):
     quantized, *others = (vq4dit.quantize(new_pipeline(), quick_settings(bits=bits, recipe="kmeans")) for bits in (2, 3, 4))
-    for index, name in enumerate(vq_layers(quantized.transformer)):
+    for index, name in enumerate(packed_layers(quantized.transformer)):
         if index % 3:
             quantized.transformer.set_submodule(name, others[index % 3 - 1].transformer.get_submodule(name))
-    shapes = {name: tuple(layer.codebook.shape) for name, layer in vq_layers(quantized.transformer).items()}
+    shapes = {name: tuple(layer.codebook.shape) for name, layer in packed_layers(quantized.transformer).items()}
     assert set(shapes.values()) == {(256, 4), (64, 2), (256, 2)}
     before = images(quantized)
     vq4dit.save(quantized, tmp_path / "q")
     loaded = load(tmp_path / "q")
-    assert {name: tuple(layer.codebook.shape) for name, layer in vq_layers(loaded.transformer).items()} == shapes
+    assert {name: tuple(layer.codebook.shape) for name, layer in packed_layers(loaded.transformer).items()} == shapes
     assert (before == images(loaded)).all()
     alone = DiTTransformer2DModel.from_pretrained(tmp_path / "q", subfolder="transformer").eval()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_original_is_not_touched(pipeline, recipe):
     after = pipeline.transformer.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not vq_layers(pipeline.transformer)
+    assert not packed_layers(pipeline.transformer)
 
 
 def test_class_labels_survive(tmp_path, pipeline):

@@ -8,7 +8,7 @@ from conftest import new_pipeline, quick_settings
 from safetensors.torch import load_file
 
 from vq4dit import CalibrationConfig, CalibrationDivergedError, quantize, save
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.job import Job
 from vq4dit.layers import VQLinear
 from vq4dit.quantization import run
@@ -32,7 +32,7 @@ def new_tuning(clustered, **changes) -> Tuning:
     pipeline, transformer = clustered
     config = CalibrationConfig(**({"tuning_steps": 10, "tuning_batch": 5} | changes))
     student = copy.deepcopy(transformer)
-    for name, layer in vq_layers(student).items():
+    for name, layer in packed_layers(student).items():
         student.set_submodule(name, TunableVQLinear(layer))
     return Tuning(pipeline, student, record_samples(pipeline, 2, 4.0, seeded()), config, seeded(1))
 

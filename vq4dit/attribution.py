@@ -15,9 +15,9 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers import VQLinear
+from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.sensitivity import probe_outputs
@@ -28,7 +28,7 @@ TOKENS_TOGETHER = 2048  # whose activations are held for the backward pass
 
 def check_comparable(original: DiTPipeline, quantized: DiTPipeline) -> None:
     """Raise `UnsupportedModelError` unless the original has every quantized layer, in the same shape."""
-    for name, layer in vq_layers(quantized.transformer).items():
+    for name, layer in packed_layers(quantized.transformer).items():
         linear = dict(original.transformer.named_modules()).get(name)
         wanted = (layer.out_features, layer.in_features)
         found = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
@@ -57,7 +57,7 @@ def layer_noise_errors(
     at a time (`num_trajectories` in all), and it takes about twice as long as `noise_nmse` with the same numbers.
     """
     check_comparable(original, quantized)
-    changes = {name: _change(original, name, layer) for name, layer in vq_layers(quantized.transformer).items()}
+    changes = {name: _change(original, name, layer) for name, layer in packed_layers(quantized.transformer).items()}
     found = dict.fromkeys(changes, 0.0)
     if not found:
         return found
@@ -97,7 +97,7 @@ def layer_noise_errors(
     return {name: error / images for name, error in found.items()}
 
 
-def _change(original: DiTPipeline, name: str, layer: VQLinear) -> tuple[Tensor, Tensor]:
+def _change(original: DiTPipeline, name: str, layer: PackedLinear) -> tuple[Tensor, Tensor]:
     """W - Ŵ and b - b̂."""
     linear = original.transformer.get_submodule(name)
     weight = linear.weight.float() - layer.reconstruct(torch.float32)

@@ -1,29 +1,33 @@
 """The recipe `best`, piece by piece, as a job can hold it.
 
-First how much an error in each layer's outputs matters (`vq4dit/sensitivity.py`), then one layer after the other
-(`vq4dit/layer_by_layer.py`), then the tuning of all that is not an assignment (`vq4dit/tuning.py`). Each piece is on disk
+First how much an error in each layer's outputs matters (`vq4dit/sensitivity.py`), then how many bits each layer gets
+(`vq4dit/rate_allocation.py`), then one layer after the other (`vq4dit/layer_by_layer.py`), then the tuning of all that is not
+an integer (`vq4dit/tuning.py`). Each piece is on disk
 before the next begins.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.coded_layers import EntropyCodedLinear, coded_layers
+from vq4dit.inspection import promised_bits
 from vq4dit.job import Job, TimeBudget
-from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn
-from vq4dit.layers import VQLinear
+from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn, rate_curve
 from vq4dit.learning import learn
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.randomness import named_generator
-from vq4dit.sensitivity import output_sensitivities
+from vq4dit.rate_allocation import RateCurve, log_t_for
+from vq4dit.sensitivity import Sensitivities, output_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
-from vq4dit.tunable_layers import TunableVQLinear
+from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
+from vq4dit.zero_data import BlockCall
 
 
 def quantize_best(
@@ -34,7 +38,7 @@ def quantize_best(
     if student is None:
         return None
     if job.settings.calibration.tuning_steps:
-        tunable = {name: TunableVQLinear(layer) for name, layer in vq_layers(student).items()}
+        tunable = {name: TunableLinear(layer) for name, layer in coded_layers(student).items()}
         for name, layer in tunable.items():
             student.set_submodule(name, layer)
         if not _tune(job, pipeline, student, budget, on_progress):
@@ -61,48 +65,69 @@ def _fit_layers(
         return student
     guidance_scale = settings.calibration.guidance_scale
     begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
-    if not job.has("sensitivities"):
+    if not job.has("sensitivities-of-steps"):
         started = time.monotonic()
         generator = named_generator(settings.seed, "sensitivities")
         found = output_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
-        job.write("sensitivities", found)
+        job.write("sensitivities", found.outputs)
+        job.write("sensitivities-of-steps", found.steps)
         if not budget.allows(2 * (time.monotonic() - started)):  # the walk that follows takes about as long
             return None
-    sensitivities = job.read("sensitivities")
+    sensitivities = Sensitivities(job.read("sensitivities"), job.read("sensitivities-of-steps"))
     generator = named_generator(settings.seed, "layer by layer")
     walk = calibration_walk(pipeline, guidance_scale, generator, lambda: on_progress(begun))
+    if not job.has("bits"):
+        job.write("bits", _bits_of_layers(job, pipeline, targets, walk, sensitivities, lambda: on_progress(begun)))
+    bits = {name: value.item() for name, value in job.read("bits").items()}
+    promised_left = bits_left = sum(bits.values())
     done, slowest = 0, 0.0
-    for group in groups_in_turn(pipeline.transformer, student, walk, list(targets)):
-        missing = [name for name in group.names if not job.has(f"layers/{name}")]
-        if missing:
-            if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
-                return None
-            started = time.monotonic()
-            statistics = group.statistics()
-            for name in missing:
-                quantized, bias = fit_layer(
-                    targets[name],
-                    statistics,
-                    sensitivities[name].to(targets[name].weight.device),
-                    settings.num_codewords,
-                    settings.subvector_dim,
-                    named_generator(settings.seed, name),
-                )
-                job.write(f"layers/{name}", quantized._asdict() | ({} if bias is None else {"bias": bias}))
-            slowest = max(slowest, time.monotonic() - started)
+    for group in groups_in_turn(pipeline.transformer, student, walk, list(targets), sensitivities.steps):
+        statistics = None
+        started = time.monotonic()
         for name in group.names:
-            student.set_submodule(name, _fitted_layer(job, name, targets[name]))
+            linear = targets[name]
+            if not job.has(f"layers/{name}"):
+                if statistics is None:
+                    if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
+                        return None
+                    statistics = group.statistics()
+                share = bits[name] * bits_left / promised_left  # layers before took a little too much or too little
+                quantized, bias = fit_layer(linear, statistics, sensitivities.outputs[name].to(linear.weight.device), share)
+                job.write(f"layers/{name}", EntropyCodedLinear.from_integers(*quantized, bias).state_dict())
+            layer = _fitted_layer(job, name, linear)
+            student.set_submodule(name, layer)
+            bits_left, promised_left = bits_left - 8 * len(layer.coded_integers), promised_left - bits[name]
+        slowest = max(slowest, time.monotonic() - started)
         done += len(group.names)
         on_progress(Progress("fit", done, len(targets)))
     return student
 
 
-def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
+def _bits_of_layers(
+    job: Job,
+    pipeline: Any,
+    targets: dict[str, nn.Linear],
+    walk: list[BlockCall],
+    sensitivities: Sensitivities,
+    on_group: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Share the bits of all integers out among the layers, as the teacher's own inputs suggest; one number each."""
+    settings, teacher = job.settings, pipeline.transformer
+    promised = sum(promised_bits(linear, settings.bits) for linear in targets.values())
+    curves: dict[str, RateCurve] = {}
+    steps = {name: weights[::2] for name, weights in sensitivities.steps.items()}
+    for group in groups_in_turn(teacher, teacher, walk[::2], list(targets), steps):
+        statistics = group.statistics()
+        for name in group.names:
+            curves[name] = rate_curve(targets[name], statistics, sensitivities.outputs[name].to(statistics.covariance.device))
+        on_group()
+    log_t = log_t_for(curves.values(), promised)
+    return {name: torch.tensor(curve.bits(log_t), dtype=torch.float64) for name, curve in curves.items()}
+
+
+def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
     piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
-    shape = (linear.out_features, linear.in_features)
-    layer = VQLinear.from_assignments(
-        piece["codebook"], piece["assignments"], shape, piece.get("bias"), piece["row_scale"], dtype=linear.weight.dtype
-    )
+    layer = EntropyCodedLinear.from_tensors(piece, linear.weight.dtype)
     layer.decode(linear.weight.dtype)
     return layer
 

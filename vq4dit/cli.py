@@ -140,7 +140,8 @@ def inspect_command(args: argparse.Namespace) -> None:
         values = dataclasses.asdict(inspection)
         for prediction, shown in zip(inspection.predictions, values["predictions"], strict=True):
             shown |= {"file_bytes": prediction.file_bytes, "bits_per_weight": prediction.bits_per_weight}
-            shown["paper_accounting"] = prediction.paper_accounting()
+            if args.recipe != "best":  # which has no codebooks to account for
+                shown["paper_accounting"] = prediction.paper_accounting()
         print(json.dumps(values, indent=1))
         return
     console = Console()
@@ -219,10 +220,10 @@ def settings_of(args: argparse.Namespace, *, large: bool) -> QuantizationSetting
 
 
 def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
-    table = Table(Column("layer", no_wrap=True), "shape", "codebook", "bits per weight", "relative error")
+    table = Table(Column("layer", no_wrap=True), "shape", "bits per weight", "relative error")
     for layer in layers:
-        shape, codebook = f"{layer.rows} x {layer.columns}", f"{layer.num_codewords} x {layer.subvector_dim}"
-        table.add_row(layer.name, shape, codebook, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.5f}")
+        shape = f"{layer.rows} x {layer.columns}"
+        table.add_row(layer.name, shape, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.5f}")
     console = Console()
     console.print(table)
     now, before = report["transformer_bytes"], report["original_bytes"]

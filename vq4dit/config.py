@@ -16,7 +16,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from vq4dit.errors import FormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; files of vector-quantized layers alone are of version 1
 
 # bits per weight -> (codewords k, sub-vector length d); bits = log2(k) / d. 2 and 3 are the paper's, 4 is ours.
 CODEBOOKS: dict[int, tuple[int, int]] = {2: (256, 4), 3: (64, 2), 4: (256, 2)}
@@ -39,7 +39,7 @@ class VQ4DiTConfig(QuantizationConfigMixin):
         FormatError: if `format_version` is newer than this library.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     bits: int = 2
     recipe: str = "best"
     seed: int = 0
@@ -62,7 +62,7 @@ class VQ4DiTConfig(QuantizationConfigMixin):
             )
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := config_dict.keys() - known:
-            raise FormatError(f"quantization_config of format version 1 has no entry {sorted(unknown)[0]!r}: upgrade vq4dit")
+            raise FormatError(f"quantization_config has no entry {sorted(unknown)[0]!r}: upgrade vq4dit")
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,10 +86,10 @@ class CalibrationConfig:
     hardening_start: float = 0.05  # part of the steps after which a schedule freezes more and more sub-vectors ...
     hardening_end: float = 0.7  # ... until all are (ours; released: no schedule, both 1)
     ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
-    tuning_steps: int = 200  # `best`: updates after all assignments are fixed
+    tuning_steps: int = 200  # `best`: updates after all integers are fixed
     tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
-    tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
-    tuning_codebook_learning_rate: float = 1.5e-3  # codewords are of size 1, what else learns is ten times smaller
+    tuning_learning_rate: float = 1e-4  # at the start; falls to 0 as a cosine
+    tuning_gain_learning_rate: float = 2e-3  # gains of rows and columns are of size 1, what else learns is ten times smaller
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_candidates <= 4:

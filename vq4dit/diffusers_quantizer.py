@@ -2,13 +2,6 @@
 
 diffusers asks a quantizer at five moments, and each method below answers one of them: which keys are in the files, what
 the empty model must look like, which missing keys are fine, what to do when all tensors are in place, what to save.
-
-The packed file of a layer NAME (format version 1; README has it byte by byte):
-
-    NAME.codebook            fp16 (k, d)
-    NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream
-    NAME.row_scale           fp16 (rows,), optional
-    NAME.bias                fp16 (rows,), optional
 """
 
 from __future__ import annotations
@@ -26,17 +19,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vq4dit.codebook import assignment_bits
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
-from vq4dit.layers import VQLinear
-from vq4dit.packing import packed_size
+from vq4dit.layers import PackedLinear
+from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer
 
 DECODE_MODES = ("auto", "load", "forward")
 _decode_mode: ContextVar[str] = ContextVar("decode_mode", default="auto")
-PACKED_TYPES = {"codebook": ("F16", "F32"), "packed_assignments": ("U8",), "row_scale": ("F16", "F32")}
-PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
 def _check_mode(mode: str) -> None:
@@ -59,9 +49,9 @@ def decode_mode(mode: str) -> Iterator[None]:
         _decode_mode.reset(token)
 
 
-def vq_layers(model: nn.Module) -> dict[str, VQLinear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = None) -> None:
@@ -71,17 +61,17 @@ def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = Non
         ValueError: if there is no such mode.
     """
     _check_mode(mode)
-    layers = {name: layer for name, layer in vq_layers(model).items() if layer.codebook.device.type != "meta"}
+    layers = {name: layer for name, layer in packed_layers(model).items() if layer.device.type != "meta"}
     if not layers:
         return
     if dtype is None:
         dtype = next((layer.bias.dtype for layer in layers.values() if layer.bias is not None), torch.float32)
     if mode == "auto":
         needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-        mode = "load" if needed <= _free_memory(next(iter(layers.values())).codebook.device) / 2 else "forward"
-    for layer in layers.values():
+        mode = "load" if needed <= _free_memory(next(iter(layers.values())).device) / 2 else "forward"
+    for name, layer in layers.items():
         if mode == "load":
-            layer.decode(dtype)
+            layer.decode(dtype, name)
         else:
             layer.drop_decoded()
 
@@ -104,7 +94,7 @@ def dequantize(model: Any) -> Any:
 
 def unpack_layers(model: Any) -> None:
     """The work of `dequantize`, without diffusers' bookkeeping."""
-    for name, layer in vq_layers(model).items():
+    for name, layer in packed_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.weight.detach().clone())
         linear.bias = nn.Parameter(layer.bias.detach()) if layer.bias is not None else None
@@ -150,30 +140,19 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Put empty `VQLinear`s where the files have codebooks, and share the embedders that are stored once."""
+        """Put empty packed layers where the files have packed tensors, and share the embedders that are stored once."""
         modules = dict(model.named_modules())
         for name, shapes in self._shapes.items():
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"the file has a packed layer {name}, the model's config has no linear layer of that name")
-            check_shapes(name, shapes, linear)
-            k, d = shapes["codebook"]
-            packed = VQLinear(
-                linear.in_features,
-                linear.out_features,
-                num_codewords=k,
-                subvector_dim=d,
-                bias=linear.bias is not None,
-                row_scale="row_scale" in shapes,
-                device="meta",
-            )
-            model.set_submodule(name, packed)
+            model.set_submodule(name, empty_layer(name, shapes, linear))
         if unknown := set(self.quantization_config.shared_embedders) - set(block_embedders(model)):
             raise FormatError(f"config.json says that blocks share {sorted(unknown)[0]}, which this model's blocks do not have")
         share_embedders(model, self.quantization_config.shared_embedders)
         self._duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
-        if keep_in_fp32_modules is not None:  # codebooks keep their bits whatever torch_dtype is
-            keep_in_fp32_modules.extend({"codebook", "row_scale"} - set(keep_in_fp32_modules))
+        if keep_in_fp32_modules is not None:  # codebooks and scales keep their bits whatever torch_dtype is
+            keep_in_fp32_modules.extend(SCALES - set(keep_in_fp32_modules))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if missing := [key for key in missing_keys if key not in self._duplicates]:
@@ -188,12 +167,12 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         return {**state_dict, **present}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, layer in vq_layers(model).items():
-            if layer.codebook.device.type != "meta":
-                layer.check(name)
         self.model = model
         if not hasattr(model, "_hf_hook"):  # accelerate's offloading moves packed tensors only
             set_decode_mode(model, _decode_mode.get(), self._dtype)
+        for name, layer in packed_layers(model).items():
+            if layer.device.type != "meta":
+                layer.check(name)
 
     # --- saving ---
 
@@ -206,11 +185,11 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             FormatError: if a decoded weight was changed (a LoRA merged into it): packed tensors cannot hold that.
         """
         assert self.model is not None  # set when loading, and by `attach`
-        for name, layer in vq_layers(self.model).items():
+        for name, layer in packed_layers(self.model).items():
             if layer.is_changed:
                 raise FormatError(
-                    f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its codebook any "
-                    "more: save the LoRA by itself and go back to the packed weights with vq4dit.set_decode_mode(model, "
+                    f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its packed tensors "
+                    "any more: save the LoRA by itself and go back to the packed weights with vq4dit.set_decode_mode(model, "
                     '"load"), or call vq4dit.dequantize(model) and save it unpacked'
                 )
         duplicates = duplicate_keys(self.model, self.quantization_config.shared_embedders)
@@ -246,27 +225,6 @@ def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if torch.equal(narrow.to(tensor.dtype), tensor):
             return narrow
     return tensor
-
-
-def check_shapes(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
-    """Raise `FormatError` unless the packed tensors of a layer fit each other and the model's config."""
-    rows, columns = linear.out_features, linear.in_features
-    if missing := {"codebook", "packed_assignments"} - shapes.keys():
-        raise FormatError(f"{name}: {', '.join(sorted(missing))} is missing; the file is incomplete: download it again")
-    codebook = shapes["codebook"]
-    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or codebook[1] < 1 or columns % codebook[1]:
-        raise FormatError(
-            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and d a divisor of the layer's {columns} inputs, "
-            f"got shape {codebook}"
-        )
-    expected = packed_size(rows * columns // codebook[1], assignment_bits(codebook[0]))
-    if shapes["packed_assignments"] != [expected]:
-        raise FormatError(
-            f"{name}: {rows} x {columns} weights with a {codebook[0]} x {codebook[1]} codebook need {expected} bytes of "
-            f"assignments, got shape {shapes['packed_assignments']}; the file does not belong to this config.json"
-        )
-    if shapes.get("row_scale", [rows]) != [rows]:
-        raise FormatError(f"{name}: row_scale must have {rows} values, got shape {shapes['row_scale']}")
 
 
 def attach(transformer: Any, config: VQ4DiTConfig) -> None:

@@ -1,16 +1,17 @@
-"""Error feedback: choose assignments so that a layer's *outputs* stay, not its weights.
+"""Error feedback: round a weight so that a layer's *outputs* stay, and what reads them minds least.
 
-A layer sees inputs x with second moments H = E[x xᵀ]; replacing W by Ŵ costs  tr((W - Ŵ) H (W - Ŵ)ᵀ), the mean squared
-error of its outputs. Inputs are far from white, so this is a very different metric from || W - Ŵ ||². Column group after
-column group takes its codewords, and what that group got wrong is corrected in the columns that still can move: GPTQ
-(Frantar et al. 2023, arXiv:2210.17323) with vector codewords, as in GPTVQ (van Baalen et al. 2024, arXiv:2402.15319).
+A layer sees inputs x with second moments H = E[x xᵀ], and what is behind it minds errors in its outputs by B
+(`vq4dit/sensitivity.py`). With E = W - Ŵ the error that the noise shows is about
 
-A feedback pass decides each group once, before it knows what comes after. So it is followed by cyclic coordinate descent
-(QuantEase, Behdin et al. 2023, arXiv:2309.01885, with vector codewords): group after group is decided again, all others held.
-Both alternate with a better codebook for the assignments (`least_squares_codebook`) and the best scale for every output row
-(`least_squares_scale`), which lets rows of different size share one codebook. Where rows meet, in the codebook, each counts
-by its sensitivity (`vq4dit/sensitivity.py`). From the first descent on no step can raise the error. On layers of a small
-trained DiT descent lowered it by a fifth.
+    tr(B E H Eᵀ)                              (the Kronecker-factored curvature of K-FAC, arXiv:1503.05671)
+
+Column after column is rounded, and what that got wrong is corrected in the columns that still can move: GPTQ (Frantar et al.
+2023, arXiv:2210.17323). Rows meet in B as columns meet in H, so a block of rows that is done corrects the rows after it in the
+same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). What an error costs after all corrections is a number for each row times
+one for each column, and steps are small where that is large (`vq4dit/rate_allocation.py`).
+
+Rounding to the nearest integer is the best for the column at hand, not for those to come. A beam keeps the few best of all
+roundings so far, as decoders of lattices do; of a layer's error that takes a tenth.
 """
 
 from __future__ import annotations
@@ -21,65 +22,191 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from vq4dit.codebook import nearest_codewords, reconstruct, split_subvectors, sum_by_codeword
-from vq4dit.kmeans import fit_codebook
+from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
+from vq4dit.rate_allocation import RateCurve, log_t_for
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
-BLOCK_COLUMNS = 128  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
-CONJUGATE_GRADIENT_STEPS = 5  # in each round, which goes on where the one before stopped: 30 end no lower
-LEAST_SENSITIVITY = 0.02  # of the mean of all rows: no row may cost nothing
-FEEDBACK_ROUNDS = 3
-DESCENT_ROUNDS = 6  # quantizing a layer takes about a third longer; more change nothing
+COUPLING_DAMPING = 0.2  # the same of B, which is known from few latents
+LEAST_SENSITIVITY = 0.02  # the same where only B's diagonal is known
+BLOCK_COLUMNS = 64  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
+BLOCK_ROWS = 16  # rows that are rounded side by side; they do not correct each other
+BEAM = 8  # roundings kept for each row
 
 
 class QuantizedWeight(NamedTuple):
-    """Ŵ = diag(row_scale) codebook[assignments]."""
+    """Ŵ = diag(row_scale) integers diag(column_scale)."""
 
-    codebook: Float[Tensor, "k d"]
-    assignments: Integer[Tensor, " n"]
+    integers: Integer[Tensor, "rows columns"]
     row_scale: Float[Tensor, " rows"]
+    column_scale: Float[Tensor, " columns"]
 
-    def weight(self, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        return reconstruct(self.codebook, self.assignments, shape) * self.row_scale.unsqueeze(1)
+    def weight(self) -> Float[Tensor, "rows columns"]:
+        return self.integers * self.row_scale.unsqueeze(1) * self.column_scale
+
+
+class Correction:
+    """How an error in one element of a vector is corrected in the elements after it, under a metric M.
+
+    With M⁻¹ = Uᵀ U (U upper triangular), the least that an error e in element g can cost once all later ones are at their
+    best is (e / U_gg)², and the best they can do is to move by -(e / U_gg) U_g,later. Elements come in the order in which they
+    cost more and more: those that will be left out first are made good by those that will not.
+    """
+
+    def __init__(self, metric: Float[Tensor, "n n"]):
+        self.order = metric.diagonal().argsort(stable=True)
+        ordered = metric.double()[self.order][:, self.order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+        self.factor = torch.linalg.cholesky(inverse, upper=True)
+
+    def costs(self, block: int = 1) -> Float[Tensor, " n"]:
+        """What an error of 1 in each element costs, in the metric's own order, if blocks are decided at a time."""
+        costs = torch.empty(len(self.factor), dtype=torch.float64, device=self.factor.device)
+        for start in range(0, len(self.factor), block):
+            inverse = torch.linalg.inv(self.factor[start : start + block, start : start + block])
+            costs[self.order[start : start + block]] = inverse.square().sum(1)
+        return costs.float()
+
+
+class ErrorFeedback:
+    """Both sides of a layer's error: what corrects what, and what is left to cost something.
+
+    Args:
+        second_moments: H of the inputs.
+        sensitivity: B of the outputs, or its diagonal: then no row corrects another.
+    """
+
+    def __init__(
+        self,
+        second_moments: Float[Tensor, "columns columns"],
+        sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    ):
+        self.columns = Correction(damp(second_moments))
+        self.column_cost = self.columns.costs()
+        self.rows: Correction | None = None
+        if sensitivity.ndim == 2:
+            self.rows = Correction(damp(sensitivity, COUPLING_DAMPING))
+            self.row_cost = self.rows.costs(BLOCK_ROWS)
+        else:
+            self.row_cost = sensitivity + LEAST_SENSITIVITY * sensitivity.mean().clamp(min=1e-12)
+
+    def rate_curve(self, weight: Float[Tensor, "rows columns"]) -> RateCurve:
+        """Bits that this weight takes at each cost of an error."""
+        return RateCurve((weight.square().mean(1) * self.row_cost).sqrt(), self.column_cost.sqrt())
+
+    def scales(self, log_t: float) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+        """Row and column scales, as fp16 values, whose products are the steps t / sqrt(w_i d_j)."""
+        row, column = self.row_cost.double().rsqrt(), self.column_cost.double().rsqrt()
+        balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both are of a size that fp16 holds
+        return _as_fp16(row * 2 ** (log_t + balance)), _as_fp16(column * 2**-balance)
+
+    def round(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        row_scale: Float[Tensor, " rows"],
+        column_scale: Float[Tensor, " columns"],
+        beam: int = BEAM,
+    ) -> Integer[Tensor, "rows columns"]:
+        """The integers, by feedback over both sides."""
+        column_order = self.columns.order
+        row_order = self.rows.order if self.rows else torch.arange(len(weight), device=weight.device)
+        remaining = weight.float()[row_order][:, column_order]
+        row_scale, column_scale = row_scale[row_order], column_scale[column_order]
+        found = torch.empty(remaining.shape, dtype=torch.int16, device=weight.device)
+        block = BLOCK_ROWS if self.rows else len(weight)
+        for start in range(0, len(weight), block):
+            rows = slice(start, start + block)
+            found[rows] = self._round_rows(remaining[rows], row_scale[rows], column_scale, beam)
+            if self.rows and start + block < len(weight):
+                factor = self.rows.factor[rows]
+                error = remaining[rows] - found[rows] * row_scale[rows].unsqueeze(1) * column_scale
+                correction = factor[:, start + block :].T @ torch.linalg.solve(factor[:, rows].T, error.double())
+                remaining[start + block :] -= correction.float()
+        return found[row_order.argsort()][:, column_order.argsort()]
+
+    def _round_rows(
+        self,
+        weight: Float[Tensor, "some_rows columns"],
+        row_scale: Float[Tensor, " some_rows"],
+        column_scale: Float[Tensor, " columns"],
+        beam: int,
+    ) -> Integer[Tensor, "some_rows columns"]:
+        """Columns in their order, each row for itself, with a beam of roundings."""
+        rows, columns = weight.shape
+        factor, diagonal = self.columns.factor.float(), self.columns.factor.diagonal().float()
+        remaining = weight.unsqueeze(1).clone()  # (rows, beam, columns)
+        integers = torch.zeros(rows, 1, columns, dtype=torch.int16, device=weight.device)
+        cost = torch.zeros(rows, 1, device=weight.device)
+        for start in range(0, columns, BLOCK_COLUMNS):
+            stop = min(columns, start + BLOCK_COLUMNS)
+            state = _Block(remaining[:, :, start:stop])
+            for here, column in enumerate(range(start, stop)):
+                wanted = state.remaining[:, :, here] / (step := (row_scale * column_scale[column]).unsqueeze(1))
+                chosen = wanted.round()
+                if beam > 1:
+                    other = chosen + torch.where(wanted < chosen, -1.0, 1.0)
+                    choices = torch.stack([chosen, other], dim=2)
+                    costs = (
+                        cost.unsqueeze(2) + ((wanted.unsqueeze(2) - choices) * (step / diagonal[column]).unsqueeze(2)).square()
+                    )
+                    best = costs.flatten(1).topk(min(beam, costs.shape[1] * 2), dim=1, largest=False, sorted=False)
+                    cost, chosen = best.values, choices.flatten(1).gather(1, best.indices)
+                    state = state.descendants(best.indices // 2)
+                chosen = chosen.clamp(-LARGEST, LARGEST)
+                state.integers[:, :, here] = chosen
+                error = (state.remaining[:, :, here] - chosen * step) / diagonal[column]
+                state.errors[:, :, here] = error
+                state.remaining[:, :, here + 1 :] -= error.unsqueeze(2) * factor[column, column + 1 : stop]
+            remaining, integers = _descend(remaining, state.origin), _descend(integers, state.origin)
+            integers[:, :, start:stop] = state.integers
+            remaining[:, :, stop:] -= state.errors @ factor[start:stop, stop:]
+        best_row = cost.argmin(1, keepdim=True)
+        return _descend(integers, best_row)[:, 0]
+
+
+class _Block:
+    """A beam within a block of columns: what each rounding did to them, and from which one before the block it comes."""
+
+    def __init__(self, remaining: Float[Tensor, "rows beam block"]):
+        self.remaining = remaining.clone()
+        self.errors = torch.zeros_like(self.remaining)
+        self.integers = torch.zeros_like(self.remaining)
+        self.origin = torch.arange(remaining.shape[1], device=remaining.device).expand(len(remaining), -1)
+
+    def descendants(self, parent: Integer[Tensor, "rows new_beam"]) -> _Block:
+        self.remaining, self.errors, self.integers = (_descend(t, parent) for t in (self.remaining, self.errors, self.integers))
+        self.origin = self.origin.gather(1, parent)
+        return self
+
+
+def _as_fp16(values: Tensor) -> Tensor:
+    limits = torch.finfo(torch.float16)
+    return values.clamp(limits.smallest_normal, limits.max).half().float()
+
+
+def _descend(values: Tensor, parent: Tensor) -> Tensor:
+    return values.gather(1, parent.unsqueeze(2).expand(-1, -1, values.shape[2]))
 
 
 def quantize_weight(
     weight: Float[Tensor, "rows columns"],
     second_moments: Float[Tensor, "columns columns"],
-    num_codewords: int,
-    subvector_dim: int,
+    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    bits: float,
     *,
-    sensitivity: Float[Tensor, " rows"] | None = None,
-    feedback_rounds: int = FEEDBACK_ROUNDS,
-    descent_rounds: int = DESCENT_ROUNDS,
-    generator: torch.Generator,
+    beam: int = BEAM,
 ) -> QuantizedWeight:
-    """Minimise tr(R (W - Ŵ) H (W - Ŵ)ᵀ) over assignments, codebook and scales in turn: first with feedback, then descending.
+    """Round a weight to integers that take about `bits` bits together, so that tr(B E H Eᵀ) is small.
 
-    R = diag(r) is the `sensitivity` of the rows (None: all count the same). Assignments and scale of a row do not depend on it.
+    The step that the rate curve asks for is tried by rounding to the nearest; the curve is then off by a factor that is known.
     """
     weight = weight.float()
-    shape = (weight.shape[0], weight.shape[1])
-    damped = damp(second_moments.float())
-    scale = weight.square().mean(1).sqrt().clamp(min=1e-8)
-    normalised = weight / scale.unsqueeze(1)
-    row_weight = torch.ones_like(scale) if sensitivity is None else sensitivity.clamp(min=LEAST_SENSITIVITY)
-    importance = damped.diagonal().view(-1, subvector_dim).mean(1) * (row_weight * scale.square()).unsqueeze(
-        1
-    )  # (rows, groups)
-    codebook = fit_codebook(
-        split_subvectors(normalised, subvector_dim), num_codewords, weights=importance.reshape(-1), generator=generator
-    )
-    correction = Correction(damped, subvector_dim)
-    assignments = torch.empty(0, dtype=torch.uint8)
-    for round_number in range(feedback_rounds + descent_rounds):
-        if round_number < feedback_rounds:
-            assignments = assign_with_feedback(weight / scale.unsqueeze(1), codebook, correction)
-        else:
-            assignments = descend(weight, QuantizedWeight(codebook, assignments, scale), damped)
-        codebook = least_squares_codebook(weight, scale, row_weight, assignments, codebook, damped)
-        scale = least_squares_scale(weight, reconstruct(codebook, assignments, shape), damped)
-    return QuantizedWeight(codebook, assignments, scale)
+    feedback = ErrorFeedback(second_moments, sensitivity)
+    curve = feedback.rate_curve(weight)
+    row_scale, column_scale = feedback.scales(log_t_for([curve], bits))
+    tried = feedback.round(weight, row_scale, column_scale, beam=1)
+    taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()
+    row_scale, column_scale = feedback.scales(log_t_for([curve], bits * bits / max(taken, 1e-9)))
+    return QuantizedWeight(feedback.round(weight, row_scale, column_scale, beam), row_scale, column_scale)
 
 
 def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Float[Tensor, "n n"]:
@@ -87,131 +214,6 @@ def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Floa
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
     identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
     return second_moments + damping * diagonal * identity
-
-
-class Correction:
-    """How the error of one column group is corrected in the columns after it.
-
-    With H⁻¹ = Uᵀ U (U upper triangular), the least that an error (w - q) of group g can cost once all later columns are at
-    their best is || (w - q) U_gg⁻¹ ||², and the best they can do is to move by -(w - q) U_gg⁻¹ U_g,later.
-    """
-
-    def __init__(self, damped: Float[Tensor, "columns columns"], dim: int):
-        self.dim = dim
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
-        factor = torch.linalg.cholesky(inverse, upper=True)
-        blocks = torch.stack([factor[i : i + dim, i : i + dim] for i in range(0, len(factor), dim)])
-        self.metrics = torch.linalg.inv(blocks).float()  # U_gg⁻¹ of every group
-        self.factor = factor.float()
-
-
-def assign_with_feedback(
-    weight: Float[Tensor, "rows columns"], codebook: Float[Tensor, "k d"], correction: Correction
-) -> Integer[Tensor, " n"]:
-    """One pass of vector GPTQ over the columns of a (row-scaled) weight; returns the assignments, row by row."""
-    rows, columns = weight.shape
-    dim = correction.dim
-    remaining = weight.clone()
-    chosen = []
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(columns, start + BLOCK_COLUMNS)
-        errors = torch.empty(rows, stop - start, device=weight.device)
-        for left in range(start, stop, dim):
-            right = left + dim
-            metric = correction.metrics[left // dim]
-            wanted = remaining[:, left:right]
-            _, nearest = nearest_codewords(wanted @ metric, codebook @ metric)
-            chosen.append(nearest[:, 0])
-            error = (wanted - codebook.index_select(0, nearest[:, 0].int())) @ metric
-            errors[:, left - start : right - start] = error
-            remaining[:, right:stop] -= error @ correction.factor[left:right, right:stop]
-        remaining[:, stop:] -= errors @ correction.factor[start:stop, stop:]
-    return torch.stack(chosen, dim=1).flatten()
-
-
-def descend(
-    weight: Float[Tensor, "rows columns"], quantized: QuantizedWeight, damped: Float[Tensor, "columns columns"]
-) -> Integer[Tensor, " n"]:
-    """One pass of coordinate descent: the assignments, each in turn the best while the others are held.
-
-    With the error E = W - Ŵ, the best real-valued sub-vector of group g is ŵ_g + (E H)_g H_gg⁻¹, and a codeword q costs
-    || (that - q) L ||² more, where H_gg = L Lᵀ.
-    """
-    rows, columns = weight.shape
-    dim = quantized.codebook.shape[1]
-    scale = quantized.row_scale.unsqueeze(1)
-    current = quantized.weight((rows, columns))
-    error = weight - current
-    chosen = []
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(columns, start + BLOCK_COLUMNS)
-        image = error @ damped[:, start:stop]  # E H, kept up to date within the block
-        for left in range(start, stop, dim):
-            group, here = slice(left, left + dim), slice(left - start, left - start + dim)
-            factor = torch.linalg.cholesky(damped[group, group])
-            best = current[:, group] + torch.cholesky_solve(image[:, here].T.contiguous(), factor).T
-            _, nearest = nearest_codewords((best / scale) @ factor, quantized.codebook @ factor)
-            moved = quantized.codebook.index_select(0, nearest[:, 0].int()) * scale - current[:, group]
-            error[:, group] -= moved
-            image -= moved @ damped[group, start:stop]
-            chosen.append(nearest[:, 0])
-    return torch.stack(chosen, dim=1).flatten()
-
-
-def least_squares_codebook(
-    weight: Float[Tensor, "rows columns"],
-    scale: Float[Tensor, " rows"],
-    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
-    assignments: Integer[Tensor, " n"],
-    codebook: Float[Tensor, "k d"],
-    damped: Float[Tensor, "columns columns"],
-    steps: int = CONJUGATE_GRADIENT_STEPS,
-) -> Float[Tensor, "k d"]:
-    """`steps` of conjugate gradients to the codebook that minimises tr(R (W - Ŵ) H (W - Ŵ)ᵀ) at given assignments and scales.
-
-    The normal equations are Σ over the sub-vectors of a codeword of (s R Ŵ H) = the same of (s R W H); codewords meet in them
-    because H couples columns. Starts from `codebook`, so the error never rises. R is given whole (`vq4dit/joint_descent.py`)
-    or by its diagonal.
-    """
-    k, dim = codebook.shape
-    shape = (weight.shape[0], weight.shape[1])
-    column_scale = scale.unsqueeze(1)
-
-    def gradient(matrix: Tensor) -> Tensor:
-        image = matrix @ damped
-        weighted = sensitivity @ image if sensitivity.ndim == 2 else sensitivity.unsqueeze(1) * image
-        return sum_by_codeword(split_subvectors(weighted * column_scale, dim), assignments, k)
-
-    def normal_matrix(c: Tensor) -> Tensor:
-        return gradient(reconstruct(c.float(), assignments, shape) * column_scale)
-
-    target = gradient(weight)
-    solution = codebook.double()
-    residual = target - normal_matrix(solution)
-    direction = residual.clone()
-    power = residual.square().sum()
-    enough = 1e-10 * target.square().sum()
-    for _ in range(steps):
-        if power <= enough:
-            break
-        image = normal_matrix(direction)
-        step = power / (direction * image).sum()
-        solution = solution + step * direction
-        residual = residual - step * image
-        power, previous = residual.square().sum(), power
-        direction = residual + (power / previous) * direction
-    return solution.float()
-
-
-def least_squares_scale(
-    weight: Float[Tensor, "rows columns"],
-    unscaled: Float[Tensor, "rows columns"],
-    damped: Float[Tensor, "columns columns"],
-) -> Float[Tensor, " rows"]:
-    """The scale of each row that minimises its output error: s = (w H q) / (q H q)."""
-    image = unscaled @ damped
-    scale = (weight * image).sum(1) / (unscaled * image).sum(1).clamp(min=1e-20)
-    return scale.clamp(min=1e-8)
 
 
 def output_error(

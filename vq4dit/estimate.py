@@ -70,8 +70,8 @@ def estimate(
     cores = torch.get_num_threads() if device == "cpu" else 1
     distances, operations = cores * DISTANCES_PER_SECOND[device], cores * OPERATIONS_PER_SECOND[device]
     weights = prediction.quantized_weights
-    subvectors = [layer.rows * layer.columns // layer.subvector_dim for layer in prediction.layers]
     codewords = settings.num_codewords
+    subvectors = [layer.rows * layer.columns // settings.subvector_dim for layer in prediction.layers]
     clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
     stages = {"cluster": sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND}
     memory = 8 * parameters  # the original and the result, in fp32

@@ -24,8 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vq4dit.codebook import assignment_bits
-from vq4dit.diffusers_quantizer import vq_layers
+from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.job import write_atomically
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
@@ -42,28 +41,23 @@ from vq4dit.zero_data import (
 
 @dataclass(frozen=True)
 class LayerError:
-    """How well a codebook represents one layer: || W - Ŵ ||² / || W ||²."""
+    """How well one layer is represented: || W - Ŵ ||² / || W ||²."""
 
     name: str
     rows: int
     columns: int
-    num_codewords: int
-    subvector_dim: int
-    bits_per_weight: float  # assignments, codebook, row scale
+    bits_per_weight: float  # of all its packed tensors but the bias
     relative_error: float
 
 
 def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     """The layers table of a quantized transformer, in order of execution."""
     errors = []
-    for name, layer in vq_layers(quantized).items():
+    for name, layer in packed_layers(quantized).items():
         rows, columns = layer.out_features, layer.in_features
         weight = original.get_parameter(f"{name}.weight").detach().float()
         error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
-        k, d = layer.codebook.shape
-        side = k * d + (layer.out_features if layer.row_scale is not None else 0)
-        bits = assignment_bits(k) / d + 16 * side / weight.numel()
-        errors.append(LayerError(name, rows, columns, k, d, bits, error.item()))
+        errors.append(LayerError(name, rows, columns, layer.bits_per_weight, error.item()))
     return errors
 
 

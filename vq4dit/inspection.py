@@ -33,16 +33,13 @@ class LayerSize:
     name: str
     rows: int
     columns: int
-    num_codewords: int
-    subvector_dim: int
-    assignments_bytes: int
-    codebook_bytes: int
+    assignments_bytes: int  # or those of entropy-coded integers, of which some layers get more and others less
+    codebook_bytes: int  # or those of scales and levels
     bias_bytes: int
-    row_scale_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        return self.assignments_bytes + self.codebook_bytes + self.bias_bytes + self.row_scale_bytes
+        return self.assignments_bytes + self.codebook_bytes + self.bias_bytes
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class SizePrediction:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the quantized layers, codebooks and row scales included."""
+        """Over the quantized layers, codebooks and scales included."""
         return 8 * sum(layer.num_bytes - layer.bias_bytes for layer in self.layers) / self.quantized_weights
 
     def paper_accounting(self) -> dict[str, float]:
@@ -115,25 +112,32 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
 def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
     """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are).
 
-    Of the recipes only `best` stores a scale per row.
+    `best` shares the bits out among the layers as it goes, but takes no more than the other recipes in all.
     """
     num_codewords, dim = CODEBOOKS[bits]
     targets, kept = find_targets(transformer, dim, num_codewords, keep)
-    layers = [layer_size(name, linear, num_codewords, dim, row_scale=recipe == "best") for name, linear in targets.items()]
+    layers = [layer_size(name, linear, bits, recipe) for name, linear in targets.items()]
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
-    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) + (layer.row_scale_bytes > 0) for layer in layers)
+    num_tensors = len(rest) + sum((5 if recipe == "best" else 2) + (layer.bias_bytes > 0) for layer in layers)
     sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
     return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)
 
 
-def layer_size(name: str, linear: nn.Linear, num_codewords: int, dim: int, *, row_scale: bool) -> LayerSize:
+def layer_size(name: str, linear: nn.Linear, bits: int, recipe: Recipe) -> LayerSize:
     rows, columns = linear.out_features, linear.in_features
-    assignments = packed_size(rows * columns // dim, assignment_bits(num_codewords))
-    bias = 2 * rows if linear.bias is not None else 0
-    scale = 2 * rows if row_scale else 0
-    return LayerSize(name, rows, columns, num_codewords, dim, assignments, 2 * num_codewords * dim, bias, scale)
+    num_codewords, dim = CODEBOOKS[bits]
+    assignments, codebook = packed_size(rows * columns // dim, assignment_bits(num_codewords)), 2 * num_codewords * dim
+    if recipe == "best":
+        side = 3 * (rows + columns)  # a scale and a level for each
+        assignments, codebook = max(0, assignments + codebook - side), side
+    return LayerSize(name, rows, columns, assignments, codebook, 2 * rows if linear.bias is not None else 0)
+
+
+def promised_bits(linear: nn.Linear, bits: int) -> float:
+    """What the integers of `best` may take in a layer of this shape; in all layers together, that is."""
+    return 8.0 * layer_size("", linear, bits, "best").assignments_bytes
 
 
 def inspect(

@@ -10,15 +10,17 @@ which at α = 1 is the best linear answer to the student's inputs (GPTAQ, arXiv:
 the whole correction fits the few latents too closely. W* is then quantized by error feedback under the covariance of the
 student's inputs: what a mean input makes wrong, the bias makes good, so errors in its direction cost nothing.
 
-Layers that see no tokens (adaLN: their input depends on timestep and class only) are fitted on *every* class. All that is
+Layers that see no tokens (adaLN: their input depends on timestep and class only) are fitted on *every* class, and a step
+counts by how much the noise minds an error in it. All that is
 in memory besides the two models is one walk's hidden states and one block's inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,8 +29,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks
-from vq4dit.error_feedback import QuantizedWeight, damp, quantize_weight
-from vq4dit.joint_descent import quantize_jointly
+from vq4dit.error_feedback import ErrorFeedback, QuantizedWeight, damp, quantize_weight
+from vq4dit.rate_allocation import RateCurve
 from vq4dit.zero_data import BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
@@ -73,9 +75,16 @@ def calibration_walk(
 
 
 def groups_in_turn(
-    teacher: nn.Module, student: nn.Module, walk: Sequence[BlockCall], names: Sequence[str]
+    teacher: nn.Module,
+    student: nn.Module,
+    walk: Sequence[BlockCall],
+    names: Sequence[str],
+    step_weights: Mapping[str, Float[Tensor, "steps 2"]] = MappingProxyType({}),
 ) -> Iterator[LayerGroup]:
     """The named layers in order of execution, in groups that read the same input.
+
+    Args:
+        step_weights: how much each step of the walk counts for a layer that sees no tokens, with a class and with none.
 
     Whoever takes a group must put its quantized layers into `student` before asking for the next one.
     """
@@ -85,7 +94,8 @@ def groups_in_turn(
         wanted = [name.removeprefix(f"{block_name}.") for name in names if name.startswith(f"{block_name}.")]
         inputs, teacher_outputs = _inputs_of(block, wanted, teacher_states, walk)
         for group in _sharing_an_input(inputs):
-            statistics = partial(_group_statistics, group[0], block, twin, inputs[group[0]], student_states, walk)
+            weights = step_weights.get(f"{block_name}.{group[0]}")
+            statistics = partial(_group_statistics, group[0], block, twin, inputs[group[0]], student_states, walk, weights)
             yield LayerGroup([f"{block_name}.{name}" for name in group], statistics)
         teacher_states = teacher_outputs
         student_states = _inputs_of(twin, [], student_states, walk)[1]
@@ -98,41 +108,43 @@ def _group_statistics(
     teacher_inputs: list[Tensor],
     student_states: list[Tensor],
     walk: Sequence[BlockCall],
+    step_weights: Float[Tensor, "steps 2"] | None,
 ) -> InputStatistics:
     if teacher_inputs[0].ndim == 2:  # no tokens: the same in teacher and student, and every class can be tried
         every = [call.of_every_class() for call in walk]
         conditioning = _input_of(block, name, [call.hidden for call in every], every)
-        return _statistics(conditioning, conditioning)
+        return _statistics(conditioning, conditioning, step_weights)
     return _statistics(teacher_inputs, _input_of(twin, name, student_states, walk))
+
+
+def rate_curve(
+    linear: nn.Linear, statistics: InputStatistics, sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"]
+) -> RateCurve:
+    """How many bits this linear takes at each cost of an error."""
+    moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
+    return ErrorFeedback(moments, sensitivity).rate_curve(linear.weight.detach().float())
 
 
 def fit_layer(
     linear: nn.Linear,
     statistics: InputStatistics,
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
-    num_codewords: int,
-    subvector_dim: int,
-    generator: torch.Generator,
+    bits: float,
 ) -> tuple[QuantizedWeight, Float[Tensor, " rows"] | None]:
     """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none).
 
     Args:
         sensitivity: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
+        bits: what its integers may take, all together.
     """
     weight = linear.weight.detach().float()
     moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
     correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
     corrected = weight + PREFIX_CORRECTION * correction
-    if sensitivity.ndim == 2:
-        quantized = quantize_jointly(corrected, moments, sensitivity, num_codewords, subvector_dim, generator=generator)
-    else:
-        quantized = quantize_weight(
-            corrected, moments, num_codewords, subvector_dim, sensitivity=sensitivity, generator=generator
-        )
+    quantized = quantize_weight(corrected, moments, sensitivity, bits)
     if linear.bias is None:
         return quantized, None
-    shape = (weight.shape[0], weight.shape[1])
-    mean_error = weight @ statistics.teacher_mean - quantized.weight(shape) @ statistics.student_mean
+    mean_error = weight @ statistics.teacher_mean - quantized.weight() @ statistics.student_mean
     return quantized, linear.bias.detach().float() + mean_error
 
 
@@ -189,23 +201,35 @@ def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
     return groups
 
 
-def _statistics(teacher: list[Tensor], student: list[Tensor]) -> InputStatistics:
+def _statistics(
+    teacher: list[Tensor], student: list[Tensor], step_weights: Float[Tensor, "steps 2"] | None = None
+) -> InputStatistics:
     """Means over all rows of all steps, one step after the other: no copy of them all is made.
 
     Means first, then products of what differs from them: a difference of large products would lose a small covariance.
     """
     columns = student[0].shape[-1]
-    count = sum(x.numel() // columns for x in student)
+    shares = [_shares(x, None if step_weights is None else step_weights[step]) for step, x in enumerate(student)]
+    total = torch.stack([share.sum() for share in shares]).sum()
     teacher_mean, student_mean = (
-        torch.stack([x.reshape(-1, columns).sum(0, dtype=torch.float64) for x in steps]).sum(0).div(count).float()
+        (sum(share @ x.reshape(-1, columns).double() for share, x in zip(shares, steps, strict=True)) / total).float()
         for steps in (teacher, student)
     )
     covariance = torch.zeros(columns, columns, device=student[0].device)
     drift = covariance.clone()
-    for pair in zip(teacher, student, strict=True):
+    for share, *pair in zip(shares, teacher, student, strict=True):
         x, seen = (
             rows.reshape(-1, columns).float() - mean for rows, mean in zip(pair, (teacher_mean, student_mean), strict=True)
         )
-        covariance.addmm_(seen.T, seen)
-        drift.addmm_((x - seen).T, seen)
-    return InputStatistics(covariance / count, drift / count, teacher_mean, student_mean)
+        weighted = seen * (share / total).float().unsqueeze(1)
+        covariance.addmm_(weighted.T, seen)
+        drift.addmm_((x - seen).T, weighted)
+    return InputStatistics(covariance, drift, teacher_mean, student_mean)
+
+
+def _shares(inputs: Tensor, weights: Float[Tensor, "2"] | None) -> Float[Tensor, " n"]:
+    """How much each row of a step's inputs counts; the first half of them has a class."""
+    count = inputs.numel() // inputs.shape[-1]
+    if weights is None:
+        return torch.ones(count, dtype=torch.float64, device=inputs.device)
+    return weights.to(inputs.device, torch.float64).repeat_interleave(count // 2)

@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation import layer_errors
 from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
+from vq4dit.layers import PackedLinear, VQLinear
 from vq4dit.loader import Loader
 from vq4dit.origin import origin_of, write_origin
 from vq4dit.progress import OnProgress, Progress
@@ -171,15 +174,14 @@ def _quantize(
 
 
 def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
-    """A row of the layers table while the job runs: the error of the layer's codebook, before anything is tuned."""
-    row: dict[str, Any] = {"name": name, "rows": linear.out_features, "columns": linear.in_features}
-    if "codebook" not in piece or not {"candidates", "assignments"} & piece.keys():
-        return row
-    codebook = piece["codebook"].float()
-    assignments = piece["assignments"] if "assignments" in piece else piece["candidates"][:, 0]
+    """A row of the layers table while the job runs: the layer's error before anything is calibrated or tuned."""
+    shape = (linear.out_features, linear.in_features)
+    layer: PackedLinear
+    if "coded_integers" in piece:
+        layer = EntropyCodedLinear.from_tensors(piece)
+    else:
+        layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)
     weight = linear.weight.detach().float().cpu()
-    found = codebook[assignments.long()].view_as(weight)
-    if "row_scale" in piece:
-        found = found * piece["row_scale"].float().unsqueeze(1)
-    error = (weight - found).square().sum() / weight.square().sum()
-    return row | {"num_codewords": len(codebook), "subvector_dim": codebook.shape[1], "relative_error": error.item()}
+    error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
+    row = {"name": name, "rows": shape[0], "columns": shape[1]}
+    return row | {"bits_per_weight": layer.bits_per_weight, "relative_error": error.item()}

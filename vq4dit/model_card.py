@@ -94,14 +94,14 @@ def model_card(
         raise HubError(f"{folder} is no model quantized by vq4dit: quantize first, then push the output folder", "card")
     num_bytes = tensor_bytes(str(folder))
     _check_reports(num_bytes, report, kmeans)
-    origin, codebooks = read_origin(folder), codebook_shapes(folder)
+    origin, codings = read_origin(folder), layer_codings(folder)
     parts = [
         f"---\n{_metadata(base, quantization['bits'])}\n---",
         _introduction(repo_id, base, quantization),
         _loading(repo_id, read_json(str(folder), "model_index.json")["_class_name"]),
         _measured(num_bytes, quantization, report, kmeans),
-        _making(quantization, origin, codebooks),
-        _kept(config, origin, codebooks),
+        _making(quantization, origin, codings),
+        _kept(config, origin, codings),
         _limits(base, report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -193,12 +193,11 @@ def _row(name: str, num_bytes: int | None, *figures: str) -> str:
     return f"| {name} | {'not measured' if num_bytes is None else f'{num_bytes:,}'} | {' | '.join(figures)} |"
 
 
-def _making(quantization: dict[str, Any], origin: Origin, codebooks: dict[str, tuple[int, int]]) -> str:
+def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str]) -> str:
     bits, recipe = quantization["bits"], quantization["recipe"]
-    shapes = Counter(codebooks.values()).most_common()
-    sizes = "; ".join(f"{k} codewords of {d} weights in {count} layers" for (k, d), count in shapes)
+    told = "; ".join(f"{coding} in {count} layers" for coding, count in Counter(codings.values()).most_common())
     lines = [
-        f"- bits per weight: {bits} (a codebook for each layer: {sizes})",
+        f"- bits per weight: {bits} ({told})",
         f"- recipe: `{recipe}`, {RECIPES.get(recipe, 'unknown')}",
         f"- seed: {quantization['seed']}",
     ]
@@ -212,7 +211,7 @@ def _making(quantization: dict[str, Any], origin: Origin, codebooks: dict[str, t
     return "## How it was made\n\n" + "\n".join(lines)
 
 
-def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, tuple[int, int]]) -> str:
+def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     num_codewords, dim = CODEBOOKS[config["quantization_config"]["bits"]]
     targets, kept = find_targets(empty_transformer(plain), dim, num_codewords, origin.settings.get("keep", ()))
@@ -224,17 +223,20 @@ def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, tuple[int
     return f"## Layers kept in 16 bit\n\n{total} linear layers are quantized. The rest is not:\n\n" + "\n".join(lines)
 
 
-def codebook_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Codewords and their length of each quantized layer, from the files' headers."""
-    shapes: dict[str, tuple[int, int]] = {}
+def layer_codings(folder: Path) -> dict[str, str]:
+    """How the weights of each quantized layer are held, from the files' headers."""
+    found: dict[str, str] = {}
     for path in sorted((folder / "transformer").iterdir()):
         if WEIGHTS.fullmatch(f"transformer/{path.name}"):
             with safe_open(path, "pt") as file:
                 for key in file.keys():
-                    if key.endswith(".codebook"):
+                    layer, _, tensor = key.rpartition(".")
+                    if tensor == "codebook":
                         k, d = file.get_slice(key).get_shape()
-                        shapes[key.removesuffix(".codebook")] = (k, d)
-    return shapes
+                        found[layer] = f"{k} codewords of {d} weights"
+                    elif tensor == "coded_integers":
+                        found[layer] = "entropy-coded integers, with more bits where they matter,"
+    return found
 
 
 def _limits(base: Base, report: Comparison | None) -> str:

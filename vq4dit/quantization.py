@@ -2,7 +2,8 @@
 
     kmeans   codebooks by k-means, nearest assignments, done
     paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
-    best     layer by layer with error feedback, a scale per row; then all that is not an assignment is tuned (`vq4dit/best.py`)
+    best     integers instead of codewords, with bits where they matter, layer by layer with error feedback; then all that is
+             not an integer is tuned (`vq4dit/best.py`)
 
 `quantize` does it in one go. `run` does it as a job on disk that can stop and go on; both end in the same bytes.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from vq4dit.best import quantize_best
 from vq4dit.calibration import Calibration
 from vq4dit.codebook import nearest_codewords, split_subvectors
+from vq4dit.coded_layers import coded_layers
 from vq4dit.config import QuantizationSettings, VQ4DiTConfig
 from vq4dit.diffusers_quantizer import attach
 from vq4dit.dit import equal_embedders, find_targets
@@ -173,7 +175,14 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
     """The pipeline with the student in place of the transformer."""
     shared = equal_embedders(student)
     dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
-    config = VQ4DiTConfig(bits=settings.bits, recipe=settings.recipe, seed=settings.seed, dtype=dtype, shared_embedders=shared)
+    config = VQ4DiTConfig(
+        format_version=2 if coded_layers(student) else 1,
+        bits=settings.bits,
+        recipe=settings.recipe,
+        seed=settings.seed,
+        dtype=dtype,
+        shared_embedders=shared,
+    )
     attach(student, config)
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
     quantized.register_modules(transformer=student)

@@ -8,11 +8,15 @@ since E[v vᵀ] = I: one backward pass with random v stands for all outputs at o
 matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
 It takes many gradients to know the rest. Layers that see no tokens have one gradient for an image, not one for a token, and for
 large models a matrix for every layer would fill the memory: of those only the diagonal is kept.
+
+In most layers g² of the last denoising step is larger than that of all others together. Layers that see no tokens know by their
+inputs which step it is, so for them it is kept how g² changes from step to step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import DiTPipeline
@@ -35,18 +39,29 @@ TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 STEPS = 10  # denoising steps of the walk
 
 
+class Sensitivities(NamedTuple):
+    """How much errors in the outputs of layers matter, by the layers' names."""
+
+    outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
+    steps: dict[str, Float[Tensor, "steps 2"]]  # E[g²] by denoising step, with a class and with none; where no tokens are seen
+
+
 def output_sensitivities(
     pipeline: DiTPipeline,
     names: Sequence[str],
     guidance_scale: float,
     generator: torch.Generator,
     on_step: Callable[[], None] = lambda: None,
-) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
-    """B of the named linears, or its diagonal where no more is known, scaled to a mean of 1 on the diagonal. One walk."""
+) -> Sensitivities:
+    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image. One walk."""
     large = is_large(pipeline.transformer)
     found: dict[str, Tensor] = {}
+    steps: dict[str, list[Tensor]] = {}
 
     def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        if gradient.ndim == 2:
+            halves = [half.float().square().mean() for half in gradient.chunk(2)]
+            steps.setdefault(name, []).append(torch.stack(halves))
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large or gradient.ndim == 2 else rows.T @ rows
         found[name] = found.get(name, 0) + total.double()
@@ -62,7 +77,7 @@ def output_sensitivities(
         compared_scales=GUIDANCE_SCALES,
         on_step=on_step,
     )
-    return {name: _with_mean_one(total) for name, total in found.items()}
+    return Sensitivities(_known(found), {name: _known_steps(torch.stack(values)) for name, values in steps.items()})
 
 
 def probe_outputs(
@@ -122,12 +137,24 @@ def probe_outputs(
             p.requires_grad_(True)
 
 
-def _with_mean_one(total: Tensor) -> Float[Tensor, " rows"] | Float[Tensor, "rows rows"]:
-    """All rows alike if nothing is known: the noise does not depend on the layer, or a gradient was not finite."""
-    mean = (total.diagonal() if total.ndim == 2 else total).mean()
-    if torch.isfinite(total).all() and mean > 0:
-        return (total / mean).float()
-    return torch.ones(len(total), device=total.device)
+def _known(found: dict[str, Tensor]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
+    """Where nothing is known all rows count the same, as little as those of any other layer.
+
+    That is so if the noise does not depend on the layer, or a gradient was not finite.
+    """
+    means = {name: (total.diagonal() if total.ndim == 2 else total).mean().item() for name, total in found.items()}
+    known = {name for name, mean in means.items() if mean > 0 and torch.isfinite(found[name]).all()}
+    least = min((means[name] for name in known), default=1.0)
+    scale = max((means[name] for name in known), default=1.0)  # so that all fit fp32
+    return {
+        name: (total / scale).float() if name in known else torch.full((len(total),), least / scale, device=total.device)
+        for name, total in found.items()
+    }
+
+
+def _known_steps(power: Tensor) -> Float[Tensor, "steps 2"]:
+    known = torch.isfinite(power).all() and power.sum() > 0
+    return power / power.sum() if known else torch.ones_like(power)
 
 
 def _projected_noise(

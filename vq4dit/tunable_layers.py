@@ -1,56 +1,39 @@
-"""A layer while it is tuned: its assignments are fixed, and codebook, row scale and bias learn."""
+"""A layer while it is tuned: its integers are fixed, and their scales and the bias learn."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vq4dit.codebook import sum_by_codeword
-from vq4dit.layers import VQLinear
+from vq4dit.coded_layers import EntropyCodedLinear
 
 
-class TunableVQLinear(nn.Module):
-    """A layer whose assignments are fixed, while codebook, row scale and bias learn: Ŵ = diag(s) C[A].
+class TunableLinear(nn.Module):
+    """A layer whose integers Z are fixed: Ŵ = diag(g r) Z diag(h c), where the gains g and h (1 at first) and the bias learn.
 
-    codebook (k, d), row_scale (rows,), bias (rows,) or None: fp32 parameters; assignments (n,).
+    row_gain (rows,), column_gain (columns,), bias (rows,) or None: fp32 parameters.
     """
 
-    assignments: Tensor
+    integers: Tensor
+    scaled: Tensor  # diag(r) Z diag(c)
 
-    def __init__(self, layer: VQLinear):
+    def __init__(self, layer: EntropyCodedLinear):
         super().__init__()
-        self.shape = (layer.out_features, layer.in_features)
-        scale = layer.row_scale if layer.row_scale is not None else torch.ones(layer.out_features, device=layer.codebook.device)
-        self.codebook = nn.Parameter(layer.codebook.detach().clone())
-        self.row_scale = nn.Parameter(scale.detach().clone())
+        self.row_scale, self.column_scale = layer.row_scale.detach().clone(), layer.column_scale.detach().clone()
+        self.row_gain = nn.Parameter(torch.ones_like(self.row_scale))
+        self.column_gain = nn.Parameter(torch.ones_like(self.column_scale))
         self.bias = nn.Parameter(layer.bias.detach().float().clone()) if layer.bias is not None else None
-        self.register_buffer("assignments", layer.assignments)
+        self.register_buffer("integers", layer.integers)
+        self.register_buffer("scaled", layer.reconstruct(torch.float32))
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        weight = LookUp.apply(self.codebook, self.assignments).view(self.shape) * self.row_scale.unsqueeze(1)
-        bias = self.bias.to(input.dtype) if self.bias is not None else None
-        return F.linear(input, weight.to(input.dtype), bias)
+        output = F.linear(input.float() * self.column_gain, self.scaled) * self.row_gain
+        return (output if self.bias is None else output + self.bias).to(input.dtype)
 
     @torch.no_grad()
-    def harden(self, dtype: torch.dtype = torch.float32) -> VQLinear:
+    def harden(self, dtype: torch.dtype = torch.float32) -> EntropyCodedLinear:
         """The packed layer; `dtype` is that of its inputs."""
-        return VQLinear.from_assignments(self.codebook, self.assignments, self.shape, self.bias, self.row_scale, dtype=dtype)
-
-
-class LookUp(torch.autograd.Function):
-    """ŵ_i = c(a_i);  ∂L/∂c(a) = Σ_{i: a_i = a} ∂L/∂ŵ_i, added up in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, codebook: Tensor, assignments: Tensor) -> Tensor:
-        ctx.save_for_backward(assignments)
-        ctx.num_codewords = len(codebook)
-        return codebook.index_select(0, assignments.int())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (assignments,) = ctx.saved_tensors
-        return sum_by_codeword(gradient, assignments, ctx.num_codewords).to(gradient.dtype), None
+        row_scale, column_scale = self.row_scale * self.row_gain, self.column_scale * self.column_gain
+        return EntropyCodedLinear.from_integers(self.integers, row_scale, column_scale, self.bias, dtype)

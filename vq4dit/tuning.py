@@ -1,7 +1,7 @@
-"""Tuning: the assignments stay, everything else learns.
+"""Tuning: the integers stay, everything else learns.
 
-After every layer has its codewords, the transformer is still full of numbers that can move at no cost in bytes:
-codebooks, row scales, biases, and all that stays in 16 bit (embedders, final layer). They are tuned together on the
+After every layer has its integers, the transformer is still full of numbers that can move at no cost in bytes:
+scales of rows and columns, biases, and all that stays in 16 bit (embedders, final layer). They are tuned together on the
 teacher's own trajectories, steps in random order, so that
 
     L = Σ_s E || ε̂_s(teacher) - ε̂_s(student) ||² / E || ε̂_s(teacher) ||²
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
-from vq4dit.tunable_layers import TunableVQLinear
+from vq4dit.tunable_layers import TunableLinear
 from vq4dit.zero_data import (
     GUIDANCE_SCALES,
     NULL_CLASS,
@@ -106,17 +106,17 @@ class Tuning:
         self.channels = pipeline.transformer.config.in_channels
         self.order = torch.randperm(len(samples["latents"]), generator=generator)
         self.step = 0
-        self.layers = {name: m for name, m in student.named_modules() if isinstance(m, TunableVQLinear)}
+        self.layers = {name: m for name, m in student.named_modules() if isinstance(m, TunableLinear)}
         if is_large(pipeline.transformer):
             student.enable_gradient_checkpointing()  # a third more time, far less memory, the same bytes
         for p in student.parameters():  # in fp32: squares of small gradients would vanish in 16 bit
             p.data = p.data.float()
             p.requires_grad_(True)
-        codebooks = [layer.codebook for layer in self.layers.values()]
+        gains = {gain for layer in self.layers.values() for gain in (layer.row_gain, layer.column_gain)}
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [p for p in student.parameters() if not any(p is c for c in codebooks)], "lr": self._rates()[0]},
-                {"params": codebooks, "lr": self._rates()[1]},
+                {"params": [p for p in student.parameters() if p not in gains], "lr": self._rates()[0]},
+                {"params": [p for p in student.parameters() if p in gains], "lr": self._rates()[1]},
             ],
             betas=BETAS,
         )
@@ -147,9 +147,9 @@ class Tuning:
         return {"noise_nmse": noise_nmse}
 
     def _rates(self) -> tuple[float, float]:
-        """Learning rates of this step: of everything but codebooks, and of codebooks."""
+        """Learning rates of this step: of everything but gains, and of gains."""
         cosine = (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
-        return self.config.tuning_learning_rate * cosine, self.config.tuning_codebook_learning_rate * cosine
+        return self.config.tuning_learning_rate * cosine, self.config.tuning_gain_learning_rate * cosine
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         latents, timesteps, labels = batch["latents"], batch["timesteps"], batch["class_labels"]

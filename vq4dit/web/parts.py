@@ -228,7 +228,7 @@ def layers_table(layers: Sequence[dict[str, Any]]) -> str:
         return empty("Finished layers are listed here.")
     rows = "".join(
         f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td>{layer["rows"]} × {layer["columns"]}</td>'
-        f"<td>{layer.get('num_codewords', '')} × {layer.get('subvector_dim', '')}</td>"
+        f"<td>{layer['bits_per_weight']:.2f}</td>"
         f"<td>{layer['relative_error']:.4f}</td></tr>"
         if "relative_error" in layer
         else f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td colspan="3"></td></tr>'
@@ -236,7 +236,7 @@ def layers_table(layers: Sequence[dict[str, Any]]) -> str:
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Finished layers"><table><thead><tr><th>layer</th>'
-        f"<th>shape</th><th>codebook</th><th>error</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<th>shape</th><th>bits per weight</th><th>error</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 

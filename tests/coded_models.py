@@ -1,0 +1,45 @@
+"""Layers of entropy-coded integers, and models that have both kinds of packed layers, made without quantizing anything."""
+
+from pathlib import Path
+
+import torch
+from conftest import new_pipeline, quick_settings
+
+import vq4dit
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.config import VQ4DiTConfig
+from vq4dit.diffusers_quantizer import attach, packed_layers
+
+
+def separable_integers(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounded Gaussians whose standard deviation is a product of one of the row and one of the column, and that product."""
+    row = torch.exp2(torch.rand(rows, 1, generator=generator, dtype=torch.float64) * 4 - 2)
+    column = torch.exp2(torch.rand(columns, generator=generator, dtype=torch.float64) * 6 - 4)
+    spread = row * column
+    return (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * spread).round().short(), spread
+
+
+def new_coded(
+    rows: int, columns: int, generator: torch.Generator, *, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> EntropyCodedLinear:
+    integers, _ = separable_integers(rows, columns, generator)
+    row_scale, column_scale = (torch.rand(n, generator=generator) / 8 + 0.01 for n in (rows, columns))
+    values = torch.randn(rows, generator=generator) if bias else None
+    return EntropyCodedLinear.from_integers(integers, row_scale, column_scale, values, dtype)
+
+
+def new_mixed_pipeline():
+    """The tiny pipeline; two of three packed layers are of coded integers, the others vector-quantized."""
+    quantized = vq4dit.quantize(new_pipeline(), quick_settings(recipe="kmeans"))
+    transformer, generator = quantized.transformer, torch.Generator().manual_seed(3)
+    for index, (name, layer) in enumerate(packed_layers(transformer).items()):
+        if index % 3:
+            transformer.set_submodule(name, new_coded(layer.out_features, layer.in_features, generator))
+    shared = transformer.config.quantization_config.shared_embedders
+    attach(transformer, VQ4DiTConfig(format_version=2, shared_embedders=shared))
+    return quantized
+
+
+def save_mixed(folder: Path) -> Path:
+    vq4dit.save(new_mixed_pipeline(), folder)
+    return folder

@@ -1,0 +1,314 @@
+"""A layer of coded integers is a linear with the weight diag(r) Z diag(c), alone and in a saved model beside other kinds."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from coded_models import new_coded, new_mixed_pipeline, save_mixed, separable_integers
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import vq4dit
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.evaluation import layer_errors
+from vq4dit.layers import VQLinear
+
+ROWS, COLUMNS = 12, 40
+PACKED = {"coded_integers", "row_scale", "column_scale", "row_level", "column_level"}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+LAYER = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def x(generator) -> torch.Tensor:
+    return torch.randn(2, 3, COLUMNS, generator=generator)
+
+
+@pytest.fixture
+def layer(generator) -> EntropyCodedLinear:
+    return new_coded(ROWS, COLUMNS, generator)
+
+
+# --- a layer ---
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_forward_is_a_linear_with_scaled_integers(bias, x, generator):
+    integers, _ = separable_integers(ROWS, COLUMNS, generator)
+    row, column = (torch.rand(n, generator=generator).half().float() for n in (ROWS, COLUMNS))
+    values = torch.randn(ROWS, generator=generator).half().float() if bias else None
+    layer = EntropyCodedLinear.from_integers(integers, row, column, values)
+    assert torch.equal(layer.integers, integers)
+    torch.testing.assert_close(layer(x), F.linear(x, torch.diag(row) @ integers.float() @ torch.diag(column), values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_decoding_changes_no_bit_of_the_output(dtype, x, generator):
+    layer = new_coded(ROWS, COLUMNS, generator, dtype=dtype)
+    packed = layer(x.to(dtype))
+    layer.decode(dtype)
+    assert layer.decoded_weight.dtype == dtype
+    assert torch.equal(layer(x.to(dtype)), packed)
+    layer.drop_decoded()
+    assert layer.decoded_weight is None
+    assert torch.equal(layer(x.to(dtype)), packed)
+
+
+def test_no_order_of_the_factors_gives_another_weight(layer):
+    """Two of three fit fp32 exactly, so only one product is ever rounded: README need not say in which order."""
+    z, r, c = layer.integers.float(), layer.row_scale.unsqueeze(1), layer.column_scale
+    for weight in ((z * r) * c, (z * c) * r, z * (r * c)):
+        assert torch.equal(layer.reconstruct(torch.float32), weight)
+
+
+def test_what_is_written_into_the_weight_is_used_and_noticed(layer, x, generator):
+    before, delta = layer(x), torch.randn(ROWS, COLUMNS, generator=generator)
+    assert layer.weight.shape == (ROWS, COLUMNS) and not layer.is_changed
+    layer.weight.data += delta
+    assert layer.is_changed
+    torch.testing.assert_close(layer(x), before + F.linear(x, delta))
+    layer.drop_decoded()
+    assert not layer.is_changed and torch.equal(layer(x), before)
+
+
+def test_numbers_are_rounded_to_fp16_so_that_saving_changes_nothing(generator):
+    integers, _ = separable_integers(ROWS, COLUMNS, generator)
+    row, column, bias = (torch.rand(n, generator=generator) for n in (ROWS, COLUMNS, ROWS))
+    layer = EntropyCodedLinear.from_integers(integers, row, column, bias)
+    for kept, given in [(layer.row_scale, row), (layer.column_scale, column), (layer.bias, bias)]:
+        assert torch.equal(kept, given.half().float())
+
+
+def test_casting_keeps_scales_and_bytes_exact(layer):
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.decode(torch.float32)
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == layer.decoded_weight.dtype == torch.bfloat16
+    for name in PACKED:
+        assert torch.equal(getattr(layer, name), before[name]) and getattr(layer, name).dtype == before[name].dtype
+
+
+@pytest.mark.parametrize("decoded", [False, True], ids=["packed", "decoded"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_only_packed_tensors_are_saved_and_make_the_layer_again(decoded, bias, x, generator):
+    layer = new_coded(ROWS, COLUMNS, generator, bias=bias)
+    if decoded:
+        layer.decode(torch.float32)
+    tensors = layer.state_dict()
+    assert set(tensors) == PACKED | ({"bias"} if bias else set())
+    assert torch.equal(EntropyCodedLinear.from_tensors(tensors)(x), layer(x))
+
+
+def test_a_packed_layer_is_a_linear_that_takes_no_gradients(layer):
+    assert isinstance(layer, nn.Linear) and not isinstance(layer, VQLinear)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_bits_per_weight_count_the_stream_and_its_sides(layer):
+    num_bytes = len(layer.coded_integers) + 3 * (ROWS + COLUMNS)
+    assert layer.bits_per_weight == pytest.approx(8 * num_bytes / (ROWS * COLUMNS))
+
+
+def test_a_damaged_stream_is_found_by_name(layer):
+    layer.check("block.to_q")
+    assert layer.decoded_weight is None
+    layer.coded_integers.data = layer.coded_integers[:-4]
+    for use in (lambda: layer.check("block.to_q"), lambda: layer.decode(torch.float32, "block.to_q")):
+        with pytest.raises(vq4dit.FormatError, match="block.to_q: the coded integers are damaged"):
+            use()
+    assert layer.decoded_weight is None
+
+
+# --- a model with both kinds ---
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory) -> Path:
+    return save_mixed(tmp_path_factory.mktemp("mixed") / "tiny")
+
+
+@pytest.fixture
+def broken(tmp_path, mixed_folder) -> Path:
+    return shutil.copytree(mixed_folder, tmp_path / "broken")
+
+
+def load(folder: Path, **arguments) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", **arguments).eval()
+
+
+@torch.no_grad()
+def output(model, arguments):
+    return model(**arguments).sample
+
+
+def coded_name(model) -> str:
+    return next(name for name, layer in packed_layers(model).items() if isinstance(layer, EntropyCodedLinear))
+
+
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_both_kinds_are_loaded_from_one_file_bit_by_bit(mixed_folder, one_step_input, mode):
+    made = new_mixed_pipeline().transformer
+    with vq4dit.decode_mode(mode):
+        loaded = load(mixed_folder)
+    kinds = [type(layer) for layer in packed_layers(loaded).values()]
+    assert kinds == [type(layer) for layer in packed_layers(made).values()] and set(kinds) == {VQLinear, EntropyCodedLinear}
+    assert all((layer.decoded_weight is None) == (mode == "forward") for layer in packed_layers(loaded).values())
+    assert torch.equal(output(loaded, one_step_input), output(made, one_step_input))
+
+
+def test_the_file_holds_what_readme_says(mixed_folder):
+    stored = load_file(mixed_folder / WEIGHTS)
+    config = json.loads((mixed_folder / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    name = next(key.removesuffix(".coded_integers") for key in stored if key.endswith(".coded_integers"))
+    parts = {key.removeprefix(f"{name}."): tensor.dtype for key, tensor in stored.items() if key.startswith(f"{name}.")}
+    half, byte = torch.float16, torch.uint8
+    scales, levels = (
+        dict.fromkeys(["row_scale", "column_scale", "bias"], half),
+        dict.fromkeys(["row_level", "column_level"], byte),
+    )
+    assert parts == {"coded_integers": byte} | scales | levels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shard", ["5GB", "60KB"], ids=["one file", "sharded"])
+def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, shard):
+    vq4dit.save(new_mixed_pipeline(), tmp_path / "a", max_shard_size=shard)
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "a", dtype=dtype)
+    pipeline.save_pretrained(tmp_path / "b", max_shard_size=shard)
+    a, b = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "transformer").iterdir() if path.name != "config.json"}
+        for name in "ab"
+    )
+    assert a == b and (len(a) > 3) == (shard != "5GB")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}, {"dtype": torch.bfloat16}], ids=str
+)
+def test_other_ways_of_loading_keep_the_scales(mixed_folder, arguments):
+    wanted, found = (packed_layers(load(mixed_folder, **options)) for options in ({}, arguments))
+    for name, layer in wanted.items():
+        assert torch.equal(found[name].reconstruct(torch.float32), layer.reconstruct(torch.float32))
+
+
+def test_it_runs_offloaded_to_disk(tmp_path, mixed_folder, one_step_input):
+    places = {"pos_embed": "cpu", "transformer_blocks": "disk", "proj_out_1": "cpu", "proj_out_2": "cpu"}
+    offloaded = load(mixed_folder, device_map=places, offload_folder=str(tmp_path))
+    assert torch.equal(output(offloaded, one_step_input), output(load(mixed_folder), one_step_input))
+
+
+def test_a_merged_lora_is_not_lost_silently(tmp_path, mixed_folder):
+    model = load(mixed_folder)
+    packed_layers(model)[coded_name(model)].weight.data += 1
+    with pytest.raises(vq4dit.FormatError, match="merged LoRA"):
+        model.save_pretrained(tmp_path / "lost")
+    vq4dit.set_decode_mode(model, "load")
+    model.save_pretrained(tmp_path / "saved")
+
+
+def test_dequantized_is_an_ordinary_model(mixed_folder, one_step_input):
+    model = load(mixed_folder)
+    wanted = output(model, one_step_input)
+    assert torch.equal(output(vq4dit.dequantize(model), one_step_input), wanted)
+    assert not packed_layers(model)
+
+
+def test_the_layers_table_tells_both_kinds(pipeline, mixed_folder):
+    model = load(mixed_folder)
+    table = {row.name: row for row in layer_errors(pipeline.transformer, model)}
+    assert list(table) == list(packed_layers(model))
+    for name, layer in packed_layers(model).items():
+        assert table[name].bits_per_weight == layer.bits_per_weight > 0
+
+
+def test_compiled_equals_eager_in_both_modes(mixed_folder):
+    """In a process of its own: the compiler cannot look through the type checks of the test run."""
+    program = f"""
+import torch, vq4dit
+from diffusers import DiTTransformer2DModel
+model = DiTTransformer2DModel.from_pretrained({str(mixed_folder)!r}, subfolder="transformer").eval()
+latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+inputs = dict(timestep=torch.tensor([5, 5]), class_labels=torch.tensor([0, 1000]))
+block = model.transformer_blocks[0].ff
+for mode in ("load", "forward"):
+    vq4dit.set_decode_mode(model, mode)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if mode == "load":
+            torch.compile(block, fullgraph=True)(torch.ones(1, 2, 64))
+        eager = model(latents, **inputs).sample
+        compiled = torch.compile(model)(latents, **inputs).sample
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    print(mode, "ok")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert finished.stdout.split() == ["load", "ok", "forward", "ok"], finished.stderr
+
+
+# --- broken files ---
+
+
+def change_tensors(folder: Path, change) -> str:
+    """Change the tensors of the first coded layer, by their short names; returns the layer's name."""
+    tensors = load_file(folder / WEIGHTS)
+    name = next(key.removesuffix(".coded_integers") for key in tensors if key.endswith(".coded_integers"))
+    parts = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+    change(parts)
+    save_file(
+        tensors | {f"{name}.{part}": tensor for part, tensor in parts.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
+    return name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("row_level"), "row_level is missing"),
+        (lambda t: t.pop("column_scale"), "column_scale is missing"),
+        (lambda t: t.pop("coded_integers"), "is missing"),
+        (lambda t: t.update(row_scale=t["row_scale"][1:].clone()), "row_scale must have"),
+        (lambda t: t.update(column_level=t["column_level"].repeat(2)), "column_level must have"),
+        (lambda t: t.update(row_level=t["row_level"].half()), "must be of type U8, got F16"),
+        (lambda t: t.update(column_scale=t["column_scale"].to(torch.uint8)), "must be of type F16, got U8"),
+        (lambda t: t.update(coded_integers=t["coded_integers"][:-1].clone()), "whole 32-bit words"),
+        (lambda t: t.update(coded_integers=t["coded_integers"].view(1, -1).clone()), "whole 32-bit words"),
+        (lambda t: t.update(coded_integers=t["coded_integers"][:-4].clone()), "coded integers are damaged"),
+        (lambda t: t.update(row_level=t["row_level"] + 1), "coded integers are damaged"),
+    ],
+    ids=[
+        "no row level",
+        "no column scale",
+        "no stream",
+        "few scales",
+        "levels",
+        "levels' type",
+        "scales' type",
+        "odd",
+        "2-d",
+        "short",
+        "level",
+    ],
+)
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_a_coded_layer_that_does_not_fit_is_refused(broken, change, message, mode):
+    name = change_tensors(broken, change)
+    with vq4dit.decode_mode(mode), pytest.raises(vq4dit.FormatError, match=f"{name}.*{message}"):
+        load(broken)
+
+
+def test_a_third_version_is_refused(broken):
+    path = broken / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(vq4dit.FormatError, match="format version 3, this library reads up to 2: upgrade vq4dit"):
+        load(broken)

@@ -1,0 +1,181 @@
+"""Integers <-> bytes, with few bits for integers that were likely.
+
+A layer's integers Z (rows x columns) are coded by asymmetric numeral systems (ANS, the `constriction` library): an integer of
+probability p takes -log2 p bits. Each is expected to be a rounded Gaussian of mean 0 whose standard deviation belongs to its
+row and its column, both told in quarter octaves:
+
+    σ_ij = 2^((row_level_i + column_level_j - 32) / 4)
+
+So a column of nothing but zeros costs nearly nothing, and one that matters may take as many bits as it needs.
+
+ANS is a stack, and a stream is a number in disguise: every one can be decoded, whatever has happened to it. Two things show
+damage. Once all integers are read, nothing may be left; and who reads on where nothing is left finds the least symbol for
+ever, so that symbol, -1023, has a code but is never written.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+from jaxtyping import Float, Integer, UInt8
+from torch import Tensor
+
+from vq4dit.errors import FormatError
+
+AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical  # no packages to import from
+
+LARGEST = 1022  # |Z| at most
+GUARD = LARGEST + 1  # -GUARD is what a decoder finds behind the end of a stream
+LEVELS_PER_OCTAVE = 4
+LEVEL_OF_ONE = 32  # row_level + column_level where σ = 1
+LEAST_LEVEL, GREATEST_LEVEL = 12, 68  # of the sum, where it ends counting: σ = 2^-5 and 2^9
+UNIT = 2.0**-24  # of probabilities: coarse enough that the last digit of erf, which machines disagree on, does not matter
+WORD_BYTES = 4
+
+
+@cache
+def probabilities() -> Float[Tensor, "levels symbols"]:
+    """P(Z = z) = P(Z = -z) for z = 0 ... `GUARD`, at sums of levels `LEAST_LEVEL` ... `GREATEST_LEVEL`; at least a unit each.
+
+    P(0) is what is left of 1, so that each row of both signs sums to 1 exactly.
+    """
+    levels = torch.arange(LEAST_LEVEL, GREATEST_LEVEL + 1, dtype=torch.float64, device="cpu")
+    spread = torch.exp2((levels - LEVEL_OF_ONE) / LEVELS_PER_OCTAVE).unsqueeze(1)
+    edges = torch.arange(GUARD + 2, dtype=torch.float64, device="cpu") - 0.5
+    tail = torch.special.erfc(edges / (spread * 2**0.5)) / 2  # P(Z > edge)
+    found = ((tail[:, :-1] - tail[:, 1:]) / UNIT).round().clamp(min=1) * UNIT
+    found[:, 0] = 1 - 2 * found[:, 1:].sum(1)
+    return found
+
+
+@cache
+def code_lengths() -> Float[Tensor, "levels symbols"]:
+    """Bits of |z|, its sign included: -log2 of `probabilities`."""
+    return -probabilities().log2().float()
+
+
+@cache
+def expected_bits() -> Float[Tensor, " levels"]:
+    """The mean length of an integer of each level: what the probabilities promise."""
+    p = probabilities()
+    bits = -p * p.log2()
+    return (2 * bits.sum(1) - bits[:, 0]).float()
+
+
+def level_rows(
+    row_level: Integer[Tensor, " rows"], column_level: Integer[Tensor, " columns"]
+) -> Integer[Tensor, "rows columns"]:
+    """Which row of `probabilities` each integer has."""
+    return (row_level.int().unsqueeze(1) + column_level.int()).clamp(LEAST_LEVEL, GREATEST_LEVEL) - LEAST_LEVEL
+
+
+def coded_bits(
+    integers: Integer[Tensor, "rows columns"],
+    row_level: Integer[Tensor, " rows"],
+    column_level: Integer[Tensor, " columns"],
+) -> Float[Tensor, "rows columns"]:
+    """Bits that each integer takes."""
+    table = code_lengths().to(integers.device)
+    return table[level_rows(row_level, column_level), integers.abs().int()]
+
+
+def estimate_levels(
+    integers: Integer[Tensor, "rows columns"],
+) -> tuple[UInt8[Tensor, " rows"], UInt8[Tensor, " columns"]]:
+    """The levels of rows and columns under which the integers take about the fewest bits.
+
+    Starts where row and column mean squares agree with σ, and then moves each level a step or two where that saves bits.
+    """
+    squares = integers.double().square()
+    column = torch.ones(integers.shape[1], dtype=torch.float64, device=integers.device)
+    for _ in range(5):
+        row = (squares / column).mean(1) + 0.02
+        column = (squares / row.unsqueeze(1)).mean(0) + 1e-3
+    middle = column.log2().mean()  # so that both levels lie near 16
+
+    def level(power: Tensor) -> Tensor:
+        return (LEVELS_PER_OCTAVE / 2 * power + LEVEL_OF_ONE / 2).round().clamp(0, 255).int()
+
+    row_level, column_level = level(row.log2() + middle), level(column.log2() - middle)
+    for _ in range(2):
+        row_level = _best_step(integers, row_level, column_level)
+        column_level = _best_step(integers.T, column_level, row_level)
+    return row_level.to(torch.uint8), column_level.to(torch.uint8)
+
+
+def _best_step(
+    integers: Integer[Tensor, "rows columns"], row_level: Integer[Tensor, " rows"], column_level: Integer[Tensor, " columns"]
+) -> Integer[Tensor, " rows"]:
+    """Each row's level or one or two beside it, whatever takes the fewest bits."""
+    candidates = torch.stack([(row_level + step).clamp(0, 255) for step in (0, -1, 1, -2, 2)])
+    bits = torch.stack([coded_bits(integers, candidate, column_level).sum(1) for candidate in candidates])
+    return candidates.gather(0, bits.argmin(0, keepdim=True))[0]
+
+
+def encode(
+    integers: Integer[Tensor, "rows columns"],
+    row_level: UInt8[Tensor, " rows"],
+    column_level: UInt8[Tensor, " columns"],
+) -> UInt8[Tensor, " bytes"]:
+    """Write integers as an ANS stream of little-endian 32-bit words.
+
+    Raises:
+        ValueError: if an integer is larger than `LARGEST`.
+    """
+    if integers.numel() and int(integers.abs().max()) > LARGEST:
+        raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
+    order, counts = _order(row_level, column_level)
+    symbols = integers.flatten().cpu().numpy()[order].astype(np.int32) + GUARD
+    coder = AnsCoder()
+    stop = len(symbols)
+    for level in reversed(counts):  # a stack: what is written last is read first
+        coder.encode_reverse(symbols[stop - counts[level] : stop], _model(level))
+        stop -= counts[level]
+    words = coder.get_compressed().astype("<u4")
+    return torch.from_numpy(words.view(np.uint8).copy()).to(integers.device)
+
+
+def decode(
+    stream: UInt8[Tensor, " bytes"], row_level: UInt8[Tensor, " rows"], column_level: UInt8[Tensor, " columns"]
+) -> Integer[Tensor, "rows columns"]:
+    """Undo `encode`; int16, on the device of the stream (the work is the CPU's, about 15 ns an integer).
+
+    Raises:
+        FormatError: if the stream does not end with its last integer, or ends before it.
+    """
+    order, counts = _order(row_level, column_level)
+    found = np.empty(len(order), dtype=np.int16)
+    damaged = FormatError("the coded integers are damaged: download or quantize the model again")
+    if len(stream) % WORD_BYTES:
+        raise damaged
+    try:
+        coder = AnsCoder(stream.cpu().numpy().view("<u4").astype(np.uint32))
+    except ValueError as error:  # the last word is 0, which no encoder writes
+        raise damaged from error
+    start = 0
+    for level, count in counts.items():
+        symbols = coder.decode(_model(level), count)
+        if not symbols.all():
+            raise damaged
+        found[order[start : start + count]] = symbols - GUARD
+        start += count
+    if not coder.is_empty():
+        raise damaged
+    return torch.from_numpy(found).view(len(row_level), len(column_level)).to(stream.device)
+
+
+def _order(row_level: Tensor, column_level: Tensor) -> tuple[Any, dict[int, int]]:
+    """The order of integers in a stream: by level, and row by row within one; and how many each level has."""
+    rows = level_rows(row_level.cpu(), column_level.cpu()).flatten().numpy().astype(np.uint8)
+    counts = np.bincount(rows)
+    return np.argsort(rows, kind="stable"), {level: int(count) for level, count in enumerate(counts) if count}
+
+
+@cache
+def _model(level: int) -> Any:
+    one_sided = probabilities()[level]
+    return Categorical(torch.cat([one_sided.flip(0)[:-1], one_sided]).numpy(), perfect=False)

@@ -1,0 +1,85 @@
+"""Which tensors a packed layer has in a file, and whether they fit.
+
+The packed tensors of a layer NAME (README has them byte by byte): vector-quantized,
+
+    NAME.codebook            fp16 (k, d)
+    NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream
+    NAME.row_scale           fp16 (rows,), optional
+    NAME.bias                fp16 (rows,), optional
+
+or, from format version 2 on, entropy-coded integers:
+
+    NAME.coded_integers                   uint8, a stream of 32-bit words
+    NAME.row_scale, NAME.row_level        fp16 and uint8 (rows,)
+    NAME.column_scale, NAME.column_level  fp16 and uint8 (columns,)
+    NAME.bias                             fp16 (rows,), optional
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vq4dit.codebook import assignment_bits
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.entropy_coding import WORD_BYTES
+from vq4dit.errors import FormatError
+from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.packing import packed_size
+
+SCALES = {"codebook", "row_scale", "column_scale"}  # fp16 in the file, fp32 in memory
+BYTES = {"packed_assignments", "coded_integers", "row_level", "column_level"}
+PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8",))
+PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
+
+
+def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> PackedLinear:
+    """A packed layer on the meta device, in place of `linear`, for tensors of these shapes.
+
+    Raises:
+        FormatError: unless they fit each other and the model's config.
+    """
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if "coded_integers" in shapes:
+        _check_coded(name, shapes, linear)
+        return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta")
+    _check_quantized(name, shapes, linear)
+    k, d = shapes["codebook"]
+    return VQLinear(*size, num_codewords=k, subvector_dim=d, bias=bias, row_scale="row_scale" in shapes, device="meta")
+
+
+def _check_present(name: str, wanted: set[str], shapes: dict[str, list[int]]) -> None:
+    if missing := wanted - shapes.keys():
+        raise FormatError(f"{name}: {', '.join(sorted(missing))} is missing; the file is incomplete: download it again")
+
+
+def _check_length(name: str, tensor: str, length: int, shapes: dict[str, list[int]]) -> None:
+    if shapes.get(tensor, [length]) != [length]:
+        raise FormatError(f"{name}: {tensor} must have {length} values, got shape {shapes[tensor]}")
+
+
+def _check_quantized(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
+    rows, columns = linear.out_features, linear.in_features
+    _check_present(name, {"codebook", "packed_assignments"}, shapes)
+    codebook = shapes["codebook"]
+    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or codebook[1] < 1 or columns % codebook[1]:
+        raise FormatError(
+            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and d a divisor of the layer's {columns} inputs, "
+            f"got shape {codebook}"
+        )
+    expected = packed_size(rows * columns // codebook[1], assignment_bits(codebook[0]))
+    if shapes["packed_assignments"] != [expected]:
+        raise FormatError(
+            f"{name}: {rows} x {columns} weights with a {codebook[0]} x {codebook[1]} codebook need {expected} bytes of "
+            f"assignments, got shape {shapes['packed_assignments']}; the file does not belong to this config.json"
+        )
+    _check_length(name, "row_scale", rows, shapes)
+
+
+def _check_coded(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
+    _check_present(name, {"row_scale", "row_level", "column_scale", "column_level"}, shapes)
+    for side, length in (("row", linear.out_features), ("column", linear.in_features)):
+        for part in ("scale", "level"):
+            _check_length(name, f"{side}_{part}", length, shapes)
+    stream = shapes["coded_integers"]
+    if len(stream) != 1 or stream[0] % WORD_BYTES:
+        raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")
