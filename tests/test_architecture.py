@@ -8,7 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
     {"codebook", "packing", "errors", "progress", "randomness"},  # no torch.nn, no diffusers
-    {"config", "kmeans", "optimizer_state", "hub_errors", "terminal", "entropy_coding"},  # settings; one codebook; failures; what commands share
+    {
+        "config",
+        "kmeans",
+        "optimizer_state",
+        "hub_errors",
+        "terminal",
+        "entropy_coding",
+    },  # settings; one codebook; failures; what commands share
     {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
     {"coded_layers", "error_feedback"},  # the other kind of packed layer; its integers
     {"packed_tensors"},  # what both have in a file

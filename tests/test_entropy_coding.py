@@ -15,6 +15,7 @@ from vq4dit.entropy_coding import (
     LEVEL_OF_ONE,
     LEVELS_PER_OCTAVE,
     UNIT,
+    _model,
     code_lengths,
     coded_bits,
     decode,
@@ -73,12 +74,24 @@ def test_zeros_cost_nearly_nothing():
     assert len(encode(integers, *estimate_levels(integers))) < 256 * 512 / 8 / 1000
 
 
-@pytest.mark.parametrize("value", [LARGEST + 1, -LARGEST - 1, 30000])
+@pytest.mark.parametrize("value", [LARGEST + 1, -LARGEST - 1, 32767, -32768])
 def test_larger_integers_are_refused(value):
-    integers = torch.zeros(2, 3, dtype=torch.int32)
+    integers = torch.zeros(2, 3, dtype=torch.int16)
     integers[1, 2] = value
     with pytest.raises(ValueError, match=r"must lie in \[-1022, 1022\]"):
         encode(integers, levels(16, 16), levels(16, 16, 16))
+
+
+def test_default_devices_and_inference_leave_no_trace(generator):
+    """Probabilities are made once in a process, wherever that happens."""
+    integers, _ = separable_integers(8, 16, generator)
+    sides = estimate_levels(integers)
+    for make in (probabilities, code_lengths, expected_bits, _model):
+        make.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        assert torch.equal(decode(encode(integers, *sides), *sides), integers)
+    assert torch.equal(decode(encode(integers, *sides), *sides), integers)
+    assert [side.tolist() for side in estimate_levels(integers)] == [side.tolist() for side in sides]
 
 
 # --- as short as it should be ---

@@ -20,31 +20,50 @@ def test_outputs_that_are_read_with_three_times_the_weight_matter_nine_times_as_
     half = columns.shape[1] // 2
     columns[:, :half] *= 3
     columns[:, 0] = 0
-    found = output_sensitivities(pipeline, [name], 4.0, seeded())[name].diagonal()
+    found = output_sensitivities(pipeline, [name], 4.0, seeded()).outputs[name].diagonal()
     assert found[0] == 0
     assert (found[1:half].mean() / found[half:].mean()).item() == pytest.approx(9, rel=0.4)
 
 
-def test_each_layer_has_mean_one_and_the_same_seed_gives_the_same(pipeline):
+def test_layers_compare_with_each_other_and_the_same_seed_gives_the_same(pipeline):
     first, second = (output_sensitivities(pipeline, LAYERS, 4.0, seeded()) for _ in range(2))
+    diagonals = {name: found.diagonal() if found.ndim == 2 else found for name, found in first.outputs.items()}
+    assert max(diagonal.mean().item() for diagonal in diagonals.values()) == pytest.approx(1, rel=1e-5)
     for name in LAYERS:
-        diagonal = first[name].diagonal() if first[name].ndim == 2 else first[name]
-        assert diagonal.shape == (pipeline.transformer.get_submodule(name).out_features,)
-        assert diagonal.mean().item() == pytest.approx(1, rel=1e-5)
-        assert torch.equal(first[name], second[name])
+        assert diagonals[name].shape == (pipeline.transformer.get_submodule(name).out_features,)
+        assert torch.equal(first.outputs[name], second.outputs[name])
+    assert torch.equal(first.steps[LAYERS[0]], second.steps[LAYERS[0]])
+
+
+def test_a_layer_whose_outputs_are_scaled_down_matters_less(pipeline):
+    """Halve what reads it, and its errors count a quarter, against all other layers."""
+    name, other = "transformer_blocks.1.ff.net.0.proj", "transformer_blocks.0.attn1.to_v"
+    before = output_sensitivities(pipeline, [name, other], 4.0, seeded()).outputs
+    reader = pipeline.transformer.transformer_blocks[1].ff.net[2]
+    reader.weight.data /= 2
+    after = output_sensitivities(pipeline, [name, other], 4.0, seeded()).outputs
+    ratios = [found[name].diagonal().mean() / found[other].diagonal().mean() for found in (before, after)]
+    assert (ratios[1] / ratios[0]).item() == pytest.approx(0.25, rel=0.3)
+
+
+def test_layers_without_tokens_know_how_much_each_step_counts(pipeline):
+    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).steps
+    assert list(found) == LAYERS[:1] and found[LAYERS[0]].shape == (sensitivity.STEPS, 2)
+    assert found[LAYERS[0]].sum().item() == pytest.approx(1, rel=1e-5) and (found[LAYERS[0]] > 0).all()
 
 
 def test_layers_with_tokens_know_which_errors_add_up_the_others_and_those_of_large_models_only_which_matter(
     pipeline, monkeypatch
 ):
-    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).outputs
     assert [found[name].ndim for name in LAYERS] == [1, 2, 2]
     torch.testing.assert_close(found[LAYERS[1]], found[LAYERS[1]].T)
     monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
     monkeypatch.setattr("vq4dit.sensitivity.TOKENS_OF_LARGE", sensitivity.TOKENS)
-    large = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    large = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).outputs
     assert [large[name].ndim for name in LAYERS] == [1, 1, 1]
-    torch.testing.assert_close(large[LAYERS[1]], found[LAYERS[1]].diagonal())
+    compared = [found[LAYERS[1]].diagonal() / found[LAYERS[0]].mean(), large[LAYERS[1]] / large[LAYERS[0]].mean()]
+    torch.testing.assert_close(*compared)
 
 
 def test_outputs_that_are_read_as_one_are_coupled(pipeline):
@@ -53,7 +72,7 @@ def test_outputs_that_are_read_as_one_are_coupled(pipeline):
     columns = block.attn1.to_out[0].weight.data
     columns[:, 1] = columns[:, 0]
     columns[:, 2] = -columns[:, 0]
-    found = output_sensitivities(pipeline, [name], 4.0, seeded())[name]
+    found = output_sensitivities(pipeline, [name], 4.0, seeded()).outputs[name]
     assert found[0, 1].item() == pytest.approx(found[0, 0].item(), rel=1e-3)
     assert found[0, 2].item() == pytest.approx(-found[0, 0].item(), rel=1e-3)
 
@@ -70,8 +89,10 @@ def test_the_teacher_is_left_as_it_was(pipeline, trainable):
 def test_where_nothing_is_known_all_rows_count_the_same(pipeline):
     torch.nn.init.zeros_(pipeline.transformer.proj_out_2.weight)
     torch.nn.init.zeros_(pipeline.transformer.proj_out_2.bias)
-    for name, found in output_sensitivities(pipeline, LAYERS, 4.0, seeded()).items():
-        assert torch.equal(found, torch.ones(pipeline.transformer.get_submodule(name).out_features))
+    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    for name, rows in found.outputs.items():
+        assert torch.equal(rows, torch.ones(pipeline.transformer.get_submodule(name).out_features))
+    assert torch.equal(found.steps[LAYERS[0]], torch.ones(sensitivity.STEPS, 2))
 
 
 def test_a_walk_that_is_broken_off_leaves_nothing_behind(pipeline):

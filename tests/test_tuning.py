@@ -1,4 +1,4 @@
-"""Tuning: everything learns but the assignments, and what has been learned is what the file holds."""
+"""Tuning: everything learns but the integers, and what has been learned is what the file holds."""
 
 import copy
 
@@ -8,90 +8,93 @@ from conftest import new_pipeline, quick_settings
 from safetensors.torch import load_file
 
 from vq4dit import CalibrationConfig, CalibrationDivergedError, quantize, save
-from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.dit import find_targets
 from vq4dit.job import Job
-from vq4dit.layers import VQLinear
 from vq4dit.quantization import run
-from vq4dit.tunable_layers import LookUp, TunableVQLinear
+from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import NULL_CLASS, image_tokens
+
+
+FIXED = ("coded_integers", "row_level", "column_level")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def rounded(linear: torch.nn.Linear) -> EntropyCodedLinear:
+    """To about 2 bits a weight, each by itself."""
+    step = linear.weight.detach().square().mean().sqrt()
+    integers = (linear.weight.detach() / step).round().short()
+    return EntropyCodedLinear.from_integers(
+        integers, step.expand(linear.out_features), torch.ones(linear.in_features), linear.bias
+    )
+
+
 @pytest.fixture(scope="module")
-def clustered():
-    """A pipeline and its transformer by k-means, to be tuned."""
+def coarse():
+    """A pipeline and its transformer with rounded weights, to be tuned."""
     pipeline = new_pipeline()
-    return pipeline, quantize(pipeline, quick_settings(recipe="kmeans")).transformer
+    transformer = copy.deepcopy(pipeline.transformer)
+    for name, linear in find_targets(transformer, 4, 256)[0].items():
+        transformer.set_submodule(name, TunableLinear(rounded(linear)))
+    return pipeline, transformer
 
 
-def new_tuning(clustered, **changes) -> Tuning:
-    pipeline, transformer = clustered
+def new_tuning(coarse, **changes) -> Tuning:
+    pipeline, transformer = coarse
     config = CalibrationConfig(**({"tuning_steps": 10, "tuning_batch": 5} | changes))
-    student = copy.deepcopy(transformer)
-    for name, layer in packed_layers(student).items():
-        student.set_submodule(name, TunableVQLinear(layer))
-    return Tuning(pipeline, student, record_samples(pipeline, 2, 4.0, seeded()), config, seeded(1))
+    return Tuning(pipeline, copy.deepcopy(transformer), record_samples(pipeline, 2, 4.0, seeded()), config, seeded(1))
 
 
-def test_a_large_model_learns_the_same_with_less_memory(clustered, monkeypatch):
+def test_a_large_model_learns_the_same_with_less_memory(coarse, monkeypatch):
     """Activations of its blocks are computed again when their gradients are due."""
-    kept = new_tuning(clustered)
+    kept = new_tuning(coarse)
     monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
-    recomputed = new_tuning(clustered)
+    recomputed = new_tuning(coarse)
     assert recomputed.student.is_gradient_checkpointing and not kept.student.is_gradient_checkpointing
     assert all(kept.advance() == recomputed.advance() for _ in range(3))
     one, other = kept.tensors(), recomputed.tensors()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def a_layer(generator: torch.Generator, *, row_scale: bool = True) -> VQLinear:
-    scale = torch.rand(6, generator=generator) + 0.5 if row_scale else None
-    codebook, bias = torch.randn(5, 2, generator=generator), torch.randn(6, generator=generator)
-    return VQLinear.from_assignments(codebook, torch.randint(5, (24,), generator=generator), (6, 8), bias, scale)
+def a_layer(generator: torch.Generator) -> EntropyCodedLinear:
+    integers = torch.randint(-3, 4, (6, 8), generator=generator, dtype=torch.int16)
+    scales = torch.rand(6, generator=generator) + 0.5, torch.rand(8, generator=generator) + 0.5
+    return EntropyCodedLinear.from_integers(integers, *scales, torch.randn(6, generator=generator))
 
 
-@pytest.mark.parametrize("row_scale", [True, False], ids=["row scales", "no row scales"])
-def test_a_tunable_layer_answers_like_the_hard_one(row_scale, generator):
-    layer, inputs = a_layer(generator, row_scale=row_scale), torch.randn(3, 8, generator=generator)
-    assert torch.equal(TunableVQLinear(layer)(inputs), layer(inputs))
+def test_a_tunable_layer_answers_like_the_hard_one(generator):
+    layer, inputs = a_layer(generator), torch.randn(3, 8, generator=generator)
+    torch.testing.assert_close(TunableLinear(layer)(inputs), layer(inputs))
 
 
 def test_hardening_a_layer_that_learned_nothing_gives_it_back(generator):
     layer = a_layer(generator)
-    again = TunableVQLinear(layer).harden()
+    again = TunableLinear(layer).harden()
     assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_a_hardened_layer_holds_what_was_learned_rounded_to_16_bit(generator):
-    tunable = TunableVQLinear(a_layer(generator))
+    tunable = TunableLinear(layer := a_layer(generator))
     with torch.no_grad():
         for p in tunable.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
     hard = tunable.harden()
-    codebook, scale = tunable.codebook.half().float(), tunable.row_scale.half().float()
-    assert torch.equal(hard.reconstruct(torch.float32), codebook[tunable.assignments.long()].view(6, 8) * scale.unsqueeze(1))
-    assert torch.equal(hard.bias, tunable.bias.half().float())
-
-
-def test_a_look_up_has_the_gradient_of_plain_indexing(generator):
-    codebook = torch.randn(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    assignments = torch.tensor([0, 3, 3, 1, 0, 3])  # 2 and 4 are not used
-    assert torch.autograd.gradcheck(lambda c: LookUp.apply(c, assignments), codebook)
-    weights = torch.randn(6, 2, generator=generator)
-    single = codebook.detach().float().requires_grad_()
-    gradients = [
-        torch.autograd.grad((found * weights).sum(), single)[0]
-        for found in (LookUp.apply(single, assignments), single[assignments])
+    scales = [
+        (scale * gain).half().float()
+        for scale, gain in ((layer.row_scale, tunable.row_gain), (layer.column_scale, tunable.column_gain))
     ]
-    torch.testing.assert_close(*gradients)
+    assert torch.equal(hard.reconstruct(torch.float32), layer.integers * scales[0].unsqueeze(1) * scales[1])
+    assert torch.equal(hard.bias, tunable.bias.half().float())
+    inputs = torch.randn(3, 8, generator=generator)
+    torch.testing.assert_close(hard(inputs), tunable(inputs), rtol=1e-2, atol=1e-2)
 
 
-def test_samples_are_steps_of_the_teacher_with_its_own_answers(clustered):
-    pipeline, _ = clustered
+def test_samples_are_steps_of_the_teacher_with_its_own_answers(coarse):
+    pipeline, _ = coarse
     samples = record_samples(pipeline, 2, 4.0, seeded())
     assert {len(values) for values in samples.values()} == {20}  # two trajectories of ten steps
     some = torch.tensor([0, 1, 15])
@@ -102,8 +105,8 @@ def test_samples_are_steps_of_the_teacher_with_its_own_answers(clustered):
         torch.testing.assert_close(samples[name][some], answer, rtol=1e-4, atol=1e-4)
 
 
-def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(clustered, monkeypatch):
-    pipeline, _ = clustered
+def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(coarse, monkeypatch):
+    pipeline, _ = coarse
     config = CalibrationConfig(tuning_steps=20, tuning_batch=8)  # 16 trajectories
     assert walks(pipeline, config) == {0: 16}
     c = pipeline.transformer.config
@@ -114,8 +117,8 @@ def test_the_trajectories_of_a_large_model_are_walked_a_few_at_a_time(clustered,
     assert list(walks(pipeline, config).values()) == [1] * 16
 
 
-def test_a_slice_that_ends_between_two_walks_goes_on_with_the_next(clustered, monkeypatch, tmp_path):
-    pipeline, _ = clustered
+def test_a_slice_that_ends_between_two_walks_goes_on_with_the_next(coarse, monkeypatch, tmp_path):
+    pipeline, _ = coarse
     settings = quick_settings(recipe="best", calibration={"tuning_steps": 10, "tuning_batch": 10})
     monkeypatch.setattr("vq4dit.tuning.WALK_BYTES", 0)  # four walks of one trajectory
     with Job.open(tmp_path / "at once", settings, pipeline, resume=False) as job:
@@ -131,14 +134,14 @@ def test_a_slice_that_ends_between_two_walks_goes_on_with_the_next(clustered, mo
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss(clustered):
-    pipeline, _ = clustered
+def test_a_student_equal_to_its_teacher_has_no_loss(coarse):
+    pipeline, _ = coarse
     tuning = new_tuning((pipeline, pipeline.transformer))
     assert tuning.advance()["noise_nmse"] < 1e-9
 
 
-def test_tuning_lowers_the_loss_on_its_samples(clustered):
-    tuning = new_tuning(clustered, tuning_steps=40)
+def test_tuning_lowers_the_loss_on_its_samples(coarse):
+    tuning = new_tuning(coarse, tuning_steps=40)
     samples = {name: values[:20] for name, values in tuning.samples.items()}
     with torch.no_grad():
         before = tuning._loss(samples)
@@ -148,25 +151,25 @@ def test_tuning_lowers_the_loss_on_its_samples(clustered):
         assert tuning._loss(samples) < 0.7 * before
 
 
-def test_everything_learns_but_the_assignments(clustered):
-    tuning = new_tuning(clustered)
+def test_everything_learns_but_the_integers(coarse):
+    tuning = new_tuning(coarse)
     parameters = {name: p.detach().clone() for name, p in tuning.student.named_parameters()}
-    assignments = {name: layer.assignments.clone() for name, layer in tuning.layers.items()}
+    integers = {name: layer.integers.clone() for name, layer in tuning.layers.items()}
     for _ in range(3):
         tuning.advance()
     still = {name for name, p in tuning.student.named_parameters() if torch.equal(p, parameters[name])}
-    assert not still and {"proj_out_2.weight", "transformer_blocks.0.attn1.to_q.row_scale"} <= parameters.keys()
+    assert not still and {"proj_out_2.weight", "transformer_blocks.0.attn1.to_q.row_gain"} <= parameters.keys()
     for name, layer in tuning.layers.items():
-        assert torch.equal(layer.assignments, assignments[name])
-        assert torch.equal(layer.harden().assignments, assignments[name])
+        assert torch.equal(layer.integers, integers[name])
+        assert torch.equal(layer.harden().integers, integers[name])
 
 
-def test_a_restored_tuning_goes_on_bit_for_bit(clustered):
-    whole = new_tuning(clustered)
+def test_a_restored_tuning_goes_on_bit_for_bit(coarse):
+    whole = new_tuning(coarse)
     for _ in range(4):
         whole.advance()
     stored = {name: tensor.detach().clone() for name, tensor in whole.tensors().items()}
-    resumed = new_tuning(clustered)
+    resumed = new_tuning(coarse)
     resumed.restore(stored)
     for _ in range(7):  # past the end of the samples
         assert whole.advance() == resumed.advance()
@@ -174,8 +177,8 @@ def test_a_restored_tuning_goes_on_bit_for_bit(clustered):
         assert torch.equal(tensor, resumed.tensors()[name]), name
 
 
-def test_the_learning_rate_falls_from_its_start_to_nearly_nothing(clustered):
-    tuning = new_tuning(clustered)
+def test_the_learning_rate_falls_from_its_start_to_nearly_nothing(coarse):
+    tuning = new_tuning(coarse)
     rates = []
     for _ in range(10):
         tuning.advance()
@@ -184,15 +187,15 @@ def test_the_learning_rate_falls_from_its_start_to_nearly_nothing(clustered):
     assert rates[-1] < 0.05 * rates[0]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_tuning_before_it_spoils_anything(clustered):
-    tuning = new_tuning(clustered)
+def test_a_loss_that_is_not_a_number_stops_the_tuning_before_it_spoils_anything(coarse):
+    tuning = new_tuning(coarse)
     layer = next(iter(tuning.layers.values()))
     with torch.no_grad():
         layer.bias.fill_(torch.nan)
-    before = layer.codebook.detach().clone()
+    before = layer.row_gain.detach().clone()
     with pytest.raises(CalibrationDivergedError, match="in step 0: try another seed"):
         tuning.advance()
-    assert torch.equal(layer.codebook, before)
+    assert torch.equal(layer.row_gain, before)
 
 
 def test_the_file_holds_what_was_learned(tmp_path, pipeline):
@@ -204,4 +207,4 @@ def test_the_file_holds_what_was_learned(tmp_path, pipeline):
     for name, tensor in stored.items():
         assert torch.equal(tensor.to(values[name].dtype), values[name]), name
         if not name.endswith("to_k.bias"):  # it adds the same to all scores of a query, so it has nothing to learn
-            assert torch.equal(values[name], before[name]) is name.endswith("packed_assignments"), name
+            assert torch.equal(values[name], before[name]) is name.endswith(FIXED), name

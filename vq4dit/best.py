@@ -97,7 +97,8 @@ def _fit_layers(
             layer = _fitted_layer(job, name, linear)
             student.set_submodule(name, layer)
             bits_left, promised_left = bits_left - 8 * len(layer.coded_integers), promised_left - bits[name]
-        slowest = max(slowest, time.monotonic() - started)
+        if statistics is not None:
+            slowest = max(slowest, time.monotonic() - started)
         done += len(group.names)
         on_progress(Progress("fit", done, len(targets)))
     return student

@@ -126,7 +126,7 @@ def encode(
     Raises:
         ValueError: if an integer is larger than `LARGEST`.
     """
-    if integers.numel() and int(integers.abs().max()) > LARGEST:
+    if integers.numel() and not -LARGEST <= int(integers.min()) <= int(integers.max()) <= LARGEST:
         raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
     order, counts = _order(row_level, column_level)
     symbols = integers.flatten().cpu().numpy()[order].astype(np.int32) + GUARD
@@ -142,7 +142,7 @@ def encode(
 def decode(
     stream: UInt8[Tensor, " bytes"], row_level: UInt8[Tensor, " rows"], column_level: UInt8[Tensor, " columns"]
 ) -> Integer[Tensor, "rows columns"]:
-    """Undo `encode`; int16, on the device of the stream (the work is the CPU's, about 15 ns an integer).
+    """Undo `encode`; int16, on the device of the stream (the work is one core's, about 40 ns an integer).
 
     Raises:
         FormatError: if the stream does not end with its last integer, or ends before it.
