@@ -16,7 +16,6 @@ from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import NULL_CLASS, image_tokens
 
-
 FIXED = ("coded_integers", "row_level", "column_level")
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.coded_layers import EntropyCodedLinear, coded_layers
+from vq4dit.error_feedback import BEAM
 from vq4dit.inspection import promised_bits
 from vq4dit.job import Job, TimeBudget
-from vq4dit.layer_by_layer import calibration_walk, fit_layer, groups_in_turn, rate_curve
+from vq4dit.layer_by_layer import BEAM_OF_LARGE, calibration_walk, fit_layer, groups_in_turn, rate_curve
 from vq4dit.learning import learn
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.randomness import named_generator
@@ -27,7 +28,7 @@ from vq4dit.sensitivity import Sensitivities, output_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
 from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
-from vq4dit.zero_data import BlockCall
+from vq4dit.zero_data import BlockCall, is_large
 
 
 def quantize_best(
@@ -79,6 +80,7 @@ def _fit_layers(
     if not job.has("bits"):
         job.write("bits", _bits_of_layers(job, pipeline, targets, walk, sensitivities, lambda: on_progress(begun)))
     bits = {name: value.item() for name, value in job.read("bits").items()}
+    beam = BEAM_OF_LARGE if is_large(pipeline.transformer) else BEAM
     promised_left = bits_left = sum(bits.values())
     done, slowest = 0, 0.0
     for group in groups_in_turn(pipeline.transformer, student, walk, list(targets), sensitivities.steps):
@@ -92,7 +94,9 @@ def _fit_layers(
                         return None
                     statistics = group.statistics()
                 share = bits[name] * bits_left / promised_left  # layers before took a little too much or too little
-                quantized, bias = fit_layer(linear, statistics, sensitivities.outputs[name].to(linear.weight.device), share)
+                quantized, bias = fit_layer(
+                    linear, statistics, sensitivities.outputs[name].to(linear.weight.device), share, beam
+                )
                 job.write(f"layers/{name}", EntropyCodedLinear.from_integers(*quantized, bias).state_dict())
             layer = _fitted_layer(job, name, linear)
             student.set_submodule(name, layer)

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks
-from vq4dit.error_feedback import ErrorFeedback, QuantizedWeight, damp, quantize_weight
+from vq4dit.error_feedback import BEAM, ErrorFeedback, QuantizedWeight, damp, quantize_weight
 from vq4dit.rate_allocation import RateCurve
 from vq4dit.zero_data import BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
 
@@ -37,6 +37,7 @@ PREFIX_CORRECTION = 0.5  # α
 TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
 TOKENS_OF_LARGE = 20480  # the error is about a tenth higher, the walk three times shorter
 STEPS = 10  # denoising steps of the walk
+BEAM_OF_LARGE = 1  # roundings kept for each row: more would take ten times as long
 
 
 class InputStatistics(NamedTuple):
@@ -130,6 +131,7 @@ def fit_layer(
     statistics: InputStatistics,
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     bits: float,
+    beam: int = BEAM,
 ) -> tuple[QuantizedWeight, Float[Tensor, " rows"] | None]:
     """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none).
 
@@ -141,7 +143,7 @@ def fit_layer(
     moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
     correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
     corrected = weight + PREFIX_CORRECTION * correction
-    quantized = quantize_weight(corrected, moments, sensitivity, bits)
+    quantized = quantize_weight(corrected, moments, sensitivity, bits, beam=beam)
     if linear.bias is None:
         return quantized, None
     mean_error = weight @ statistics.teacher_mean - quantized.weight() @ statistics.student_mean

@@ -23,7 +23,6 @@ from vq4dit.config import CalibrationConfig, QuantizationSettings, Recipe
 from vq4dit.evaluation import peak_memory
 from vq4dit.inspection import inspect
 from vq4dit.job import Job
-from vq4dit.layers import VQLinear
 from vq4dit.loading import load_pipeline
 from vq4dit.progress import Progress
 from vq4dit.quantization import run
@@ -88,17 +87,17 @@ def main() -> None:
 
 
 def tune(model: Path, work: Path) -> None:
-    """The tuning of `best` alone, in this process; its job begins with the codewords of `kmeans` at 2 bits."""
+    """The tuning of `best` alone, in this process; its job begins with weights rounded to the nearest."""
     calibration = CalibrationConfig(tuning_steps=10, tuning_batch=TUNING_BATCH)
-    original, clustered = load_pipeline(str(model)), load_pipeline(str(work / "kmeans-2bit"))
+    original = load_pipeline(str(model))
     folder = work / "tuning.job"
     with Job.open(folder, QuantizationSettings(recipe="best", calibration=calibration), original, resume=True) as job:
-        for name, layer in clustered.transformer.named_modules():
-            if isinstance(layer, VQLinear):
-                piece = {"codebook": layer.codebook, "assignments": layer.assignments, "bias": layer.bias}
-                piece["row_scale"] = torch.ones(layer.out_features)
-                job.write(f"layers/{name}", {key: tensor.detach().clone() for key, tensor in piece.items()})
-        del clustered
+        for name, linear in check(original, job.settings).items():
+            weight = linear.weight.detach()
+            scale = weight.square().mean().sqrt().expand(linear.out_features)  # about 2 bits
+            integers = (weight / scale.unsqueeze(1)).round().short()
+            layer = EntropyCodedLinear.from_integers(integers, scale, torch.ones(linear.in_features), linear.bias)
+            job.write(f"layers/{name}", layer.state_dict())
         started = time.monotonic()
         save(run(job, original), work / "tuning-2bit", overwrite=True)
         seconds, peak = time.monotonic() - started, peak_memory(torch.device("cpu")) / 1e9
