@@ -55,7 +55,7 @@ def test_base_commit_bits_recipe_and_kept_layers_are_told(quantized_folder):
     card = model_card(quantized_folder, "ann/tiny", BASE)
     for words in (
         f"commit `{COMMIT}`",
-        "bits per weight: 2 (a codebook for each layer: 256 codewords of 4 weights in 14 layers)",
+        "bits per weight: 2 (256 codewords of 4 weights in 14 layers)",
         "recipe: `kmeans`, plain k-means",
         "14 linear layers are quantized",
         "`transformer_blocks.*.norm1.emb.timestep_embedder.linear_1` (2 layers): embedder",

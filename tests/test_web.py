@@ -113,7 +113,7 @@ def test_durations_and_sizes_are_for_people():
 def test_what_comes_from_outside_is_escaped(studio, visitor):
     trouble = parts.trouble(words.Trouble(NASTY, NASTY, NASTY, NASTY))
     log = parts.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
-    table = parts.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "relative_error": 0.1}])
+    table = parts.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
     chart = parts.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
     link = parts.copyable("x", parts.link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
     for html in (trouble, log, table, chart, link):

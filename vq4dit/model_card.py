@@ -125,7 +125,7 @@ def _metadata(base: Base, bits: int) -> str:
         copied["license_link"] = f"{constants.ENDPOINT}/{base.model}/blob/{base.revision or 'main'}/{link}"
     if base.model:
         copied |= {"base_model": base.model, "base_model_relation": "quantized"}
-    tags = ["vq4dit", "vector-quantization", f"{bits}-bit", "diffusion"]
+    tags = ["vq4dit", "quantization", f"{bits}-bit", "diffusion"]
     return ModelCardData(library_name="diffusers", tags=tags, **copied).to_yaml().strip()
 
 

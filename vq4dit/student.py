@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vq4dit.dit import equal_embedders, share_embedders
-from vq4dit.layers import VQLinear
+from vq4dit.layers import PackedLinear
 
 
 def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -27,7 +27,7 @@ def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.
 
 def round_rest(student: nn.Module, dtype: torch.dtype, but: Set[int] = frozenset()) -> None:
     """Give all that is not quantized, `but` the parameters of these ids, the values the file will hold, and freeze it."""
-    quantized = {id(p) for module in student.modules() if isinstance(module, VQLinear) for p in module.parameters()}
+    quantized = {id(p) for module in student.modules() if isinstance(module, PackedLinear) for p in module.parameters()}
     for p in student.parameters():
         if id(p) not in but and id(p) not in quantized and p.is_floating_point():
             p.requires_grad_(False)
