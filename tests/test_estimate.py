@@ -31,9 +31,9 @@ def test_calibration_costs_more_than_codebooks_and_steps_cost_seconds(card):
 
 
 def test_the_default_recipe_takes_here_about_what_is_said(card, monkeypatch):
-    """README: 408 s at 2 bits on one thread."""
+    """README: 381 s at 2 bits on one thread."""
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    assert 408 / 2 < cost(card, recipe="best").seconds < 408 * 2
+    assert 381 / 2 < cost(card, recipe="best").seconds < 381 * 2
 
 
 def test_a_large_model_is_not_tuned_on_a_cpu_unless_that_is_asked_for(card):

@@ -6,6 +6,7 @@ blindly; once the work runs, its own pace replaces them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 
 from vq4dit.config import QuantizationSettings
+from vq4dit.error_feedback import BLOCK_ROWS
 from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
 from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
@@ -32,9 +34,10 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 # Floating-point operations of calibration and tuning, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
-FIT_FACTOR = 6.0  # fitting layer by layer against clustering alone ...
-JOINT_FIT_FACTOR = 11.0  # ... and where outputs are fitted jointly
-WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, and second moments
+# Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
+SECONDS_PER_COLUMN = 2e-4
+ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
+WALK_OPERATIONS = 15  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
 SENSITIVITY_OPERATIONS = 10  # per weight and token: forward, forward and backward, products of gradients
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
@@ -82,7 +85,10 @@ def estimate(
         large = parameters >= LARGE
         walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
         felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
-        fitted = (FIT_FACTOR if large else JOINT_FIT_FACTOR) * stages.pop("cluster")
+        del stages["cluster"]
+        blocks = [1 if large else math.ceil(layer.rows / BLOCK_ROWS) for layer in prediction.layers]
+        calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
+        fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
         if calibration.tuning_steps:
             stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
