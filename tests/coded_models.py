@@ -43,3 +43,9 @@ def new_mixed_pipeline():
 def save_mixed(folder: Path) -> Path:
     vq4dit.save(new_mixed_pipeline(), folder)
     return folder
+
+
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, second_moments: torch.Tensor) -> float:
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ): the squared error of a layer's outputs over their power."""
+    error = weight - quantized
+    return (((error @ second_moments) * error).sum() / ((weight @ second_moments) * weight).sum()).item()

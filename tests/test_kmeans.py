@@ -75,29 +75,6 @@ def test_empty_codewords_move_to_the_worst_represented_subvectors(points):
     assert nearest_codewords(points, moved)[1].unique().tolist() == list(range(8))
 
 
-def test_weights_of_one_are_no_weights(points):
-    weighted = fit_codebook(points, 16, weights=torch.ones(400), generator=seeded(3))
-    assert torch.equal(weighted, fit_codebook(points, 16, generator=seeded(3)))
-
-
-def test_a_whole_weight_is_as_many_points(points, generator):
-    weights = torch.randint(1, 5, (400,), generator=generator)
-    distances, assignments = nearest_codewords(points, points[:8])
-    moved = move_codewords(points, assignments[:, 0], distances[:, 0], points[:8], weights.float())
-    repeated = [x.repeat_interleave(weights, dim=0) for x in (points, assignments[:, 0], distances[:, 0])]
-    torch.testing.assert_close(moved, move_codewords(*repeated, points[:8]))
-
-
-def test_what_counts_more_is_represented_better(points):
-    weights = torch.where(points[:, 0] > 0, 50.0, 1.0)
-
-    def weighted_inertia(codebook: torch.Tensor) -> float:
-        return (weights * nearest_codewords(points, codebook)[0][:, 0]).sum().item()
-
-    plain = fit_codebook(points, 16, generator=seeded(3))
-    assert weighted_inertia(fit_codebook(points, 16, weights=weights, generator=seeded(3))) < 0.9 * weighted_inertia(plain)
-
-
 def test_every_codeword_of_a_fit_is_used(points, generator):
     codebook = fit_codebook(points, 64, generator=generator)
     assert nearest_codewords(points, codebook)[1].unique().tolist() == list(range(64))

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from coded_models import output_error
 from conftest import new_pipeline, quick_settings
 from torch import nn
 
 from vq4dit import quantize
 from vq4dit.dit import find_targets
-from vq4dit.error_feedback import output_error
 from vq4dit.evaluation import noise_nmse
 from vq4dit.layer_by_layer import InputStatistics, _statistics, calibration_walk, fit_layer, groups_in_turn
 from vq4dit.zero_data import NULL_CLASS, teacher_steps

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only."
     )
     sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
-    sub.add_argument("--recipe", default="best", choices=RECIPES, help="best stores a scale per row (default: best)")
+    sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     _add_keep(sub)
 
     sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")

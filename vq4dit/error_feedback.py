@@ -214,14 +214,3 @@ def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Floa
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
     identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
     return second_moments + damping * diagonal * identity
-
-
-def output_error(
-    weight: Float[Tensor, "rows columns"],
-    quantized: Float[Tensor, "rows columns"],
-    second_moments: Float[Tensor, "columns columns"],
-) -> float:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ): the squared error of the layer's outputs over their power."""
-    error = weight.float() - quantized.float()
-    power = ((weight.float() @ second_moments) * weight.float()).sum()
-    return (((error @ second_moments) * error).sum() / power).item()

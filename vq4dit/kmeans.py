@@ -24,12 +24,9 @@ def fit_codebook(
     num_codewords: int,
     *,
     iterations: int = 15,
-    weights: Float[Tensor, " n"] | None = None,
     generator: torch.Generator,
 ) -> Float[Tensor, "{num_codewords} d"]:
     """Fit `num_codewords` codewords to the sub-vectors. Same generator state, same codebook.
-
-    With `weights` it minimises Σ_i weights_i || w_i - c(a_i) ||²: what counts more is represented better.
 
     Stops early when no assignment changes. A codeword that lost all its sub-vectors is moved to the sub-vector that is
     worst represented.
@@ -41,15 +38,13 @@ def fit_codebook(
         raise ValueError(f"{num_codewords} codewords need as many sub-vectors, got {len(subvectors)}")
     chosen = _random_part(len(subvectors), MAX_POINTS_PER_CODEWORD * num_codewords, generator).to(subvectors.device)
     points = subvectors[chosen].float()
-    if weights is not None:
-        weights = weights[chosen].float()
     codebook = seed_codebook(points, num_codewords, generator)
     previous = None
     for _ in range(iterations):
         distances, assignments = nearest_codewords(points, codebook)
         if previous is not None and torch.equal(assignments, previous):
             break
-        codebook = move_codewords(points, assignments[:, 0], distances[:, 0], codebook, weights)
+        codebook = move_codewords(points, assignments[:, 0], distances[:, 0], codebook)
         previous = assignments
     return codebook
 
@@ -79,13 +74,10 @@ def move_codewords(
     assignments: Integer[Tensor, " n"],
     distances: Float[Tensor, " n"],
     codebook: Float[Tensor, "k d"],
-    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "k d"]:
-    """Lloyd's update c(a) = (weighted) mean of the sub-vectors assigned to a; empty ones go where the error is largest."""
-    if weights is None:
-        weights = torch.ones(len(points), device=points.device)
-    sums = sum_by_codeword(points * weights.unsqueeze(1), assignments, len(codebook))
-    counts = sum_by_codeword(weights.unsqueeze(1), assignments, len(codebook))
+    """Lloyd's update c(a) = mean of the sub-vectors assigned to a; empty ones go where the error is largest."""
+    sums = sum_by_codeword(points, assignments, len(codebook))
+    counts = sum_by_codeword(torch.ones_like(points[:, :1]), assignments, len(codebook))
     moved = (sums / counts.clamp(min=torch.finfo(torch.float64).tiny)).float()
     empty = torch.nonzero(counts[:, 0] == 0)[:, 0]
     if len(empty):
