@@ -7,10 +7,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from hub_fixtures import ann, hub  # noqa: F401  fixtures
 
 import vq4dit
-from vq4dit import error_feedback, layer_by_layer, sensitivity
+from vq4dit import best, layer_by_layer, sensitivity
 
 layer_by_layer.TOKENS = sensitivity.TOKENS = 640  # two trajectories of the tiny model
-error_feedback.BEAM = 2
+best.BEAM = 2
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coded_models import new_coded, new_mixed_pipeline, save_mixed, separable_integers
+from conftest import new_pipeline, quick_settings
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -312,3 +313,13 @@ def test_a_third_version_is_refused(broken):
     path.write_text(json.dumps(config))
     with pytest.raises(vq4dit.FormatError, match="format version 3, this library reads up to 2: upgrade vq4dit"):
         load(broken)
+
+
+def test_best_writes_format_version_2_and_decodes_what_it_returns(tmp_path):
+    quantized = vq4dit.quantize(new_pipeline(), quick_settings(recipe="best", calibration={"tuning_steps": 2}))
+    assert all(layer.decoded_weight is not None for layer in packed_layers(quantized.transformer).values())
+    vq4dit.save(quantized, tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 2
+    names = load_file(tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").keys()
+    assert sum(name.endswith(".coded_integers") for name in names) == 14

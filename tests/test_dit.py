@@ -126,7 +126,7 @@ def test_a_pattern_that_matches_nothing_is_named(transformer):
 def test_layers_too_small_for_a_codebook_are_kept(transformer):
     targets, kept = find_targets(transformer, subvector_dim=4, num_codewords=512)  # attention: 1024 sub-vectors of 4
     assert list(targets) == in_both_blocks(["norm1.linear", "ff.net.0.proj", "ff.net.2"])
-    small = [layer.name for layer in kept if layer.reason == "too small to pay for a codebook"]
+    small = [layer.name for layer in kept if layer.reason == "too small to pay for its codebook or scales"]
     assert small == in_both_blocks(["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
 
 

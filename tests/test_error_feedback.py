@@ -7,7 +7,7 @@ import torch
 from coded_models import output_error
 
 from vq4dit import error_feedback
-from vq4dit.entropy_coding import coded_bits, estimate_levels
+from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
 from vq4dit.error_feedback import Correction, ErrorFeedback, damp, quantize_weight
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
@@ -179,3 +179,16 @@ def test_the_same_weight_gives_the_same_integers():
     weight, moments, coupling = problem(0)
     first, second = (quantize_weight(weight, moments, coupling, 2.0 * weight.numel()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("bits", [-200.0, 0.0])
+def test_where_no_bits_are_left_none_are_taken(bits):
+    weight, moments, coupling = problem(0)
+    assert taken(quantize_weight(weight, moments, coupling, bits).integers) < 0.05 * weight.numel()
+
+
+def test_a_weight_far_above_all_others_is_cut_off_where_the_code_ends():
+    weight, moments, _ = problem(0)
+    weight[3, 5] = 1e4
+    quantized = quantize_weight(weight, moments, torch.ones(48), 2.0 * weight.numel())
+    assert quantized.integers.abs().max() == LARGEST

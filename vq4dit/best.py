@@ -45,7 +45,9 @@ def quantize_best(
         if not _tune(job, pipeline, student, budget, on_progress):
             return None
         for name, layer in tunable.items():
-            student.set_submodule(name, layer.harden(targets[name].weight.dtype))
+            hard = layer.harden(targets[name].weight.dtype)
+            hard.decode(targets[name].weight.dtype)
+            student.set_submodule(name, hard)
         dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
         for name, p in student.named_parameters():  # those of hard layers but the bias are not in the original
             p.data = p.data.to(dtypes.get(name, p.dtype))
@@ -93,7 +95,8 @@ def _fit_layers(
                     if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
                         return None
                     statistics = group.statistics()
-                share = bits[name] * bits_left / promised_left  # layers before took a little too much or too little
+                # what the layers before took too much or too little is for the rest to make good
+                share = bits[name] * max(bits_left, 0) / max(promised_left, 1e-9)
                 quantized, bias = fit_layer(
                     linear, statistics, sensitivities.outputs[name].to(linear.weight.device), share, beam
                 )

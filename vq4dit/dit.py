@@ -111,7 +111,7 @@ def _reason_to_keep(
     if linear.in_features % subvector_dim:
         return f"{linear.in_features} inputs are not a multiple of {subvector_dim}"
     if linear.in_features * linear.out_features < MIN_SUBVECTORS_PER_CODEWORD * subvector_dim * num_codewords:
-        return "too small to pay for a codebook"
+        return "too small to pay for its codebook or scales"
     return None
 
 

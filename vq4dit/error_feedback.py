@@ -60,6 +60,8 @@ class Correction:
 
     def costs(self, block: int = 1) -> Float[Tensor, " n"]:
         """What an error of 1 in each element costs, in the metric's own order, if blocks are decided at a time."""
+        if block == 1:
+            return torch.empty_like(self.factor[0]).index_copy_(0, self.order, self.factor.diagonal() ** -2).float()
         costs = torch.empty(len(self.factor), dtype=torch.float64, device=self.factor.device)
         for start in range(0, len(self.factor), block):
             inverse = torch.linalg.inv(self.factor[start : start + block, start : start + block])
@@ -141,9 +143,9 @@ class ErrorFeedback:
             state = _Block(remaining[:, :, start:stop])
             for here, column in enumerate(range(start, stop)):
                 wanted = state.remaining[:, :, here] / (step := (row_scale * column_scale[column]).unsqueeze(1))
-                chosen = wanted.round()
+                chosen = wanted.round().clamp(-LARGEST, LARGEST)
                 if beam > 1:
-                    other = chosen + torch.where(wanted < chosen, -1.0, 1.0)
+                    other = (chosen + torch.where(wanted < chosen, -1.0, 1.0)).clamp(-LARGEST, LARGEST)
                     choices = torch.stack([chosen, other], dim=2)
                     costs = (
                         cost.unsqueeze(2) + ((wanted.unsqueeze(2) - choices) * (step / diagonal[column]).unsqueeze(2)).square()
@@ -151,7 +153,6 @@ class ErrorFeedback:
                     best = costs.flatten(1).topk(min(beam, costs.shape[1] * 2), dim=1, largest=False, sorted=False)
                     cost, chosen = best.values, choices.flatten(1).gather(1, best.indices)
                     state = state.descendants(best.indices // 2)
-                chosen = chosen.clamp(-LARGEST, LARGEST)
                 state.integers[:, :, here] = chosen
                 error = (state.remaining[:, :, here] - chosen * step) / diagonal[column]
                 state.errors[:, :, here] = error
@@ -202,6 +203,7 @@ def quantize_weight(
     weight = weight.float()
     feedback = ErrorFeedback(second_moments, sensitivity)
     curve = feedback.rate_curve(weight)
+    bits = max(bits, 0.0)
     row_scale, column_scale = feedback.scales(log_t_for([curve], bits))
     tried = feedback.round(weight, row_scale, column_scale, beam=1)
     taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()

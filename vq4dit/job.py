@@ -1,13 +1,16 @@
 """A job: a folder on disk with its settings and one file for every finished piece.
 
 Quantizing is long, and processes die: leases end, people press Ctrl-C, machines lose power. So every finished piece (a
-layer's codebook and candidates, a calibration checkpoint) is written at once, under a temporary name, flushed, and renamed:
-a file that is there is whole. Whoever opens the folder again goes on after the last piece and ends in the same bytes.
+layer's codebook and candidates or its integers, a calibration checkpoint) is written at once, under a temporary name, flushed,
+and renamed: a file that is there is whole. Whoever opens the folder again goes on after the last piece and ends in the same
+bytes.
 
     DIR.job/job.json                    settings and the fingerprint of the model's weights
     DIR.job/layers/NAME.safetensors     one clustered or fitted layer
     DIR.job/calibration.safetensors     `paper`: the newest checkpoint
     DIR.job/sensitivities.safetensors   `best`: how much errors in each layer's outputs matter
+    DIR.job/sensitivities-of-steps.safetensors  `best`: and in which denoising step, where no tokens are seen
+    DIR.job/bits.safetensors            `best`: how many bits each layer gets
     DIR.job/samples-N.safetensors       `best`: what tuning learns from, trajectories from number N on
     DIR.job/tuning.safetensors          `best`: the newest checkpoint
     DIR.job/lock                        held by the process that works on the job

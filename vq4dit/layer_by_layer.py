@@ -213,6 +213,8 @@ def _statistics(
     columns = student[0].shape[-1]
     shares = [_shares(x, None if step_weights is None else step_weights[step]) for step, x in enumerate(student)]
     total = torch.stack([share.sum() for share in shares]).sum()
+    if not total > 0:  # of these steps none counts
+        return _statistics(teacher, student)
     teacher_mean, student_mean = (
         (sum(share @ x.reshape(-1, columns).double() for share, x in zip(shares, steps, strict=True)) / total).float()
         for steps in (teacher, student)

@@ -1,7 +1,9 @@
-"""A quantized linear layer as it is used and saved: one codeword per sub-vector, packed to bytes.
+"""Quantized linear layers as they are used and saved: packed to bytes.
+
+Here is the vector-quantized one, a codeword per sub-vector; that of entropy-coded integers is in `vq4dit/coded_layers.py`.
 
 While it is being made a layer lives in other states, each a class of its own: *soft* while it is calibrated as in the paper
-(`vq4dit/soft_layers.py`), *tunable* once its assignments are fixed and all else learns (`vq4dit/tunable_layers.py`). Their
+(`vq4dit/soft_layers.py`), *tunable* once its integers are fixed and all else learns (`vq4dit/tunable_layers.py`). Their
 `harden()` leads here.
 
 A hard layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up

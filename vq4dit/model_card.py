@@ -202,13 +202,20 @@ def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str
         f"- seed: {quantization['seed']}",
     ]
     calibration = origin.settings.get("calibration", {})
-    if recipe != "kmeans" and calibration:
-        lines.append("- calibration: " + ", ".join(f"{key} {value}" for key, value in calibration.items()))
+    shown = {key: value for key, value in calibration.items() if _belongs(key, recipe)}
+    if shown:
+        lines.append("- calibration: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
     if origin.versions:
         lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in origin.versions.items()))
     else:
         lines.append("- versions and calibration settings: not recorded")
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _belongs(constant: str, recipe: str) -> bool:
+    """Whether a recipe reads this constant of `CalibrationConfig`."""
+    of_best = constant.startswith("tuning_")
+    return {"best": of_best or constant == "guidance_scale", "paper": not of_best}.get(recipe, False)
 
 
 def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:

@@ -117,8 +117,7 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
         for p in linear.parameters():
             if p.abs().max() > torch.finfo(torch.float16).max:
                 raise UnsupportedModelError(
-                    f"{name} has values above 65504, the largest that an fp16 codebook holds: leave it in 16 bit with "
-                    f"--keep {name}"
+                    f"{name} has values above 65504, the largest that fp16 holds: leave it in 16 bit with --keep {name}"
                 )
     return targets
 

@@ -25,8 +25,9 @@ class TunableLinear(nn.Module):
         self.row_gain = nn.Parameter(torch.ones_like(self.row_scale))
         self.column_gain = nn.Parameter(torch.ones_like(self.column_scale))
         self.bias = nn.Parameter(layer.bias.detach().float().clone()) if layer.bias is not None else None
-        self.register_buffer("integers", layer.integers)
-        self.register_buffer("scaled", layer.reconstruct(torch.float32))
+        integers = layer.integers  # decoded once: that takes longer than all else here
+        self.register_buffer("integers", integers)
+        self.register_buffer("scaled", integers * self.row_scale.unsqueeze(1) * self.column_scale)
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         output = F.linear(input.float() * self.column_gain, self.scaled) * self.row_gain

@@ -19,13 +19,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from process import run_vq4dit
 
+from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.config import CalibrationConfig, QuantizationSettings, Recipe
 from vq4dit.evaluation import peak_memory
 from vq4dit.inspection import inspect
 from vq4dit.job import Job
 from vq4dit.loading import load_pipeline
 from vq4dit.progress import Progress
-from vq4dit.quantization import run
+from vq4dit.quantization import check, run
 from vq4dit.saving import save
 
 TUNING_BATCH = 2

@@ -230,7 +230,7 @@ def layers_table(layers: Sequence[dict[str, Any]]) -> str:
         f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td>{layer["rows"]} × {layer["columns"]}</td>'
         f"<td>{layer['bits_per_weight']:.2f}</td>"
         f"<td>{layer['relative_error']:.4f}</td></tr>"
-        if "relative_error" in layer
+        if {"relative_error", "bits_per_weight"} <= layer.keys()
         else f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td colspan="3"></td></tr>'
         for layer in layers
     )
