@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from coded_models import new_coded, new_mixed_pipeline, save_mixed, separable_integers
 from conftest import new_pipeline, quick_settings
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from packed_layer_checks import check_compiled_equals_eager, check_decoding_changes_no_bit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -53,13 +52,7 @@ def test_forward_is_a_linear_with_scaled_integers(bias, x, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_decoding_changes_no_bit_of_the_output(dtype, x, generator):
     layer = new_coded(ROWS, COLUMNS, generator, dtype=dtype)
-    packed = layer(x.to(dtype))
-    layer.decode(dtype)
-    assert layer.decoded_weight.dtype == dtype
-    assert torch.equal(layer(x.to(dtype)), packed)
-    layer.drop_decoded()
-    assert layer.decoded_weight is None
-    assert torch.equal(layer(x.to(dtype)), packed)
+    check_decoding_changes_no_bit(layer, x.to(dtype))
 
 
 def test_no_order_of_the_factors_gives_another_weight(layer):
@@ -231,28 +224,7 @@ def test_the_layers_table_tells_both_kinds(pipeline, mixed_folder):
 
 
 def test_compiled_equals_eager_in_both_modes(mixed_folder):
-    """In a process of its own: the compiler cannot look through the type checks of the test run."""
-    program = f"""
-import torch, vq4dit
-from diffusers import DiTTransformer2DModel
-model = DiTTransformer2DModel.from_pretrained({str(mixed_folder)!r}, subfolder="transformer").eval()
-latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-inputs = dict(timestep=torch.tensor([5, 5]), class_labels=torch.tensor([0, 1000]))
-block = model.transformer_blocks[0].ff
-for mode in ("load", "forward"):
-    vq4dit.set_decode_mode(model, mode)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        if mode == "load":
-            torch.compile(block, fullgraph=True)(torch.ones(1, 2, 64))
-        eager = model(latents, **inputs).sample
-        compiled = torch.compile(model)(latents, **inputs).sample
-    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-    print(mode, "ok")
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert finished.stdout.split() == ["load", "ok", "forward", "ok"], finished.stderr
+    check_compiled_equals_eager(mixed_folder)
 
 
 # --- broken files ---

@@ -3,13 +3,11 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from packed_layer_checks import check_compiled_equals_eager
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -61,25 +59,7 @@ def test_the_mode_can_be_switched_after_loading(quantized_folder, one_step_input
 
 
 def test_compiled_equals_eager_in_both_modes(quantized_folder):
-    """In a process of its own: the compiler cannot look through the type checks of the test run."""
-    program = f"""
-import torch, vq4dit
-from diffusers import DiTTransformer2DModel
-model = DiTTransformer2DModel.from_pretrained({str(quantized_folder)!r}, subfolder="transformer").eval()
-latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-inputs = dict(timestep=torch.tensor([5, 5]), class_labels=torch.tensor([0, 1000]))
-for mode in ("load", "forward"):
-    vq4dit.set_decode_mode(model, mode)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        eager = model(latents, **inputs).sample
-        compiled = torch.compile(model)(latents, **inputs).sample
-    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-    print(mode, "ok")
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert finished.stdout.split() == ["load", "ok", "forward", "ok"], finished.stderr
+    check_compiled_equals_eager(quantized_folder)
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_layer_checks import check_decoding_changes_no_bit
 from torch import Tensor, nn
 
 from vq4dit import soft_layers
@@ -67,13 +68,7 @@ def test_forward_is_a_linear_with_looked_up_codewords(k, bias, row_scale, x, gen
 def test_decoding_changes_no_bit_of_the_output(dtype, row_scale, x, generator):
     layer = VQLinear.from_assignments(**new_parts(64, generator, bias=True, row_scale=row_scale))
     layer.bias.data = layer.bias.data.to(dtype)
-    packed = layer(x.to(dtype))
-    layer.decode(dtype)
-    assert layer.decoded_weight.dtype == dtype
-    assert torch.equal(layer(x.to(dtype)), packed)
-    layer.drop_decoded()
-    assert layer.decoded_weight is None
-    assert torch.equal(layer(x.to(dtype)), packed)
+    check_decoding_changes_no_bit(layer, x.to(dtype))
 
 
 def test_what_is_written_into_the_weight_is_used_and_noticed(x, generator):

@@ -2,8 +2,7 @@
 
 First how much an error in each layer's outputs matters (`vq4dit/sensitivity.py`), then how many bits each layer gets
 (`vq4dit/rate_allocation.py`), then one layer after the other (`vq4dit/layer_by_layer.py`), then the tuning of all that is not
-an integer (`vq4dit/tuning.py`). Each piece is on disk
-before the next begins.
+an integer (`vq4dit/tuning.py`). Each piece is on disk before the next begins.
 """
 
 from __future__ import annotations

@@ -73,10 +73,12 @@ def estimate(
     cores = torch.get_num_threads() if device == "cpu" else 1
     distances, operations = cores * DISTANCES_PER_SECOND[device], cores * OPERATIONS_PER_SECOND[device]
     weights = prediction.quantized_weights
-    codewords = settings.num_codewords
     subvectors = [layer.rows * layer.columns // settings.subvector_dim for layer in prediction.layers]
-    clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
-    stages = {"cluster": sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND}
+    stages: dict[str, float] = {}
+    if settings.recipe != "best":
+        codewords = settings.num_codewords
+        clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
+        stages["cluster"] = sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND
     memory = 8 * parameters  # the original and the result, in fp32
     disk = prediction.file_bytes + 8 * sum(subvectors)
     if settings.recipe == "best":
@@ -85,7 +87,6 @@ def estimate(
         large = parameters >= LARGE
         walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
         felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
-        del stages["cluster"]
         blocks = [1 if large else math.ceil(layer.rows / BLOCK_ROWS) for layer in prediction.layers]
         calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
