@@ -8,7 +8,7 @@ from coded_models import output_error
 
 from vq4dit import error_feedback
 from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
-from vq4dit.error_feedback import Correction, ErrorFeedback, damp, quantize_weight
+from vq4dit.error_feedback import Correction, ErrorFeedback, damp, damp_coupling, quantize_weight
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
@@ -33,7 +33,7 @@ def problem(seed: int, rows: int = 48, columns: int = 32) -> tuple[torch.Tensor,
 
 def joint_error(error: torch.Tensor, moments: torch.Tensor, coupling: torch.Tensor) -> float:
     """tr(B E H Eᵀ), damped as while quantizing."""
-    return ((damp(coupling, error_feedback.COUPLING_DAMPING) @ error @ damp(moments)) * error).sum().item()
+    return ((damp_coupling(coupling) @ error @ damp(moments)) * error).sum().item()
 
 
 def taken(integers: torch.Tensor) -> float:

@@ -60,6 +60,14 @@ def test_psnr_and_ssim_of_known_images():
     assert SamplePair(0, 0, black, grey).difference.max() == pytest.approx(0.4)
 
 
+def test_a_layer_of_zeros_has_no_error(pipeline):
+    name = "transformer_blocks.0.attn1.to_v"
+    pipeline.transformer.get_submodule(name).weight.data.zero_()
+    quantized = quantize(pipeline, QuantizationSettings(recipe="kmeans"))
+    errors = {row.name: row.relative_error for row in layer_errors(pipeline.transformer, quantized.transformer)}
+    assert errors[name] == 0
+
+
 def test_layer_errors_are_relative_squared_errors(pipeline):
     quantized = quantize(pipeline, QuantizationSettings(recipe="kmeans"))
     errors = layer_errors(pipeline.transformer, quantized.transformer)

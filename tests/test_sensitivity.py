@@ -52,18 +52,39 @@ def test_layers_without_tokens_know_how_much_each_step_counts(pipeline):
     assert found[LAYERS[0]].sum().item() == pytest.approx(1, rel=1e-5) and (found[LAYERS[0]] > 0).all()
 
 
-def test_layers_with_tokens_know_which_errors_add_up_the_others_and_those_of_large_models_only_which_matter(
-    pipeline, monkeypatch
-):
+def test_layers_know_which_errors_add_up_and_those_of_large_models_only_which_matter(pipeline, monkeypatch):
+    monkeypatch.setattr("vq4dit.sensitivity.PROBES", (1,))
     found = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).outputs
-    assert [found[name].ndim for name in LAYERS] == [1, 2, 2]
+    assert [found[name].ndim for name in LAYERS] == [2, 2, 2]
     torch.testing.assert_close(found[LAYERS[1]], found[LAYERS[1]].T)
     monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
     monkeypatch.setattr("vq4dit.sensitivity.TOKENS_OF_LARGE", sensitivity.TOKENS)
     large = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).outputs
     assert [large[name].ndim for name in LAYERS] == [1, 1, 1]
-    compared = [found[LAYERS[1]].diagonal() / found[LAYERS[0]].mean(), large[LAYERS[1]] / large[LAYERS[0]].mean()]
+    compared = [found[LAYERS[1]].diagonal() / found[LAYERS[0]].trace(), large[LAYERS[1]] / large[LAYERS[0]].sum()]
     torch.testing.assert_close(*compared)
+
+
+def test_several_probes_of_a_step_count_as_much_as_one(pipeline, monkeypatch):
+    found = []
+    for probes in ((1,), (8,)):
+        monkeypatch.setattr("vq4dit.sensitivity.PROBES", probes)
+        found.append(output_sensitivities(pipeline, LAYERS, 4.0, seeded()))
+    one, eight = ({name: matrix.trace() for name, matrix in one_or_eight.outputs.items()} for one_or_eight in found)
+    conditioning, tokens = LAYERS[:2]
+    assert (eight[conditioning] / eight[tokens] / (one[conditioning] / one[tokens])).item() == pytest.approx(1, rel=0.3)
+    torch.testing.assert_close(found[1].steps[conditioning], found[0].steps[conditioning], rtol=0.5, atol=0.05)
+
+
+def test_several_probes_tell_more_of_what_couples_rows(pipeline, monkeypatch):
+    """Two trajectories' gradients in ten steps span 20 directions at most, those of eight probes more."""
+    monkeypatch.setattr("vq4dit.sensitivity.TOKENS", 1)
+    ranks = []
+    for probes in ((1,), (8,)):
+        monkeypatch.setattr("vq4dit.sensitivity.PROBES", probes)
+        found = output_sensitivities(pipeline, LAYERS[:1], 4.0, seeded()).outputs[LAYERS[0]]
+        ranks.append(torch.linalg.matrix_rank(found.double(), rtol=1e-6).item())
+    assert ranks[0] <= 2 * sensitivity.STEPS < ranks[1]
 
 
 def test_outputs_that_are_read_as_one_are_coupled(pipeline):

@@ -20,7 +20,7 @@ from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
-from vq4dit.sensitivity import probe_outputs
+from vq4dit.sensitivity import Probe, probe_outputs
 from vq4dit.zero_data import num_trajectories_for
 
 TOKENS_TOGETHER = 2048  # whose activations are held for the backward pass
@@ -65,7 +65,7 @@ def layer_noise_errors(
     values = config.in_channels * config.sample_size**2
     seen = 0  # steps
 
-    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+    def add(name: str, inputs: Tensor, gradient: Tensor, _: Probe) -> None:
         weight, bias = changes[name]
         products = (gradient.float() * (inputs.float() @ weight.T + bias)).flatten(1).sum(1)
         with_class, without = products.chunk(2)

@@ -38,19 +38,22 @@ def quantize_best(
     if student is None:
         return None
     if job.settings.calibration.tuning_steps:
+        if not _record_samples(job, pipeline, budget, on_progress):
+            return None
         tunable = {name: TunableLinear(layer) for name, layer in coded_layers(student).items()}
         for name, layer in tunable.items():
             student.set_submodule(name, layer)
         if not _tune(job, pipeline, student, budget, on_progress):
             return None
         for name, layer in tunable.items():
-            hard = layer.harden(targets[name].weight.dtype)
-            hard.decode(targets[name].weight.dtype)
-            student.set_submodule(name, hard)
+            student.set_submodule(name, layer.harden(targets[name].weight.dtype))
         dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
         for name, p in student.named_parameters():  # those of hard layers but the bias are not in the original
             p.data = p.data.to(dtypes.get(name, p.dtype))
         round_rest(student, rest_dtype(pipeline.transformer))
+    for name, hard in coded_layers(student).items():
+        if hard.decoded_weight is None:
+            hard.decode(targets[name].weight.dtype)
     return student
 
 
@@ -79,7 +82,10 @@ def _fit_layers(
     generator = named_generator(settings.seed, "layer by layer")
     walk = calibration_walk(pipeline, guidance_scale, generator, lambda: on_progress(begun))
     if not job.has("bits"):
+        started = time.monotonic()
         job.write("bits", _bits_of_layers(job, pipeline, targets, walk, sensitivities, lambda: on_progress(begun)))
+        if not budget.allows(time.monotonic() - started):
+            return None
     bits = {name: value.item() for name, value in job.read("bits").items()}
     beam = BEAM_OF_LARGE if is_large(pipeline.transformer) else BEAM
     promised_left = bits_left = sum(bits.values())
@@ -101,6 +107,7 @@ def _fit_layers(
                 )
                 job.write(f"layers/{name}", EntropyCodedLinear.from_integers(*quantized, bias).state_dict())
             layer = _fitted_layer(job, name, linear)
+            layer.decode(linear.weight.dtype)
             student.set_submodule(name, layer)
             bits_left, promised_left = bits_left - 8 * len(layer.coded_integers), promised_left - bits[name]
         if statistics is not None:
@@ -134,28 +141,32 @@ def _bits_of_layers(
 
 def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
     piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
-    layer = EntropyCodedLinear.from_tensors(piece, linear.weight.dtype)
-    layer.decode(linear.weight.dtype)
-    return layer
+    return EntropyCodedLinear.from_tensors(piece, linear.weight.dtype)
 
 
-def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Run the tuning of `best` from its newest checkpoint to its end; False if time ran out."""
+def _record_samples(job: Job, pipeline: Any, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Walk the teacher for the tuning, one piece for each walk; False if time ran out."""
     config = job.settings.calibration
     begun = Progress("tune", 0, config.tuning_steps)  # a sign of life, and a moment to stop
-    pieces, slowest = [], 0.0
+    slowest = 0.0
     for first, count in walks(pipeline, config).items():
-        pieces.append(f"samples-{first}")
-        if job.has(pieces[-1]):
+        if job.has(f"samples-{first}"):
             continue
         if slowest and not budget.allows(2 * slowest):  # every slice makes at least one walk
             return False
         started = time.monotonic()
         generator = named_generator(job.settings.seed, f"tuning {first}" if first else "tuning")
-        job.write(pieces[-1], record_samples(pipeline, count, config.guidance_scale, generator, lambda: on_progress(begun)))
+        samples = record_samples(pipeline, count, config.guidance_scale, generator, lambda: on_progress(begun))
+        job.write(f"samples-{first}", samples)
         slowest = max(slowest, time.monotonic() - started)
+    return True
+
+
+def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Run the tuning from its newest checkpoint to its end; False if time ran out."""
+    config = job.settings.calibration
     device = next(student.parameters()).device
-    read = [job.read(piece) for piece in pieces]
+    read = [job.read(f"samples-{first}") for first in walks(pipeline, config)]
     samples = {name: torch.cat([part[name] for part in read]).to(device) for name in read[0]}
     with torch.enable_grad():
         tuning = Tuning(pipeline, student, samples, config, named_generator(job.settings.seed, "order of samples"))

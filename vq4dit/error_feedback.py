@@ -26,8 +26,8 @@ from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
 from vq4dit.rate_allocation import RateCurve, log_t_for
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
-COUPLING_DAMPING = 0.2  # the same of B, which is known from few latents
-LEAST_SENSITIVITY = 0.02  # the same where only B's diagonal is known
+COUPLING_DAMPING = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each of them costs
+LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
 BLOCK_COLUMNS = 64  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 BLOCK_ROWS = 16  # rows that are rounded side by side; they do not correct each other
 BEAM = 8  # roundings kept for each row
@@ -86,7 +86,7 @@ class ErrorFeedback:
         self.column_cost = self.columns.costs()
         self.rows: Correction | None = None
         if sensitivity.ndim == 2:
-            self.rows = Correction(damp(sensitivity, COUPLING_DAMPING))
+            self.rows = Correction(damp_coupling(sensitivity))
             self.row_cost = self.rows.costs(BLOCK_ROWS)
         else:
             self.row_cost = sensitivity + LEAST_SENSITIVITY * sensitivity.mean().clamp(min=1e-12)
@@ -216,3 +216,8 @@ def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Floa
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
     identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
     return second_moments + damping * diagonal * identity
+
+
+def damp_coupling(sensitivity: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """B + λ diag(B), and a little for rows that seem not to matter at all."""
+    return damp(sensitivity + COUPLING_DAMPING * torch.diag(sensitivity.diagonal()), LEAST_SENSITIVITY)

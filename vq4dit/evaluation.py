@@ -26,6 +26,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.job import write_atomically
+from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.zero_data import (
@@ -49,16 +50,20 @@ class LayerError:
     bits_per_weight: float  # of all its packed tensors but the bias
     relative_error: float
 
+    @classmethod
+    def of(cls, name: str, layer: PackedLinear, weight: Float[Tensor, "rows columns"]) -> LayerError:
+        """Compare a packed layer with the weight it was made from; a weight of zeros that stayed so has no error."""
+        power = weight.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        error = (weight - layer.reconstruct(torch.float32)).square().sum() / power
+        return cls(name, layer.out_features, layer.in_features, layer.bits_per_weight, error.item())
+
 
 def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     """The layers table of a quantized transformer, in order of execution."""
-    errors = []
-    for name, layer in packed_layers(quantized).items():
-        rows, columns = layer.out_features, layer.in_features
-        weight = original.get_parameter(f"{name}.weight").detach().float()
-        error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
-        errors.append(LayerError(name, rows, columns, layer.bits_per_weight, error.item()))
-    return errors
+    return [
+        LayerError.of(name, layer, original.get_parameter(f"{name}.weight").detach().float())
+        for name, layer in packed_layers(quantized).items()
+    ]
 
 
 @torch.no_grad()

@@ -61,4 +61,6 @@ def learn(
             job.write(piece, learning.tensors())
             written = time.monotonic()
             write_seconds = written - started
+    if learning.step > first_step:  # what comes after it can be stopped too
+        job.write(piece, learning.tensors())
     return True

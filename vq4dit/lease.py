@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.errors import HubError, VQ4DiTError
-from vq4dit.evaluation import layer_errors
+from vq4dit.evaluation import LayerError, layer_errors
 from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
 from vq4dit.layers import PackedLinear, VQLinear
@@ -181,7 +180,4 @@ def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
         layer = EntropyCodedLinear.from_tensors(piece)
     else:
         layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)
-    weight = linear.weight.detach().float().cpu()
-    error = (weight - layer.reconstruct(torch.float32)).square().sum() / weight.square().sum()
-    row = {"name": name, "rows": shape[0], "columns": shape[1]}
-    return row | {"bits_per_weight": layer.bits_per_weight, "relative_error": error.item()}
+    return asdict(LayerError.of(name, layer, linear.weight.detach().float().cpu()))

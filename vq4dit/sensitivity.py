@@ -6,11 +6,11 @@ If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance sc
 
 since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
 matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
-It takes many gradients to know the rest. Layers that see no tokens have one gradient for an image, not one for a token, and for
-large models a matrix for every layer would fill the memory: of those only the diagonal is kept.
+It takes many gradients to know the rest, and layers that see no tokens have one for an image, not one for a token. In most
+layers g² of the last denoising step is larger than that of all others together, so for them the last steps are probed with
+several v. Of large models, where a matrix for every layer would fill the memory, only the diagonal is kept.
 
-In most layers g² of the last denoising step is larger than that of all others together. Layers that see no tokens know by their
-inputs which step it is, so for them it is kept how g² changes from step to step.
+Layers that see no tokens know by their inputs which step it is, so for them it is kept how g² changes from step to step.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from vq4dit.zero_data import (
 TOKENS = 40960  # of the walk
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 STEPS = 10  # denoising steps of the walk
+PROBES = (1,) * 7 + (8,) * 3  # random v of each step
 
 
 class Sensitivities(NamedTuple):
@@ -58,13 +59,18 @@ def output_sensitivities(
     found: dict[str, Tensor] = {}
     steps: dict[str, list[Tensor]] = {}
 
-    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+    def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
-            halves = [half.float().square().mean() for half in gradient.chunk(2)]
-            steps.setdefault(name, []).append(torch.stack(halves))
+            halves = torch.stack([half.float().square().mean() for half in gradient.chunk(2)]) / probe.among
+            seen = steps.setdefault(name, [])
+            if probe.number == 0:
+                seen.append(torch.zeros_like(halves))
+            seen[-1] += halves
+        elif probe.number > 0:  # one probe tells enough: each of many tokens has a gradient
+            return
         rows = gradient.flatten(0, -2).float()
-        total = rows.square().sum(0) if large or gradient.ndim == 2 else rows.T @ rows
-        found[name] = found.get(name, 0) + total.double()
+        total = rows.square().sum(0) if large else rows.T @ rows
+        found[name] = found.get(name, 0) + total.double() / (probe.among if gradient.ndim == 2 else 1)
 
     probe_outputs(
         pipeline,
@@ -76,14 +82,22 @@ def output_sensitivities(
         guidance_scale=guidance_scale,
         compared_scales=GUIDANCE_SCALES,
         on_step=on_step,
+        probes=(1,) if large else PROBES,
     )
     return Sensitivities(_known(found), {name: _known_steps(torch.stack(values)) for name, values in steps.items()})
+
+
+class Probe(NamedTuple):
+    """Which of a step's random v a gradient belongs to."""
+
+    number: int
+    among: int
 
 
 def probe_outputs(
     pipeline: DiTPipeline,
     names: Sequence[str],
-    listen: Callable[[str, Tensor, Tensor], None],
+    listen: Callable[[str, Tensor, Tensor, Probe], None],
     generator: torch.Generator,
     *,
     num_trajectories: int,
@@ -91,20 +105,25 @@ def probe_outputs(
     guidance_scale: float,
     compared_scales: Sequence[float],
     on_step: Callable[[], None] = lambda: None,
+    probes: Sequence[int] = (1,),
 ) -> None:
-    """Walk the teacher and tell `listen` name, input x and output gradient g of the named linears, once for every step.
+    """Walk the teacher and tell `listen` name, input x and output gradient g of the named linears, for every v of every step.
 
     x and g are (rows, tokens, width), or (rows, width) without tokens, where rows are the trajectories with a class, then the
     same with none. g is that of Σ_s v_s·ε̂_s / rms(ε̂_s) over the `compared_scales`. Holds the activations of one step for its
     backward pass: about (tokens, 28 width) fp32 for every block, where tokens are those of the trajectories side by side. No
     gradient of a parameter is made or left. Calls `on_step` after each step.
+
+    Args:
+        probes: how many v each step has; further steps have as many as the last one named.
     """
     teacher = pipeline.transformer
+    probe = Probe(0, 1)
 
     def follow(name: str, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:  # nothing before it does: the graph begins here
             output.requires_grad_()
-        output.register_hook(lambda gradient: listen(name, inputs.detach(), gradient))
+        output.register_hook(lambda gradient: listen(name, inputs.detach(), gradient, probe))
 
     asked = [p for p in teacher.parameters() if p.requires_grad]
     handles = [
@@ -120,14 +139,19 @@ def probe_outputs(
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
     )
-    probes = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     try:
         for p in asked:
             p.requires_grad_(False)
-        for step in walk:
+        for number, step in enumerate(walk):
+            among = probes[min(number, len(probes) - 1)]
             with torch.enable_grad(), evaluating(teacher):
                 prediction = teacher(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-                _projected_noise(pipeline, prediction, step.latents, step.timesteps, compared_scales, probes).backward()
+                for probe in (Probe(which, among) for which in range(among)):
+                    projected = _projected_noise(
+                        pipeline, prediction, step.latents, step.timesteps, compared_scales, directions
+                    )
+                    projected.backward(retain_graph=probe.number + 1 < among)
             on_step()
     finally:
         walk.close()
@@ -163,7 +187,7 @@ def _projected_noise(
     latents: Tensor,
     timesteps: Tensor,
     scales: Sequence[float],
-    probes: torch.Generator,
+    directions: torch.Generator,
 ) -> Tensor:
     """Σ_s v_s · ε̂_s / rms(ε̂_s)."""
     half = len(latents) // 2
@@ -171,6 +195,6 @@ def _projected_noise(
     total = torch.zeros((), device=latents.device)
     for scale in scales:
         noise = predicted_noise(guide(prediction, scale, channels), latents[:half], timesteps[:half], scheduler).float()
-        v = torch.randn(noise.shape, generator=probes).to(noise.device)
+        v = torch.randn(noise.shape, generator=directions).to(noise.device)
         total = total + (v * noise).sum() / noise.detach().square().mean().sqrt().clamp(min=1e-12)
     return total
