@@ -36,7 +36,7 @@ def new_mixed_pipeline():
         if index % 3:
             transformer.set_submodule(name, new_coded(layer.out_features, layer.in_features, generator))
     shared = transformer.config.quantization_config.shared_embedders
-    attach(transformer, VQ4DiTConfig(format_version=2, shared_embedders=shared))
+    attach(transformer, VQ4DiTConfig(format_version=3, shared_embedders=shared))
     return quantized
 
 

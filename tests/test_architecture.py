@@ -17,8 +17,8 @@ LADDER = [
         "entropy_coding",
     },  # settings; one codebook; failures; what commands share
     {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers", "error_feedback"},  # the other kind of packed layer; its integers
-    {"packed_tensors"},  # what both have in a file
+    {"coded_layers"},  # the other kind of packed layer
+    {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",
         "diffusers_quantizer",
@@ -27,7 +27,6 @@ LADDER = [
         "saving",
         "learning",
         "soft_layers",
-        "tunable_layers",
     },  # what learns from what, save and load; a layer's states on its way
     {
         "calibration",

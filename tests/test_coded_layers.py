@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vq4dit
-from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.coded_layers import EntropyCodedLinear, nearest_step, step_size
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.evaluation import layer_errors
 from vq4dit.layers import VQLinear
 
 ROWS, COLUMNS = 12, 40
-PACKED = {"coded_integers", "row_scale", "column_scale", "row_level", "column_level"}
+PACKED = {"coded_integers", "side_models"}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn1.to_q"
 
@@ -42,10 +42,10 @@ def layer(generator) -> EntropyCodedLinear:
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_forward_is_a_linear_with_scaled_integers(bias, x, generator):
     integers, _ = separable_integers(ROWS, COLUMNS, generator)
-    row, column = (torch.rand(n, generator=generator).half().float() for n in (ROWS, COLUMNS))
+    row, column = (torch.exp2(torch.randint(-40, 9, (n,), generator=generator) / 8) for n in (ROWS, COLUMNS))
     values = torch.randn(ROWS, generator=generator).half().float() if bias else None
     layer = EntropyCodedLinear.from_integers(integers, row, column, values)
-    assert torch.equal(layer.integers, integers)
+    assert torch.equal(layer.unpack()[0], integers)
     torch.testing.assert_close(layer(x), F.linear(x, torch.diag(row) @ integers.float() @ torch.diag(column), values))
 
 
@@ -55,11 +55,13 @@ def test_decoding_changes_no_bit_of_the_output(dtype, x, generator):
     check_decoding_changes_no_bit(layer, x.to(dtype))
 
 
-def test_no_order_of_the_factors_gives_another_weight(layer):
-    """Two of three fit fp32 exactly, so only one product is ever rounded: README need not say in which order."""
-    z, r, c = layer.integers.float(), layer.row_scale.unsqueeze(1), layer.column_scale
-    for weight in ((z * r) * c, (z * c) * r, z * (r * c)):
-        assert torch.equal(layer.reconstruct(torch.float32), weight)
+def test_every_step_is_its_own_nearest_and_no_scale_is_further_than_a_sixteenth_octave_from_one(generator):
+    steps = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(nearest_step(step_size(steps)), steps)
+    assert step_size(steps)[128] == 1 and step_size(steps)[136] == 2
+    scales = torch.exp2(30 * torch.rand(1000, generator=generator) - 15)
+    assert (step_size(nearest_step(scales)) / scales).log2().abs().max() <= 1 / 16 + 1e-6
+    assert torch.equal(nearest_step(torch.tensor([0.0, 1e-30, 1e30])), torch.tensor([0, 0, 255], dtype=torch.uint8))
 
 
 def test_what_is_written_into_the_weight_is_used_and_noticed(layer, x, generator):
@@ -76,8 +78,9 @@ def test_numbers_are_rounded_to_fp16_so_that_saving_changes_nothing(generator):
     integers, _ = separable_integers(ROWS, COLUMNS, generator)
     row, column, bias = (torch.rand(n, generator=generator) for n in (ROWS, COLUMNS, ROWS))
     layer = EntropyCodedLinear.from_integers(integers, row, column, bias)
-    for kept, given in [(layer.row_scale, row), (layer.column_scale, column), (layer.bias, bias)]:
-        assert torch.equal(kept, given.half().float())
+    assert torch.equal(layer.bias, bias.half().float())
+    again = EntropyCodedLinear.from_integers(integers, *(step_size(nearest_step(scale)) for scale in (row, column)), layer.bias)
+    assert all(torch.equal(one, other) for one, other in zip(layer.parameters(), again.parameters(), strict=True))
 
 
 def test_casting_keeps_scales_and_bytes_exact(layer):
@@ -97,7 +100,7 @@ def test_only_packed_tensors_are_saved_and_make_the_layer_again(decoded, bias, x
         layer.decode(torch.float32)
     tensors = layer.state_dict()
     assert set(tensors) == PACKED | ({"bias"} if bias else set())
-    assert torch.equal(EntropyCodedLinear.from_tensors(tensors)(x), layer(x))
+    assert torch.equal(EntropyCodedLinear.from_tensors(tensors, (ROWS, COLUMNS))(x), layer(x))
 
 
 def test_a_packed_layer_is_a_linear_that_takes_no_gradients(layer):
@@ -106,7 +109,7 @@ def test_a_packed_layer_is_a_linear_that_takes_no_gradients(layer):
 
 
 def test_bits_per_weight_count_the_stream_and_its_sides(layer):
-    num_bytes = len(layer.coded_integers) + 3 * (ROWS + COLUMNS)
+    num_bytes = len(layer.coded_integers) + 8
     assert layer.bits_per_weight == pytest.approx(8 * num_bytes / (ROWS * COLUMNS))
 
 
@@ -160,15 +163,10 @@ def test_both_kinds_are_loaded_from_one_file_bit_by_bit(mixed_folder, one_step_i
 def test_the_file_holds_what_readme_says(mixed_folder):
     stored = load_file(mixed_folder / WEIGHTS)
     config = json.loads((mixed_folder / "transformer" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     name = next(key.removesuffix(".coded_integers") for key in stored if key.endswith(".coded_integers"))
     parts = {key.removeprefix(f"{name}."): tensor.dtype for key, tensor in stored.items() if key.startswith(f"{name}.")}
-    half, byte = torch.float16, torch.uint8
-    scales, levels = (
-        dict.fromkeys(["row_scale", "column_scale", "bias"], half),
-        dict.fromkeys(["row_level", "column_level"], byte),
-    )
-    assert parts == {"coded_integers": byte} | scales | levels
+    assert parts == dict.fromkeys(["coded_integers", "side_models"], torch.uint8) | {"bias": torch.float16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -245,30 +243,24 @@ def change_tensors(folder: Path, change) -> str:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("row_level"), "row_level is missing"),
-        (lambda t: t.pop("column_scale"), "column_scale is missing"),
+        (lambda t: t.pop("side_models"), "side_models is missing"),
         (lambda t: t.pop("coded_integers"), "is missing"),
-        (lambda t: t.update(row_scale=t["row_scale"][1:].clone()), "row_scale must have"),
-        (lambda t: t.update(column_level=t["column_level"].repeat(2)), "column_level must have"),
-        (lambda t: t.update(row_level=t["row_level"].half()), "must be of type U8, got F16"),
-        (lambda t: t.update(column_scale=t["column_scale"].to(torch.uint8)), "must be of type F16, got U8"),
+        (lambda t: t.update(side_models=t["side_models"][1:].clone()), "side_models must be 4 x 2"),
+        (lambda t: t.update(side_models=t["side_models"].half()), "must be of type U8, got F16"),
         (lambda t: t.update(coded_integers=t["coded_integers"][:-1].clone()), "whole 32-bit words"),
         (lambda t: t.update(coded_integers=t["coded_integers"].view(1, -1).clone()), "whole 32-bit words"),
         (lambda t: t.update(coded_integers=t["coded_integers"][:-4].clone()), "coded integers are damaged"),
-        (lambda t: t.update(row_level=t["row_level"] + 1), "coded integers are damaged"),
+        (lambda t: t.update(side_models=t["side_models"] + 1), "coded integers are damaged"),
     ],
     ids=[
-        "no row level",
-        "no column scale",
+        "no models",
         "no stream",
-        "few scales",
-        "levels",
-        "levels' type",
-        "scales' type",
+        "few models",
+        "models' type",
         "odd",
         "2-d",
         "short",
-        "level",
+        "models",
     ],
 )
 @pytest.mark.parametrize("mode", ["load", "forward"])
@@ -278,20 +270,24 @@ def test_a_coded_layer_that_does_not_fit_is_refused(broken, change, message, mod
         load(broken)
 
 
-def test_a_third_version_is_refused(broken):
+@pytest.mark.parametrize(
+    "version, message",
+    [(2, "format version 2 was a draft"), (4, "format version 4, this library reads up to 3: upgrade vq4dit")],
+)
+def test_other_versions_are_refused(broken, version, message):
     path = broken / "transformer" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = version
     path.write_text(json.dumps(config))
-    with pytest.raises(vq4dit.FormatError, match="format version 3, this library reads up to 2: upgrade vq4dit"):
+    with pytest.raises(vq4dit.FormatError, match=message):
         load(broken)
 
 
-def test_best_writes_format_version_2_and_decodes_what_it_returns(tmp_path):
+def test_best_writes_format_version_3_and_decodes_what_it_returns(tmp_path):
     quantized = vq4dit.quantize(new_pipeline(), quick_settings(recipe="best", calibration={"tuning_steps": 2}))
     assert all(layer.decoded_weight is not None for layer in packed_layers(quantized.transformer).values())
     vq4dit.save(quantized, tmp_path / "q")
     config = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["format_version"] == 2
+    assert config["quantization_config"]["format_version"] == 3
     names = load_file(tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").keys()
     assert sum(name.endswith(".coded_integers") for name in names) == 14

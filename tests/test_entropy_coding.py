@@ -15,6 +15,7 @@ from vq4dit.entropy_coding import (
     LEVEL_OF_ONE,
     LEVELS_PER_OCTAVE,
     UNIT,
+    Sides,
     _model,
     code_lengths,
     coded_bits,
@@ -26,12 +27,28 @@ from vq4dit.entropy_coding import (
 )
 from vq4dit.errors import FormatError
 
-GOLDEN = "8533b6c1069012471e000000"
-GOLDEN_DIGEST = "42d4102b6b276ff7fc254900ad8e8f755e48117a6f95e2da0e03326cef8877fc"
+GOLDEN = "8533b6c1dc0f82da6fec39f1ec8b4103"
+GOLDEN_MODELS = [[121, 30], [14, 40], [121, 33], [18, 50]]
+GOLDEN_DIGEST = "6dca4800b68eb091883fb3bc52ccae1f3de4e7f418d2746c1ddb2c7475855f4e"
 
 
 def levels(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.uint8)
+
+
+def with_levels(row: torch.Tensor, column: torch.Tensor) -> Sides:
+    """Sides of these levels, and of steps that differ."""
+    return Sides(*(side for level in (row, column) for side in ((120 + torch.arange(len(level)) % 17).to(torch.uint8), level)))
+
+
+def check_round_trip(integers: torch.Tensor, sides: Sides) -> None:
+    found, found_sides = decode(*encode(integers, sides), *integers.shape)
+    assert torch.equal(found, integers) and found.dtype == torch.int16
+    assert all(torch.equal(one, other) for one, other in zip(found_sides, sides, strict=True))
+
+
+def num_bytes(integers: torch.Tensor, sides: Sides) -> int:
+    return len(encode(integers, sides)[0])
 
 
 def ideal_bits(integers: torch.Tensor, spread: torch.Tensor) -> float:
@@ -46,11 +63,10 @@ def ideal_bits(integers: torch.Tensor, spread: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (8, 24), (256, 96)], ids=str)
 def test_integers_come_back(shape, generator):
     integers, _ = separable_integers(*shape, generator)
-    sides = estimate_levels(integers)
-    stream = encode(integers, *sides)
-    assert stream.dtype == torch.uint8 and len(stream) % 4 == 0
-    assert torch.equal(decode(stream, *sides), integers)
-    assert decode(stream, *sides).dtype == torch.int16
+    sides = with_levels(*estimate_levels(integers))
+    stream, models = encode(integers, sides)
+    assert stream.dtype == torch.uint8 and len(stream) % 4 == 0 and models.shape == (4, 2)
+    check_round_trip(integers, sides)
 
 
 @pytest.mark.parametrize("level", [0, LEAST_LEVEL, 20, LEVEL_OF_ONE, 50, GREATEST_LEVEL, 100, 255])
@@ -58,20 +74,27 @@ def test_any_integers_come_back_at_any_level(level, generator):
     """However unlikely they are: a level only says what is short."""
     integers = torch.randint(-LARGEST, LARGEST + 1, (6, 10), generator=generator).short()
     integers[0, :4] = torch.tensor([LARGEST, -LARGEST, 0, 1])
-    sides = torch.full((6,), level, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
-    assert torch.equal(decode(encode(integers, *sides), *sides), integers)
+    check_round_trip(integers, with_levels(torch.full((6,), level, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)))
+
+
+def test_any_sides_come_back(generator):
+    """However far from their median they are."""
+    sides = Sides(*(torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in (6, 6, 10, 10)))
+    sides.row_step[:2], sides.column_level[:2] = torch.tensor([0, 255]).byte(), torch.tensor([255, 0]).byte()
+    check_round_trip(torch.randint(-3, 4, (6, 10), generator=generator).short(), sides)
 
 
 @pytest.mark.parametrize("value", [0, 1, -1, LARGEST, -LARGEST])
 def test_integers_that_are_all_the_same_come_back(value):
     integers = torch.full((5, 12), value, dtype=torch.int16)
-    sides = estimate_levels(integers)
-    assert torch.equal(decode(encode(integers, *sides), *sides), integers)
+    check_round_trip(integers, with_levels(*estimate_levels(integers)))
 
 
 def test_zeros_cost_nearly_nothing():
     integers = torch.zeros(256, 512, dtype=torch.int16)
-    assert len(encode(integers, *estimate_levels(integers))) < 256 * 512 / 8 / 1000
+    sides = Sides(*(torch.full((n,), 128, dtype=torch.uint8) for n in (256, 256, 512, 512)))
+    row, column = estimate_levels(integers)
+    assert num_bytes(integers, sides._replace(row_level=row, column_level=column)) < 256 * 512 / 8 / 1000
 
 
 @pytest.mark.parametrize("value", [LARGEST + 1, -LARGEST - 1, 32767, -32768])
@@ -79,19 +102,19 @@ def test_larger_integers_are_refused(value):
     integers = torch.zeros(2, 3, dtype=torch.int16)
     integers[1, 2] = value
     with pytest.raises(ValueError, match=r"must lie in \[-1022, 1022\]"):
-        encode(integers, levels(16, 16), levels(16, 16, 16))
+        encode(integers, with_levels(levels(16, 16), levels(16, 16, 16)))
 
 
 def test_default_devices_and_inference_leave_no_trace(generator):
     """Probabilities are made once in a process, wherever that happens."""
     integers, _ = separable_integers(8, 16, generator)
-    sides = estimate_levels(integers)
+    sides = with_levels(*estimate_levels(integers))
     for make in (probabilities, code_lengths, expected_bits, _model):
         make.cache_clear()
     with torch.device("meta"), torch.inference_mode():
-        assert torch.equal(decode(encode(integers, *sides), *sides), integers)
-    assert torch.equal(decode(encode(integers, *sides), *sides), integers)
-    assert [side.tolist() for side in estimate_levels(integers)] == [side.tolist() for side in sides]
+        check_round_trip(integers, sides)
+    check_round_trip(integers, sides)
+    assert [side.tolist() for side in estimate_levels(integers)] == [side.tolist() for side in (sides[1], sides[3])]
 
 
 # --- as short as it should be ---
@@ -100,15 +123,20 @@ def test_default_devices_and_inference_leave_no_trace(generator):
 @pytest.mark.parametrize("shape", [(64, 256), (384, 128)], ids=str)
 def test_a_stream_is_as_long_as_its_integers_are_surprising(shape, generator):
     integers, spread = separable_integers(*shape, generator)
-    length = 8 * len(encode(integers, *estimate_levels(integers)))
-    assert length <= 1.01 * ideal_bits(integers, spread) + 64
+    sides = with_levels(*estimate_levels(integers))
+    length = 8 * num_bytes(integers, sides)
+    assert length <= 1.01 * ideal_bits(integers, spread) + 64 + 12 * sum(shape)
+    uniform = Sides(*(side.clone().fill_(128) for side in (*sides[:2], *sides[2:])))
+    alone = 8 * num_bytes(torch.zeros_like(integers), sides) - 8 * num_bytes(torch.zeros_like(integers), uniform)
+    assert alone < 12 * sum(shape)  # two numbers of eight bits each, in less
 
 
 def test_coded_bits_tell_the_length_of_the_stream(generator):
+    """What is beyond that of zeros with the same sides."""
     integers, _ = separable_integers(96, 128, generator)
-    sides = estimate_levels(integers)
-    told = coded_bits(integers, *sides).sum(dtype=torch.float64).item()
-    assert told <= 8 * len(encode(integers, *sides)) <= told * 1.001 + 64
+    sides, zeros = with_levels(*(levels := estimate_levels(integers))), torch.zeros_like(integers)
+    told = (coded_bits(integers, *levels) - coded_bits(zeros, *levels)).sum(dtype=torch.float64).item()
+    assert 8 * (num_bytes(integers, sides) - num_bytes(zeros, sides)) == pytest.approx(told, rel=1e-3, abs=64)
 
 
 def test_estimated_levels_are_about_the_best_there_are(generator):
@@ -164,13 +192,15 @@ def golden_integers() -> torch.Tensor:
 
 def test_bytes_never_change():
     integers = torch.tensor([[0, 1, -1, 2], [5, -7, 0, 1022], [0, 0, -3, -1022]], dtype=torch.int16)
-    sides = levels(10, 20, 14), levels(18, 22, 16, 60)
-    assert encode(integers, *sides).numpy().tobytes().hex() == GOLDEN
-    assert torch.equal(decode(torch.frombuffer(bytearray.fromhex(GOLDEN), dtype=torch.uint8), *sides), integers)
-    sides = levels(*range(64)), levels(*range(8, 56))
-    stream = encode(golden_integers(), *sides)
-    assert hashlib.sha256(stream.numpy().tobytes()).hexdigest() == GOLDEN_DIGEST
-    assert torch.equal(decode(stream, *sides), golden_integers())
+    sides = with_levels(levels(10, 20, 14), levels(18, 22, 16, 60))
+    stream, models = encode(integers, sides)
+    assert stream.numpy().tobytes().hex() == GOLDEN and models.tolist() == GOLDEN_MODELS
+    golden = torch.frombuffer(bytearray.fromhex(GOLDEN), dtype=torch.uint8)
+    assert torch.equal(decode(golden, torch.tensor(GOLDEN_MODELS, dtype=torch.uint8), 3, 4)[0], integers)
+    sides = with_levels(levels(*range(64)), levels(*range(8, 56)))
+    stream, models = encode(golden_integers(), sides)
+    assert hashlib.sha256(stream.numpy().tobytes() + models.numpy().tobytes()).hexdigest() == GOLDEN_DIGEST
+    check_round_trip(golden_integers(), sides)
 
 
 # --- damage ---
@@ -179,8 +209,7 @@ def test_bytes_never_change():
 @pytest.fixture
 def coded(generator):
     integers, _ = separable_integers(64, 96, generator)
-    sides = estimate_levels(integers)
-    return encode(integers, *sides), sides
+    return encode(integers, with_levels(*estimate_levels(integers)))
 
 
 @pytest.mark.parametrize(
@@ -201,26 +230,35 @@ def coded(generator):
     ids=["end", "start", "half", "all", "a byte", "more", "more before", "zeros behind", "zeros", "ones", "backwards"],
 )
 def test_a_damaged_stream_is_refused(coded, damage):
-    stream, sides = coded
+    stream, models = coded
     with pytest.raises(FormatError, match="the coded integers are damaged"):
-        decode(damage(stream), *sides)
+        decode(damage(stream), models, 64, 96)
 
 
 def test_nearly_every_changed_bit_is_noticed(coded, generator):
     """Of those in the words read first; a stream has no checksum, and a change near its end changes little."""
-    stream, sides = coded
+    stream, models = coded
     noticed = 0
     for _ in range(100):
         changed, place = stream.clone(), torch.randint(len(stream) // 2, len(stream), (1,), generator=generator)
         changed[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
         try:
-            decode(changed, *sides)
+            decode(changed, models, 64, 96)
         except FormatError:
             noticed += 1
     assert noticed >= 90
 
 
-def test_other_levels_do_not_decode_it(coded):
-    stream, (row, column) = coded
-    with pytest.raises(FormatError):
-        decode(stream, row + 1, column)
+@pytest.mark.parametrize("kind, what", [(0, 1), (1, 0), (1, 1), (2, 1), (3, 0), (3, 1)])
+def test_other_models_of_sides_do_not_decode_it(coded, kind, what):
+    """Another centre of steps does: it is only another size of the weight."""
+    stream, models = coded
+    models[kind, what] += 90
+    with pytest.raises(FormatError, match="the coded integers are damaged"):
+        decode(stream, models, 64, 96)
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 95), (64, 97), (63, 96), (96, 64)])
+def test_other_shapes_do_not_decode_it(coded, rows, columns):
+    with pytest.raises(FormatError, match="the coded integers are damaged"):
+        decode(*coded, rows, columns)

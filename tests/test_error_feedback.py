@@ -7,6 +7,7 @@ import torch
 from coded_models import output_error
 
 from vq4dit import error_feedback
+from vq4dit.coded_layers import nearest_step, step_size
 from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
 from vq4dit.error_feedback import Correction, ErrorFeedback, damp, damp_coupling, quantize_weight
 
@@ -134,7 +135,9 @@ def test_rows_that_matter_more_are_kept_better_and_take_more_bits():
 def test_the_promised_bits_are_taken(seed, bits):
     weight, moments, coupling = problem(seed, rows=128, columns=96)
     quantized = quantize_weight(weight, moments, coupling, bits * weight.numel())
-    assert taken(quantized.integers) / weight.numel() == pytest.approx(bits, abs=0.04)
+    assert taken(quantized.integers) / weight.numel() == pytest.approx(
+        bits, abs=0.05
+    )  # sizes of steps come in eighths of an octave
 
 
 def test_another_bit_for_each_weight_divides_the_error_by_four():
@@ -146,11 +149,12 @@ def test_another_bit_for_each_weight_divides_the_error_by_four():
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
 
 
-def test_scales_are_of_a_size_that_fp16_holds():
+def test_scales_are_of_a_size_that_a_file_can_tell():
     weight, moments, coupling = problem(0)
     for factor in (1e-6, 1.0, 1e6):
         quantized = quantize_weight(weight, moments * factor, coupling / factor, 3.0 * weight.numel())
-        assert torch.equal(quantized.row_scale, quantized.row_scale.half().float())
+        for scale in (quantized.row_scale, quantized.column_scale):
+            assert torch.equal(scale, step_size(nearest_step(scale))) and 2**-15 < scale.min() <= scale.max() < 2**15
         assert output_error(weight, quantized.weight(), moments) < 0.02
 
 

@@ -1,4 +1,4 @@
-"""Format versions 1 and 2: files made once load for ever, and need nothing but numpy and safetensors to be read."""
+"""Format versions 1 and 3: files made once load for ever, and need nothing but numpy and safetensors to be read."""
 
 import hashlib
 from functools import cache
@@ -16,7 +16,7 @@ from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.layers import VQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
-GOLDEN_CODED = GOLDEN.with_name("v2.safetensors")
+GOLDEN_CODED = GOLDEN.with_name("v3.safetensors")
 GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
@@ -43,10 +43,8 @@ def starts(level: int) -> np.ndarray:
     return np.append(below * (2**24 - 2047) // 2**24 + np.arange(2047), 2**24)
 
 
-def decode_coded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """The same for layers of coded integers, of format version 2."""
-    row_level, column_level = (tensors[f"{name}.{side}_level"].astype(int) for side in ("row", "column"))
-    levels = np.clip(row_level[:, None] + column_level, 12, 68)
+def decode_coded(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
+    """The same for layers of coded integers, of format version 3."""
     words = tensors[f"{name}.coded_integers"].view("<u4").tolist()
     assert words and words[-1] != 0
     state = 0
@@ -56,19 +54,29 @@ def decode_coded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
         if state < 2**32 and words:
             state = state * 2**32 + words.pop()
 
-    fill()
-    fill()
-    integers = np.empty(levels.shape)
-    for place in np.argsort(levels.flatten(), kind="stable"):
-        c = starts(int(levels.flat[place]))
+    def read(level: int) -> int:
+        nonlocal state
+        c = starts(level)
         q = state % 2**24
         s = int(np.searchsorted(c, q, side="right")) - 1
-        integers.flat[place] = s - 1023
         state = (state >> 24) * int(c[s + 1] - c[s]) + q - int(c[s])
         fill()
+        return s - 1023
+
+    fill()
+    fill()
+    models = tensors[f"{name}.side_models"].tolist()
+    lengths = (rows, rows, columns, columns)
+    row_step, row_level, column_step, column_level = (
+        np.array([centre + read(level) for _ in range(length)]) for (centre, level), length in zip(models, lengths, strict=True)
+    )
+    levels = np.clip(row_level[:, None] + column_level, 12, 68)
+    integers = np.empty(levels.shape)
+    for place in np.argsort(levels.flatten(), kind="stable"):
+        integers.flat[place] = read(int(levels.flat[place]))
     assert not words and state == 0 and integers.min() > -1023
-    row, column = (tensors[f"{name}.{side}_scale"].astype(np.float32) for side in ("row", "column"))
-    return row[:, None] * integers.astype(np.float32) * column
+    row, column = (np.exp2((step - 128) / 8).astype(np.float32) for step in (row_step, column_step))
+    return (integers.astype(np.float32) * row[:, None]) * column
 
 
 def golden_layers() -> dict[str, VQLinear]:
@@ -142,7 +150,7 @@ def test_a_file_of_both_kinds_is_read_by_its_description(tmp_path):
     assert len(coded) == 9 and len(layers) == 14
     for name in [*coded[:3], *(layers.keys() - coded)]:
         wanted, shape = layers[name].reconstruct(torch.float32).numpy(), (layers[name].out_features, layers[name].in_features)
-        found = decode_coded(tensors, name) if name in coded else decode(tensors, name, *shape)
+        found = decode_coded(tensors, name, *shape) if name in coded else decode(tensors, name, *shape)
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -152,17 +160,17 @@ def test_streams_of_any_length_are_read_by_their_description(shape, generator):
     for _ in range(10):
         layer = new_coded(*shape, generator)
         tensors = {f"layer.{name}": tensor.numpy() for name, tensor in layer.state_dict().items()}
-        np.testing.assert_array_equal(decode_coded(tensors, "layer"), layer.reconstruct(torch.float32).numpy())
+        np.testing.assert_array_equal(decode_coded(tensors, "layer", *shape), layer.reconstruct(torch.float32).numpy())
 
 
 def test_a_golden_file_of_coded_integers_is_read_for_ever():
     tensors, digest = load_file(GOLDEN_CODED), hashlib.sha256()
     for name in ("plain", "extreme", "zeros"):
         parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
-        found = EntropyCodedLinear.from_tensors(parts).reconstruct(torch.float32).numpy()
-        np.testing.assert_array_equal(found, decode_coded(tensors, name))
+        found = EntropyCodedLinear.from_tensors(parts, (16, 24)).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, decode_coded(tensors, name, 16, 24))
         digest.update(found.tobytes())
-    assert digest.hexdigest() == "4de593a8c4b49187ec9eebd2cdb3063cf56e98b7c6368aab546f611b4476633a"
+    assert digest.hexdigest() == "d20da7376ebcf68cbbf59c38a0c7673450753f9fd7d8873dabe063df98a55df0"
 
 
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])

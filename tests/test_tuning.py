@@ -8,15 +8,14 @@ from conftest import new_pipeline, quick_settings
 from safetensors.torch import load_file
 
 from vq4dit import CalibrationConfig, CalibrationDivergedError, quantize, save
-from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.coded_layers import EntropyCodedLinear, coded_layers
 from vq4dit.dit import find_targets
 from vq4dit.job import Job
 from vq4dit.quantization import run
-from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import NULL_CLASS, image_tokens
 
-FIXED = ("coded_integers", "row_level", "column_level")
+FIXED = ("coded_integers", "side_models")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -38,7 +37,9 @@ def coarse():
     pipeline = new_pipeline()
     transformer = copy.deepcopy(pipeline.transformer)
     for name, linear in find_targets(transformer, 4, 256)[0].items():
-        transformer.set_submodule(name, TunableLinear(rounded(linear)))
+        layer = rounded(linear)
+        layer.decode(torch.float32)
+        transformer.set_submodule(name, layer)
     return pipeline, transformer
 
 
@@ -65,31 +66,16 @@ def a_layer(generator: torch.Generator) -> EntropyCodedLinear:
     return EntropyCodedLinear.from_integers(integers, *scales, torch.randn(6, generator=generator))
 
 
-def test_a_tunable_layer_answers_like_the_hard_one(generator):
-    layer, inputs = a_layer(generator), torch.randn(3, 8, generator=generator)
-    torch.testing.assert_close(TunableLinear(layer)(inputs), layer(inputs))
-
-
-def test_hardening_a_layer_that_learned_nothing_gives_it_back(generator):
-    layer = a_layer(generator)
-    again = TunableLinear(layer).harden()
-    assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), again.state_dict().values(), strict=True))
-
-
 def test_a_hardened_layer_holds_what_was_learned_rounded_to_16_bit(generator):
-    tunable = TunableLinear(layer := a_layer(generator))
-    with torch.no_grad():
-        for p in tunable.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    hard = tunable.harden()
-    scales = [
-        (scale * gain).half().float()
-        for scale, gain in ((layer.row_scale, tunable.row_gain), (layer.column_scale, tunable.column_gain))
-    ]
-    assert torch.equal(hard.reconstruct(torch.float32), layer.integers * scales[0].unsqueeze(1) * scales[1])
-    assert torch.equal(hard.bias, tunable.bias.half().float())
-    inputs = torch.randn(3, 8, generator=generator)
-    torch.testing.assert_close(hard(inputs), tunable(inputs), rtol=1e-2, atol=1e-2)
+    layer = a_layer(generator)
+    weight = layer.reconstruct(torch.float32)
+    learned = layer.bias.detach() + 0.1 * torch.randn(6, generator=generator)
+    layer.bias = torch.nn.Parameter(learned)
+    layer.harden(torch.float32)
+    assert torch.equal(layer.bias, learned.half().float()) and not layer.bias.requires_grad
+    assert torch.equal(layer.decoded_weight, weight)
+    layer.harden(torch.bfloat16)
+    assert layer.bias.dtype == layer.decoded_weight.dtype == torch.bfloat16
 
 
 def test_samples_are_steps_of_the_teacher_with_its_own_answers(coarse):
@@ -153,14 +139,14 @@ def test_tuning_lowers_the_loss_on_its_samples(coarse):
 def test_everything_learns_but_the_integers(coarse):
     tuning = new_tuning(coarse)
     parameters = {name: p.detach().clone() for name, p in tuning.student.named_parameters()}
-    integers = {name: layer.integers.clone() for name, layer in tuning.layers.items()}
+    weights = {name: layer.decoded_weight.clone() for name, layer in coded_layers(tuning.student).items()}
     for _ in range(3):
         tuning.advance()
     still = {name for name, p in tuning.student.named_parameters() if torch.equal(p, parameters[name])}
-    assert not still and {"proj_out_2.weight", "transformer_blocks.0.attn1.to_q.row_gain"} <= parameters.keys()
-    for name, layer in tuning.layers.items():
-        assert torch.equal(layer.integers, integers[name])
-        assert torch.equal(layer.harden().integers, integers[name])
+    assert still and all(name.endswith(FIXED) for name in still)
+    assert {"proj_out_2.weight", "transformer_blocks.0.attn1.to_q.bias"} <= parameters.keys() - still
+    for name, layer in coded_layers(tuning.student).items():
+        assert torch.equal(layer.decoded_weight, weights[name]) and not layer.is_changed
 
 
 def test_a_restored_tuning_goes_on_bit_for_bit(coarse):
@@ -188,13 +174,13 @@ def test_the_learning_rate_falls_from_its_start_to_nearly_nothing(coarse):
 
 def test_a_loss_that_is_not_a_number_stops_the_tuning_before_it_spoils_anything(coarse):
     tuning = new_tuning(coarse)
-    layer = next(iter(tuning.layers.values()))
+    first, second, *_ = coded_layers(tuning.student).values()
     with torch.no_grad():
-        layer.bias.fill_(torch.nan)
-    before = layer.row_gain.detach().clone()
+        first.bias.fill_(torch.nan)
+    before = second.bias.detach().clone()
     with pytest.raises(CalibrationDivergedError, match="in step 0: try another seed"):
         tuning.advance()
-    assert torch.equal(layer.row_gain, before)
+    assert torch.equal(second.bias, before)
 
 
 def test_the_file_holds_what_was_learned(tmp_path, pipeline):

@@ -25,7 +25,6 @@ from vq4dit.randomness import named_generator
 from vq4dit.rate_allocation import RateCurve, log_t_for
 from vq4dit.sensitivity import Sensitivities, output_sensitivities
 from vq4dit.student import rest_dtype, round_rest, student_with
-from vq4dit.tunable_layers import TunableLinear
 from vq4dit.tuning import Tuning, record_samples, walks
 from vq4dit.zero_data import BlockCall, is_large
 
@@ -40,20 +39,19 @@ def quantize_best(
     if job.settings.calibration.tuning_steps:
         if not _record_samples(job, pipeline, budget, on_progress):
             return None
-        tunable = {name: TunableLinear(layer) for name, layer in coded_layers(student).items()}
-        for name, layer in tunable.items():
-            student.set_submodule(name, layer)
+        for layer in coded_layers(student).values():
+            layer.decode(torch.float32)
         if not _tune(job, pipeline, student, budget, on_progress):
             return None
-        for name, layer in tunable.items():
-            student.set_submodule(name, layer.harden(targets[name].weight.dtype))
         dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
-        for name, p in student.named_parameters():  # those of hard layers but the bias are not in the original
+        for name, p in student.named_parameters():  # packed tensors are not in the original
             p.data = p.data.to(dtypes.get(name, p.dtype))
+        for name, layer in coded_layers(student).items():
+            layer.harden(targets[name].weight.dtype)
         round_rest(student, rest_dtype(pipeline.transformer))
-    for name, hard in coded_layers(student).items():
-        if hard.decoded_weight is None:
-            hard.decode(targets[name].weight.dtype)
+    for name, layer in coded_layers(student).items():
+        if layer.decoded_weight is None:
+            layer.decode(targets[name].weight.dtype)
     return student
 
 
@@ -109,7 +107,8 @@ def _fit_layers(
             layer = _fitted_layer(job, name, linear)
             layer.decode(linear.weight.dtype)
             student.set_submodule(name, layer)
-            bits_left, promised_left = bits_left - 8 * len(layer.coded_integers), promised_left - bits[name]
+            integer_bytes = len(layer.coded_integers) - sum(linear.weight.shape)  # a byte of a row or column was set aside
+            bits_left, promised_left = bits_left - 8 * integer_bytes, promised_left - bits[name]
         if statistics is not None:
             slowest = max(slowest, time.monotonic() - started)
         done += len(group.names)
@@ -141,7 +140,7 @@ def _bits_of_layers(
 
 def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
     piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
-    return EntropyCodedLinear.from_tensors(piece, linear.weight.dtype)
+    return EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
 
 
 def _record_samples(job: Job, pipeline: Any, budget: TimeBudget, on_progress: OnProgress) -> bool:

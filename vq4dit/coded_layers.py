@@ -4,29 +4,45 @@ Its weight is a rounded one, in steps of a size of their own for each row and ea
 steps are large, most integers are 0, and their code (`vq4dit/entropy_coding.py`) takes next to nothing; where it matters,
 a weight may take five bits. This is entropy-constrained quantization (Chou, Lookabaugh and Gray 1989) on the lattice of
 integers.
+
+Steps are told in eighths of an octave: 2^((k - 128) / 8). That no size lies further than a sixteenth of an octave from the one
+that was wanted costs a quarter of a percent of the error, and half of the bytes that a 16-bit number takes.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
-from vq4dit.entropy_coding import decode, encode, estimate_levels
+from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
 from vq4dit.layers import PackedLinear, frozen
+
+STEPS_PER_OCTAVE = 8
+STEP_OF_ONE = 128
+
+
+def nearest_step(scale: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
+    """k such that 2^((k - 128) / 8) is nearest to each positive scale."""
+    return (STEPS_PER_OCTAVE * scale.double().log2() + STEP_OF_ONE).round().clamp(0, 255).to(torch.uint8)
+
+
+def step_size(step: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """2^((k - 128) / 8), rounded to fp32 from double precision."""
+    return torch.exp2((step.double() - STEP_OF_ONE) / STEPS_PER_OCTAVE).float()
 
 
 class EntropyCodedLinear(PackedLinear):
     """A linear layer whose weight is Ŵ = diag(r) Z diag(c), Z integers.
 
-    coded_integers (bytes,) uint8; row_scale r (rows,) and column_scale c (columns,) fp32 holding fp16 values; row_level (rows,)
-    and column_level (columns,) uint8: how large integers are expected to be.
+    coded_integers (bytes,) uint8: Z, and before it the steps and levels of rows and columns; side_models (4, 2) uint8: how
+    those are coded.
 
     Without a decoded weight the stream is decoded in every forward pass: as small as the file, but 40 ns a weight on one core.
     """
 
-    EXACT = ("row_scale", "column_scale")
+    EXACT = ()
 
     def __init__(
         self,
@@ -40,10 +56,7 @@ class EntropyCodedLinear(PackedLinear):
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.coded_integers = frozen(torch.zeros(num_bytes, dtype=torch.uint8, device=device))
-        self.row_scale = frozen(torch.ones(out_features, device=device))
-        self.column_scale = frozen(torch.ones(in_features, device=device))
-        self.row_level = frozen(torch.zeros(out_features, dtype=torch.uint8, device=device))
-        self.column_level = frozen(torch.zeros(in_features, dtype=torch.uint8, device=device))
+        self.side_models = frozen(torch.zeros(len(Sides._fields), 2, dtype=torch.uint8, device=device))
 
     @classmethod
     def from_integers(
@@ -56,38 +69,46 @@ class EntropyCodedLinear(PackedLinear):
     ) -> EntropyCodedLinear:
         """Make a layer whose bias is of `dtype`, that of its inputs.
 
-        Scales and bias are rounded to fp16 values here, so that saving changes nothing.
+        Scales are rounded to steps and the bias to fp16 values here, so that saving changes nothing.
         """
         row_level, column_level = estimate_levels(integers)
-        stream = encode(integers, row_level, column_level)
+        sides = Sides(nearest_step(row_scale.detach()), row_level, nearest_step(column_scale.detach()), column_level)
+        stream, side_models = encode(integers, sides)
         rows, columns = integers.shape
         layer = cls(columns, rows, num_bytes=len(stream), bias=bias is not None, device=integers.device, dtype=dtype)
         layer.coded_integers.copy_(stream)
-        layer.row_level.copy_(row_level)
-        layer.column_level.copy_(column_level)
-        layer.row_scale.copy_(row_scale.detach().half())
-        layer.column_scale.copy_(column_scale.detach().half())
+        layer.side_models.copy_(side_models)
         if bias is not None:
             layer.bias.data.copy_(bias.detach().half())
         return layer
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> EntropyCodedLinear:
-        """The layer of a state dict; its bias in `dtype`."""
-        rows, columns = len(tensors["row_scale"]), len(tensors["column_scale"])
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    ) -> EntropyCodedLinear:
+        """The layer of a state dict, of (rows, columns); its bias in `dtype`."""
+        rows, columns = shape
         stream = tensors["coded_integers"]
         layer = cls(columns, rows, num_bytes=len(stream), bias="bias" in tensors, device=stream.device, dtype=dtype)
         layer.load_state_dict(tensors)
         return layer
 
-    @property
     @torch.compiler.disable
-    def integers(self) -> Integer[Tensor, "rows columns"]:
-        return decode(self.coded_integers, self.row_level, self.column_level)
+    def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
+        """The integers, and the steps and levels of rows and columns."""
+        return decode(self.coded_integers, self.side_models, self.out_features, self.in_features)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
-        return (self.integers * self.row_scale.unsqueeze(1) * self.column_scale).to(dtype)
+        integers, sides = self.unpack()
+        return (integers * step_size(sides.row_step).unsqueeze(1) * step_size(sides.column_step)).to(dtype)
+
+    @torch.no_grad()
+    def harden(self, dtype: torch.dtype) -> None:
+        """After tuning: the bias becomes what the file will hold, of `dtype` as the decoded weight is."""
+        if self.bias is not None:
+            self.bias = frozen(self.bias.half().to(dtype))
+        self.decode(dtype)
 
     def decode(self, dtype: torch.dtype, name: str = "a layer") -> None:
         """Keep the decoded weight from now on; what decodes is not damaged."""

@@ -16,7 +16,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from vq4dit.errors import FormatError
 
-FORMAT_VERSION = 2  # the newest that is read; files of vector-quantized layers alone are of version 1
+FORMAT_VERSION = 3  # the newest that is read; files of vector-quantized layers alone are of version 1
 
 # bits per weight -> (codewords k, sub-vector length d); bits = log2(k) / d. 2 and 3 are the paper's, 4 is ours.
 CODEBOOKS: dict[int, tuple[int, int]] = {2: (256, 4), 3: (64, 2), 4: (256, 2)}
@@ -56,6 +56,8 @@ class VQ4DiTConfig(QuantizationConfigMixin):
         version = config_dict.get("format_version")
         if not isinstance(version, int) or version < 1:
             raise FormatError(f"quantization_config must have a format_version of 1 or more, got {version!r}")
+        if version == 2:
+            raise FormatError("format version 2 was a draft that is no longer read: quantize the original model again")
         if version > FORMAT_VERSION:
             raise FormatError(
                 f"the file has vq4dit format version {version}, this library reads up to {FORMAT_VERSION}: upgrade vq4dit"
@@ -88,8 +90,7 @@ class CalibrationConfig:
     ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
     tuning_steps: int = 200  # `best`: updates after all integers are fixed
     tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
-    tuning_learning_rate: float = 1e-4  # at the start; falls to 0 as a cosine
-    tuning_gain_learning_rate: float = 2e-3  # gains of rows and columns are of size 1, what else learns is ten times smaller
+    tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_candidates <= 4:

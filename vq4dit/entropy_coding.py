@@ -8,6 +8,9 @@ row and its column, both told in quarter octaves:
 
 So a column of nothing but zeros costs nearly nothing, and one that matters may take as many bits as it needs.
 
+Levels, and the sizes of steps that go with them (`Sides`), are coded in front of the integers in the same way: what they differ
+from their median by are integers too, with one level for each kind.
+
 ANS is a stack, and a stream is a number in disguise: every one can be decoded, whatever has happened to it. Two things show
 damage. Once all integers are read, nothing may be left; and who reads on where nothing is left finds the least symbol for
 ever, so that symbol, -1023, has a code but is never written.
@@ -16,7 +19,7 @@ ever, so that symbol, -1023, has a code but is never written.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
@@ -35,6 +38,15 @@ LEVEL_OF_ONE = 32  # row_level + column_level where σ = 1
 LEAST_LEVEL, GREATEST_LEVEL = 12, 68  # of the sum, where it ends counting: σ = 2^-5 and 2^9
 UNIT = 2.0**-24  # of probabilities: coarse enough that the last digit of erf, which machines disagree on, does not matter
 WORD_BYTES = 4
+
+
+class Sides(NamedTuple):
+    """What is told of each row and each column of a layer besides its integers."""
+
+    row_step: UInt8[Tensor, " rows"]
+    row_level: UInt8[Tensor, " rows"]
+    column_step: UInt8[Tensor, " columns"]
+    column_level: UInt8[Tensor, " columns"]
 
 
 @cache
@@ -116,39 +128,40 @@ def _best_step(
     return candidates.gather(0, bits.argmin(0, keepdim=True))[0]
 
 
-def encode(
-    integers: Integer[Tensor, "rows columns"],
-    row_level: UInt8[Tensor, " rows"],
-    column_level: UInt8[Tensor, " columns"],
-) -> UInt8[Tensor, " bytes"]:
-    """Write integers as an ANS stream of little-endian 32-bit words.
+def encode(integers: Integer[Tensor, "rows columns"], sides: Sides) -> tuple[UInt8[Tensor, " bytes"], UInt8[Tensor, "kinds 2"]]:
+    """Write sides and integers as an ANS stream of little-endian 32-bit words.
+
+    Returns:
+        The stream, and the centre and level of each kind of side.
 
     Raises:
         ValueError: if an integer is larger than `LARGEST`.
     """
     if integers.numel() and not -LARGEST <= int(integers.min()) <= int(integers.max()) <= LARGEST:
         raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
-    order, counts = _order(row_level, column_level)
+    order, counts = _order(sides.row_level, sides.column_level)
     symbols = integers.flatten().cpu().numpy()[order].astype(np.int32) + GUARD
     coder = AnsCoder()
     stop = len(symbols)
     for level in reversed(counts):  # a stack: what is written last is read first
         coder.encode_reverse(symbols[stop - counts[level] : stop], _model(level))
         stop -= counts[level]
+    models = [_centre_and_level(side) for side in sides]
+    for side, (centre, level) in zip(reversed(sides), reversed(models), strict=True):
+        coder.encode_reverse(side.cpu().numpy().astype(np.int32) - centre + GUARD, _model(level - LEAST_LEVEL))
     words = coder.get_compressed().astype("<u4")
-    return torch.from_numpy(words.view(np.uint8).copy()).to(integers.device)
+    stream = torch.from_numpy(words.view(np.uint8).copy()).to(integers.device)
+    return stream, torch.tensor(models, dtype=torch.uint8, device=integers.device)
 
 
 def decode(
-    stream: UInt8[Tensor, " bytes"], row_level: UInt8[Tensor, " rows"], column_level: UInt8[Tensor, " columns"]
-) -> Integer[Tensor, "rows columns"]:
-    """Undo `encode`; int16, on the device of the stream (the work is one core's, about 40 ns an integer).
+    stream: UInt8[Tensor, " bytes"], side_models: UInt8[Tensor, "kinds 2"], rows: int, columns: int
+) -> tuple[Integer[Tensor, "rows columns"], Sides]:
+    """Undo `encode`; integers are int16, all on the device of the stream (the work is one core's, about 40 ns an integer).
 
     Raises:
         FormatError: if the stream does not end with its last integer, or ends before it.
     """
-    order, counts = _order(row_level, column_level)
-    found = np.empty(len(order), dtype=np.int16)
     damaged = FormatError("the coded integers are damaged: download or quantize the model again")
     if len(stream) % WORD_BYTES:
         raise damaged
@@ -156,16 +169,38 @@ def decode(
         coder = AnsCoder(stream.cpu().numpy().view("<u4").astype(np.uint32))
     except ValueError as error:  # the last word is 0, which no encoder writes
         raise damaged from error
-    start = 0
-    for level, count in counts.items():
-        symbols = coder.decode(_model(level), count)
+
+    def read(row: int, count: int) -> Any:
+        symbols = coder.decode(_model(row), count)
         if not symbols.all():
             raise damaged
-        found[order[start : start + count]] = symbols - GUARD
+        return symbols - GUARD
+
+    found = []
+    for (centre, level), count in zip(side_models.tolist(), (rows, rows, columns, columns), strict=True):
+        if not LEAST_LEVEL <= level <= GREATEST_LEVEL:
+            raise damaged
+        values = read(level - LEAST_LEVEL, count) + centre
+        if count and not 0 <= values.min() <= values.max() <= 255:
+            raise damaged
+        found.append(torch.from_numpy(values.astype(np.uint8)))
+    sides = Sides(*found)
+    order, counts = _order(sides.row_level, sides.column_level)
+    integers = np.empty(len(order), dtype=np.int16)
+    start = 0
+    for level, count in counts.items():
+        integers[order[start : start + count]] = read(level, count)
         start += count
     if not coder.is_empty():
         raise damaged
-    return torch.from_numpy(found).view(len(row_level), len(column_level)).to(stream.device)
+    return torch.from_numpy(integers).view(rows, columns).to(stream.device), Sides(*(side.to(stream.device) for side in sides))
+
+
+def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:
+    """The median of one kind of side, and the level under which what it differs by takes the fewest bits."""
+    centre = int(side.int().median()) if len(side) else 0
+    lengths = code_lengths()[:, (side.cpu().int() - centre).abs()].sum(1)
+    return centre, LEAST_LEVEL + int(lengths.argmin())
 
 
 def _order(row_level: Tensor, column_level: Tensor) -> tuple[Any, dict[int, int]]:

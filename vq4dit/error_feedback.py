@@ -16,12 +16,14 @@ roundings so far, as decoders of lattices do; of a layer's error that takes a te
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from vq4dit.coded_layers import nearest_step, step_size
 from vq4dit.entropy_coding import LARGEST, coded_bits, estimate_levels
 from vq4dit.rate_allocation import RateCurve, log_t_for
 
@@ -47,26 +49,28 @@ class QuantizedWeight(NamedTuple):
 class Correction:
     """How an error in one element of a vector is corrected in the elements after it, under a metric M.
 
-    With M⁻¹ = Uᵀ U (U upper triangular), the least that an error e in element g can cost once all later ones are at their
-    best is (e / U_gg)², and the best they can do is to move by -(e / U_gg) U_g,later. Elements come in the order in which they
-    cost more and more: those that will be left out first are made good by those that will not.
+    With M = V Vᵀ (V upper triangular) and U = V⁻¹, the least that an error e in element g can cost once all later ones are at
+    their best is (e V_gg)², and the best they can do is to move by -(e V_gg) U_g,later. Elements come in the order in which
+    they cost more and more: those that will be left out first are made good by those that will not.
     """
 
     def __init__(self, metric: Float[Tensor, "n n"]):
         self.order = metric.diagonal().argsort(stable=True)
         ordered = metric.double()[self.order][:, self.order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        self.factor = torch.linalg.cholesky(inverse, upper=True)
+        self.root = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)  # V: of elements from the last to the first
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "n n"]:
+        """U, for elements in their order."""
+        identity = torch.eye(len(self.root), dtype=self.root.dtype, device=self.root.device)
+        return torch.linalg.solve_triangular(self.root, identity, upper=True)
 
     def costs(self, block: int = 1) -> Float[Tensor, " n"]:
         """What an error of 1 in each element costs, in the metric's own order, if blocks are decided at a time."""
-        if block == 1:
-            return torch.empty_like(self.factor[0]).index_copy_(0, self.order, self.factor.diagonal() ** -2).float()
-        costs = torch.empty(len(self.factor), dtype=torch.float64, device=self.factor.device)
-        for start in range(0, len(self.factor), block):
-            inverse = torch.linalg.inv(self.factor[start : start + block, start : start + block])
-            costs[self.order[start : start + block]] = inverse.square().sum(1)
-        return costs.float()
+        position = torch.arange(len(self.root), device=self.root.device) // block
+        decided_together = position.unsqueeze(1) == position
+        costs = (self.root * decided_together).square().sum(1)
+        return torch.empty_like(costs).index_copy_(0, self.order, costs).float()
 
 
 class ErrorFeedback:
@@ -96,10 +100,10 @@ class ErrorFeedback:
         return RateCurve((weight.square().mean(1) * self.row_cost).sqrt(), self.column_cost.sqrt())
 
     def scales(self, log_t: float) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
-        """Row and column scales, as fp16 values, whose products are the steps t / sqrt(w_i d_j)."""
+        """Row and column scales, of the sizes that a file can tell, whose products are the steps t / sqrt(w_i d_j)."""
         row, column = self.row_cost.double().rsqrt(), self.column_cost.double().rsqrt()
-        balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both are of a size that fp16 holds
-        return _as_fp16(row * 2 ** (log_t + balance)), _as_fp16(column * 2**-balance)
+        balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both lie around 1
+        return step_size(nearest_step(row * 2 ** (log_t + balance))), step_size(nearest_step(column * 2**-balance))
 
     def round(
         self,
@@ -177,11 +181,6 @@ class _Block:
         self.remaining, self.errors, self.integers = (_descend(t, parent) for t in (self.remaining, self.errors, self.integers))
         self.origin = self.origin.gather(1, parent)
         return self
-
-
-def _as_fp16(values: Tensor) -> Tensor:
-    limits = torch.finfo(torch.float16)
-    return values.clamp(limits.smallest_normal, limits.max).half().float()
 
 
 def _descend(values: Tensor, parent: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class LayerSize:
     rows: int
     columns: int
     assignments_bytes: int  # or those of entropy-coded integers, of which some layers get more and others less
-    codebook_bytes: int  # or those of scales and levels
+    codebook_bytes: int  # or those of steps and levels
     bias_bytes: int
 
     @property
@@ -120,7 +120,7 @@ def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), re
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
-    num_tensors = len(rest) + sum((5 if recipe == "best" else 2) + (layer.bias_bytes > 0) for layer in layers)
+    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) for layer in layers)
     sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
     return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)
 
@@ -130,7 +130,7 @@ def layer_size(name: str, linear: nn.Linear, bits: int, recipe: Recipe) -> Layer
     num_codewords, dim = CODEBOOKS[bits]
     assignments, codebook = packed_size(rows * columns // dim, assignment_bits(num_codewords)), 2 * num_codewords * dim
     if recipe == "best":
-        side = 3 * (rows + columns)  # a scale and a level for each
+        side = rows + columns + 8  # about: a step and a level for each, and how they are coded
         assignments, codebook = max(0, assignments + codebook - side), side
     return LayerSize(name, rows, columns, assignments, codebook, 2 * rows if linear.bias is not None else 0)
 

@@ -2,9 +2,8 @@
 
 Here is the vector-quantized one, a codeword per sub-vector; that of entropy-coded integers is in `vq4dit/coded_layers.py`.
 
-While it is being made a layer lives in other states, each a class of its own: *soft* while it is calibrated as in the paper
-(`vq4dit/soft_layers.py`), *tunable* once its integers are fixed and all else learns (`vq4dit/tunable_layers.py`). Their
-`harden()` leads here.
+While it is calibrated as in the paper a layer lives in another state, a class of its own: *soft* (`vq4dit/soft_layers.py`).
+Its `harden()` leads here.
 
 A hard layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up
 in every forward pass (`drop_decoded`: as small as the file). The packed tensors are what is saved, always.

@@ -177,7 +177,7 @@ def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
     shape = (linear.out_features, linear.in_features)
     layer: PackedLinear
     if "coded_integers" in piece:
-        layer = EntropyCodedLinear.from_tensors(piece)
+        layer = EntropyCodedLinear.from_tensors(piece, shape)
     else:
         layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)
     return asdict(LayerError.of(name, layer, linear.weight.detach().float().cpu()))

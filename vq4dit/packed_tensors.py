@@ -7,12 +7,11 @@ The packed tensors of a layer NAME (README has them byte by byte): vector-quanti
     NAME.row_scale           fp16 (rows,), optional
     NAME.bias                fp16 (rows,), optional
 
-or, from format version 2 on, entropy-coded integers:
+or, from format version 3 on, entropy-coded integers:
 
-    NAME.coded_integers                   uint8, a stream of 32-bit words
-    NAME.row_scale, NAME.row_level        fp16 and uint8 (rows,)
-    NAME.column_scale, NAME.column_level  fp16 and uint8 (columns,)
-    NAME.bias                             fp16 (rows,), optional
+    NAME.coded_integers  uint8, a stream of 32-bit words
+    NAME.side_models     uint8 (4, 2)
+    NAME.bias            fp16 (rows,), optional
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import nn
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.coded_layers import EntropyCodedLinear
-from vq4dit.entropy_coding import WORD_BYTES
+from vq4dit.entropy_coding import WORD_BYTES, Sides
 from vq4dit.errors import FormatError
 from vq4dit.layers import PackedLinear, VQLinear
 from vq4dit.packing import packed_size
 
-SCALES = {"codebook", "row_scale", "column_scale"}  # fp16 in the file, fp32 in memory
-BYTES = {"packed_assignments", "coded_integers", "row_level", "column_level"}
+SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory
+BYTES = {"packed_assignments", "coded_integers", "side_models"}
 PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8",))
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
@@ -40,7 +39,7 @@ def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> P
     """
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if "coded_integers" in shapes:
-        _check_coded(name, shapes, linear)
+        _check_coded(name, shapes)
         return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta")
     _check_quantized(name, shapes, linear)
     k, d = shapes["codebook"]
@@ -75,11 +74,10 @@ def _check_quantized(name: str, shapes: dict[str, list[int]], linear: nn.Linear)
     _check_length(name, "row_scale", rows, shapes)
 
 
-def _check_coded(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
-    _check_present(name, {"row_scale", "row_level", "column_scale", "column_level"}, shapes)
-    for side, length in (("row", linear.out_features), ("column", linear.in_features)):
-        for part in ("scale", "level"):
-            _check_length(name, f"{side}_{part}", length, shapes)
+def _check_coded(name: str, shapes: dict[str, list[int]]) -> None:
+    _check_present(name, {"side_models"}, shapes)
+    if shapes["side_models"] != [len(Sides._fields), 2]:
+        raise FormatError(f"{name}: side_models must be {len(Sides._fields)} x 2, got shape {shapes['side_models']}")
     stream = shapes["coded_integers"]
     if len(stream) != 1 or stream[0] % WORD_BYTES:
         raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")

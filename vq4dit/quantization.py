@@ -175,7 +175,7 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
     shared = equal_embedders(student)
     dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
     config = VQ4DiTConfig(
-        format_version=2 if coded_layers(student) else 1,
+        format_version=3 if coded_layers(student) else 1,
         bits=settings.bits,
         recipe=settings.recipe,
         seed=settings.seed,

@@ -1,7 +1,7 @@
 """Tuning: the integers stay, everything else learns.
 
 After every layer has its integers, the transformer is still full of numbers that can move at no cost in bytes:
-scales of rows and columns, biases, and all that stays in 16 bit (embedders, final layer). They are tuned together on the
+biases, and all that stays in 16 bit (embedders, final layer). They are tuned together on the
 teacher's own trajectories, steps in random order, so that
 
     L = Σ_s E || ε̂_s(teacher) - ε̂_s(student) ||² / E || ε̂_s(teacher) ||²
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.optimizer_state import restore_state, start_state, state_tensors
-from vq4dit.tunable_layers import TunableLinear
 from vq4dit.zero_data import (
     GUIDANCE_SCALES,
     NULL_CLASS,
@@ -106,20 +105,13 @@ class Tuning:
         self.channels = pipeline.transformer.config.in_channels
         self.order = torch.randperm(len(samples["latents"]), generator=generator)
         self.step = 0
-        self.layers = {name: m for name, m in student.named_modules() if isinstance(m, TunableLinear)}
         if is_large(pipeline.transformer):
             student.enable_gradient_checkpointing()  # a third more time, far less memory, the same bytes
-        for p in student.parameters():  # in fp32: squares of small gradients would vanish in 16 bit
+        learned = [p for p in student.parameters() if p.is_floating_point()]  # packed tensors are bytes
+        for p in learned:  # in fp32: squares of small gradients would vanish in 16 bit
             p.data = p.data.float()
             p.requires_grad_(True)
-        gains = {gain for layer in self.layers.values() for gain in (layer.row_gain, layer.column_gain)}
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [p for p in student.parameters() if p not in gains], "lr": self._rates()[0]},
-                {"params": [p for p in student.parameters() if p in gains], "lr": self._rates()[1]},
-            ],
-            betas=BETAS,
-        )
+        self.optimizer = torch.optim.Adam(learned, lr=self._rate(), betas=BETAS)
         start_state(self.optimizer, "exp_avg", "exp_avg_sq")
 
     def advance(self) -> dict[str, float]:
@@ -139,17 +131,14 @@ class Tuning:
                 f"the loss became {noise_nmse} in step {self.step}: try another seed, and check that the original model gives "
                 "sensible images"
             )
-        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = self._rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {"noise_nmse": noise_nmse}
 
-    def _rates(self) -> tuple[float, float]:
-        """Learning rates of this step: of everything but gains, and of gains."""
-        cosine = (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
-        return self.config.tuning_learning_rate * cosine, self.config.tuning_gain_learning_rate * cosine
+    def _rate(self) -> float:
+        return self.config.tuning_learning_rate * (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         latents, timesteps, labels = batch["latents"], batch["timesteps"], batch["class_labels"]
