@@ -51,7 +51,7 @@ def test_the_accounting_of_the_paper_is_reproduced(dit_xl):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_best_promises_the_bytes_of_paper(dit_xl, bits):
-    """In all quantized layers together; each sets a byte aside for every row and column, and 8; the rest is for its integers."""
+    """In all quantized layers together; each sets a byte aside for every row and column; the rest is for integers."""
     best, paper = (predict_size(dit_xl, bits, recipe=recipe) for recipe in ("best", "paper"))
     assert best.bits_per_weight == paper.bits_per_weight
     assert best.file_bytes == pytest.approx(paper.file_bytes, rel=0.001)  # there are more tensors to name
