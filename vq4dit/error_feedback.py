@@ -11,7 +11,7 @@ same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). What an error costs after 
 one for each column, and steps are small where that is large (`vq4dit/rate_allocation.py`).
 
 Rounding to the nearest integer is the best for the column at hand, not for those to come. A beam keeps the few best of all
-roundings so far, as decoders of lattices do; of a layer's error that takes a tenth.
+roundings so far, as decoders of lattices do; of a layer's error that takes an eighth.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never see
 COUPLING_DAMPING = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each of them costs
 LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
 BLOCK_COLUMNS = 64  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
-BLOCK_ROWS = 16  # rows that are rounded side by side; they do not correct each other
-BEAM = 8  # roundings kept for each row
+BLOCK_COLUMNS_OF_BEAM = 16  # the same with a beam, which copies its block after every column
+BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
+FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
+BEAM = 32  # roundings kept for each row
+
+
+def block_rows(rows: int) -> int:
+    """How many of a layer's rows are rounded side by side."""
+    return BLOCK_ROWS if rows > FEW_ROWS else BLOCK_ROWS // 2
 
 
 class QuantizedWeight(NamedTuple):
@@ -89,9 +96,11 @@ class ErrorFeedback:
         self.columns = Correction(damp(second_moments))
         self.column_cost = self.columns.costs()
         self.rows: Correction | None = None
+        self.block_rows = len(sensitivity)
         if sensitivity.ndim == 2:
+            self.block_rows = block_rows(len(sensitivity))
             self.rows = Correction(damp_coupling(sensitivity))
-            self.row_cost = self.rows.costs(BLOCK_ROWS)
+            self.row_cost = self.rows.costs(self.block_rows)
         else:
             self.row_cost = sensitivity + LEAST_SENSITIVITY * sensitivity.mean().clamp(min=1e-12)
 
@@ -118,15 +127,15 @@ class ErrorFeedback:
         remaining = weight.float()[row_order][:, column_order]
         row_scale, column_scale = row_scale[row_order], column_scale[column_order]
         found = torch.empty(remaining.shape, dtype=torch.int16, device=weight.device)
-        block = BLOCK_ROWS if self.rows else len(weight)
-        for start in range(0, len(weight), block):
-            rows = slice(start, start + block)
+        for start in range(0, len(weight), self.block_rows):
+            stop = start + self.block_rows
+            rows = slice(start, stop)
             found[rows] = self._round_rows(remaining[rows], row_scale[rows], column_scale, beam)
-            if self.rows and start + block < len(weight):
+            if self.rows and stop < len(weight):
                 factor = self.rows.factor[rows]
                 error = remaining[rows] - found[rows] * row_scale[rows].unsqueeze(1) * column_scale
-                correction = factor[:, start + block :].T @ torch.linalg.solve(factor[:, rows].T, error.double())
-                remaining[start + block :] -= correction.float()
+                correction = factor[:, stop:].T @ torch.linalg.solve(factor[:, rows].T, error.double())
+                remaining[stop:] -= correction.float()
         return found[row_order.argsort()][:, column_order.argsort()]
 
     def _round_rows(
@@ -142,8 +151,9 @@ class ErrorFeedback:
         remaining = weight.unsqueeze(1).clone()  # (rows, beam, columns)
         integers = torch.zeros(rows, 1, columns, dtype=torch.int16, device=weight.device)
         cost = torch.zeros(rows, 1, device=weight.device)
-        for start in range(0, columns, BLOCK_COLUMNS):
-            stop = min(columns, start + BLOCK_COLUMNS)
+        block = BLOCK_COLUMNS_OF_BEAM if beam > 1 else BLOCK_COLUMNS
+        for start in range(0, columns, block):
+            stop = min(columns, start + block)
             state = _Block(remaining[:, :, start:stop])
             for here, column in enumerate(range(start, stop)):
                 wanted = state.remaining[:, :, here] / (step := (row_scale * column_scale[column]).unsqueeze(1))

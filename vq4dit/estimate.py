@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.error_feedback import BLOCK_ROWS
+from vq4dit.error_feedback import block_rows
 from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
 from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
@@ -35,10 +35,12 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
-SECONDS_PER_COLUMN = 2e-4
+SECONDS_PER_COLUMN = 2.5e-4
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 WALK_OPERATIONS = 15  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
-SENSITIVITY_OPERATIONS = 10  # per weight and token: forward, forward and backward, products of gradients
+SENSITIVITY_OPERATIONS = (
+    14  # per weight and token: forward, forward and backward (of the last steps more), products of gradients
+)
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
@@ -87,7 +89,7 @@ def estimate(
         large = parameters >= LARGE
         walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
         felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
-        blocks = [1 if large else math.ceil(layer.rows / BLOCK_ROWS) for layer in prediction.layers]
+        blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in prediction.layers]
         calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
