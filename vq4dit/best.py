@@ -40,7 +40,8 @@ def quantize_best(
         if not _record_samples(job, pipeline, budget, on_progress):
             return None
         for layer in coded_layers(student).values():
-            layer.decode(torch.float32)
+            if layer.decoded_weight is None or layer.decoded_weight.dtype != torch.float32:
+                layer.decode(torch.float32)
         if not _tune(job, pipeline, student, budget, on_progress):
             return None
         dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}

@@ -108,7 +108,7 @@ class EntropyCodedLinear(PackedLinear):
         """After tuning: the bias becomes what the file will hold, of `dtype` as the decoded weight is."""
         if self.bias is not None:
             self.bias = frozen(self.bias.half().to(dtype))
-        self.decode(dtype)
+        self.decoded_weight = self.reconstruct(dtype) if self.decoded_weight is None else self.decoded_weight.to(dtype)
 
     def decode(self, dtype: torch.dtype, name: str = "a layer") -> None:
         """Keep the decoded weight from now on; what decodes is not damaged."""
