@@ -74,9 +74,11 @@ class Correction:
 
     def costs(self, block: int = 1) -> Float[Tensor, " n"]:
         """What an error of 1 in each element costs, in the metric's own order, if blocks are decided at a time."""
-        position = torch.arange(len(self.root), device=self.root.device) // block
-        decided_together = position.unsqueeze(1) == position
-        costs = (self.root * decided_together).square().sum(1)
+        if block == 1:
+            costs = self.root.diagonal().square()
+        else:
+            position = torch.arange(len(self.root), device=self.root.device) // block
+            costs = (self.root * (position.unsqueeze(1) == position)).square().sum(1)
         return torch.empty_like(costs).index_copy_(0, self.order, costs).float()
 
 
@@ -127,74 +129,59 @@ class ErrorFeedback:
         remaining = weight.float()[row_order][:, column_order]
         row_scale, column_scale = row_scale[row_order], column_scale[column_order]
         found = torch.empty(remaining.shape, dtype=torch.int16, device=weight.device)
+        size = column_scale / self.columns.factor.diagonal().float()
+        factor = self.columns.factor.float() * size.unsqueeze(1) / column_scale
         for start in range(0, len(weight), self.block_rows):
             stop = start + self.block_rows
             rows = slice(start, stop)
-            found[rows] = self._round_rows(remaining[rows], row_scale[rows], column_scale, beam)
+            step = row_scale[rows].unsqueeze(1) * column_scale
+            found[rows] = round_rows(remaining[rows] / step, factor, size.square(), beam)
             if self.rows and stop < len(weight):
-                factor = self.rows.factor[rows]
-                error = remaining[rows] - found[rows] * row_scale[rows].unsqueeze(1) * column_scale
-                correction = factor[:, stop:].T @ torch.linalg.solve(factor[:, rows].T, error.double())
-                remaining[stop:] -= correction.float()
+                correction = self.rows.factor[rows]
+                error = remaining[rows] - found[rows] * step
+                remaining[stop:] -= (correction[:, stop:].T @ torch.linalg.solve(correction[:, rows].T, error.double())).float()
         return found[row_order.argsort()][:, column_order.argsort()]
 
-    def _round_rows(
-        self,
-        weight: Float[Tensor, "some_rows columns"],
-        row_scale: Float[Tensor, " some_rows"],
-        column_scale: Float[Tensor, " columns"],
-        beam: int,
-    ) -> Integer[Tensor, "some_rows columns"]:
-        """Columns in their order, each row for itself, with a beam of roundings."""
-        rows, columns = weight.shape
-        factor, diagonal = self.columns.factor.float(), self.columns.factor.diagonal().float()
-        remaining = weight.unsqueeze(1).clone()  # (rows, beam, columns)
-        integers = torch.zeros(rows, 1, columns, dtype=torch.int16, device=weight.device)
-        cost = torch.zeros(rows, 1, device=weight.device)
-        block = BLOCK_COLUMNS_OF_BEAM if beam > 1 else BLOCK_COLUMNS
-        for start in range(0, columns, block):
-            stop = min(columns, start + block)
-            state = _Block(remaining[:, :, start:stop])
-            for here, column in enumerate(range(start, stop)):
-                wanted = state.remaining[:, :, here] / (step := (row_scale * column_scale[column]).unsqueeze(1))
-                chosen = wanted.round().clamp(-LARGEST, LARGEST)
-                if beam > 1:
-                    other = (chosen + torch.where(wanted < chosen, -1.0, 1.0)).clamp(-LARGEST, LARGEST)
-                    choices = torch.stack([chosen, other], dim=2)
-                    costs = (
-                        cost.unsqueeze(2) + ((wanted.unsqueeze(2) - choices) * (step / diagonal[column]).unsqueeze(2)).square()
-                    )
-                    best = costs.flatten(1).topk(min(beam, costs.shape[1] * 2), dim=1, largest=False, sorted=False)
-                    cost, chosen = best.values, choices.flatten(1).gather(1, best.indices)
-                    state = state.descendants(best.indices // 2)
-                state.integers[:, :, here] = chosen
-                error = (state.remaining[:, :, here] - chosen * step) / diagonal[column]
-                state.errors[:, :, here] = error
-                state.remaining[:, :, here + 1 :] -= error.unsqueeze(2) * factor[column, column + 1 : stop]
-            remaining, integers = _descend(remaining, state.origin), _descend(integers, state.origin)
-            integers[:, :, start:stop] = state.integers
-            remaining[:, :, stop:] -= state.errors @ factor[start:stop, stop:]
-        best_row = cost.argmin(1, keepdim=True)
-        return _descend(integers, best_row)[:, 0]
 
+def round_rows(
+    wanted: Float[Tensor, "rows columns"], factor: Float[Tensor, "columns columns"], cost: Float[Tensor, " columns"], beam: int
+) -> Integer[Tensor, "rows columns"]:
+    """Round columns in their order, each row for itself, keeping the `beam` best roundings of the columns so far.
 
-class _Block:
-    """A beam within a block of columns: what each rounding did to them, and from which one before the block it comes."""
-
-    def __init__(self, remaining: Float[Tensor, "rows beam block"]):
-        self.remaining = remaining.clone()
-        self.errors = torch.zeros_like(self.remaining)
-        self.integers = torch.zeros_like(self.remaining)
-        self.origin = torch.arange(remaining.shape[1], device=remaining.device).expand(len(remaining), -1)
-
-    def descendants(self, parent: Integer[Tensor, "rows new_beam"]) -> _Block:
-        self.remaining, self.errors, self.integers = (_descend(t, parent) for t in (self.remaining, self.errors, self.integers))
-        self.origin = self.origin.gather(1, parent)
-        return self
-
-
-def _descend(values: Tensor, parent: Tensor) -> Tensor:
-    return values.gather(1, parent.unsqueeze(2).expand(-1, -1, values.shape[2]))
+    In units of the steps, where row scales cancel: an error e in column j costs e² cost_j, and moves what is wanted of the
+    later columns by -e factor_j,later.
+    """
+    rows, columns = wanted.shape
+    block = BLOCK_COLUMNS_OF_BEAM if beam > 1 else BLOCK_COLUMNS
+    left = wanted.unsqueeze(1).clone()  # (rows, beam, columns): what is wanted; of columns that are done, their integers
+    total, one, costs = torch.zeros(rows, 1, device=wanted.device), torch.ones((), device=wanted.device), cost.tolist()
+    for start in range(0, columns, block):
+        stop = min(columns, start + block)
+        width = stop - start
+        here_wanted = left[:, :, start:stop]
+        origin = torch.arange(left.shape[1], device=wanted.device).expand(
+            rows, -1
+        )  # the rounding of earlier columns it continues
+        state = torch.cat([here_wanted, torch.zeros_like(here_wanted), origin.unsqueeze(2)], dim=2)  # wanted, errors, origin
+        for here in range(width):
+            column = start + here
+            error = state[:, :, here] - state[:, :, here].round().clamp(1 - LARGEST, LARGEST - 1)
+            if beam > 1:
+                errors = torch.cat([error, error - torch.copysign(one, error)], dim=1)  # of the nearest integer, and the second
+                totals = torch.addcmul(total.repeat(1, 2), errors, errors, value=costs[column])
+                total, best = totals.topk(min(beam, totals.shape[1]), dim=1, largest=False, sorted=False)
+                error = errors.gather(1, best)
+                parent = best % state.shape[1]
+                state = state.gather(1, parent.unsqueeze(2).expand(-1, -1, state.shape[2]))
+            state[:, :, here] -= error
+            state[:, :, width + here] = error
+            state[:, :, here + 1 : width] -= error.unsqueeze(2) * factor[column, column + 1 : stop]
+        origin = state[:, :, -1:].long()
+        left = left.gather(1, origin.expand(-1, -1, columns))
+        left[:, :, start:stop] = state[:, :, :width]
+        left[:, :, stop:] -= state[:, :, width:-1] @ factor[start:stop, stop:]
+    best = total.argmin(1)
+    return left[torch.arange(rows, device=wanted.device), best].round().short()
 
 
 def quantize_weight(
