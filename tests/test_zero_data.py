@@ -4,9 +4,10 @@ import diffusers
 import pytest
 import torch
 from conftest import new_pipeline
+from diffusers import DDIMScheduler
 
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.zero_data import check_supported, guide, teacher_steps
+from vq4dit.zero_data import check_supported, guide, image_weights, teacher_steps
 
 
 def walk(pipeline, seed=0, steps=4, trajectories=2, guidance_scale=4.0):
@@ -87,3 +88,28 @@ def test_a_learned_variance_is_left_out():
 def test_other_pipelines_are_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="this is a str; only quantizing with --recipe kmeans"):
         check_supported("not a pipeline")
+
+
+def test_errors_of_steps_count_as_the_image_minds_them():
+    """Of Gaussian data with unit variance the best noise is known, so what becomes of an error in one step can be seen."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(40)
+    start = torch.full((1,), 3.0, dtype=torch.float64)
+
+    def walk(wrong: int = -1) -> torch.Tensor:
+        x = start
+        for number, t in enumerate(scheduler.timesteps):
+            noise = (1 - scheduler.alphas_cumprod[t]).double().sqrt() * x  # E[ε | x]
+            x = scheduler.step(noise + 1e-3 * (number == wrong), t, x).prev_sample
+        return x
+
+    moved = torch.stack([(walk(number) - walk()).square() for number in range(39)]).flatten()
+    weights = torch.tensor(image_weights(scheduler), dtype=torch.float64)
+    assert weights.mean() == pytest.approx(1) and weights[-1] < 0.2 * weights[-2]
+    torch.testing.assert_close(weights[:-1] / weights[:-1].sum(), moved / moved.sum(), rtol=0.15, atol=0)
+
+
+def test_a_schedule_that_begins_with_nothing_but_noise_has_weights_too():
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    assert all(0 < weight < 10 for weight in image_weights(scheduler))

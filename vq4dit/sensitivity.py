@@ -5,10 +5,10 @@ If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance sc
     Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  tr(B E[δ δᵀ]),    B = E[g gᵀ],    g = Σ_s Jᵀ v_s / rms(ε̂_s),    v_s ~ N(0, I)
 
 since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
-matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
-It takes many gradients to know the rest, and layers that see no tokens have one for an image, not one for a token. In most
-layers g² of the last denoising step is larger than that of all others together, so for them the last steps are probed with
-several v. Of large models, where a matrix for every layer would fill the memory, only the diagonal is kept.
+matrix, averaged over tokens). Steps count by what their noise does to the image (`zero_data.image_weights`): without that the
+last step, which hardly moves the image, would decide half of everything. B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
+It takes many gradients to know the rest, and layers that see no tokens have one for an image, not one for a token, so for them
+the later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the memory, only the diagonal is kept.
 
 Layers that see no tokens know by their inputs which step it is, so for them it is kept how g² changes from step to step.
 """
@@ -37,14 +37,16 @@ from vq4dit.zero_data import (
 TOKENS = 40960  # of the walk
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 STEPS = 10  # denoising steps of the walk
-PROBES = (1,) * 7 + (8,) * 3  # random v of each step
+PROBES = (1,) * 4 + (4,) * 3 + (8,) * 3  # random v of each step
 
 
 class Sensitivities(NamedTuple):
     """How much errors in the outputs of layers matter, by the layers' names."""
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
-    steps: dict[str, Float[Tensor, "steps 2"]]  # E[g²] by denoising step, with a class and with none; where no tokens are seen
+    steps: dict[
+        str, Float[Tensor, "steps 2"]
+    ]  # weighted E[g²] by denoising step, with a class and with none; where no tokens are seen
 
 
 def output_sensitivities(
@@ -61,7 +63,7 @@ def output_sensitivities(
 
     def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
-            halves = torch.stack([half.float().square().mean() for half in gradient.chunk(2)]) / probe.among
+            halves = torch.stack([half.float().square().mean() for half in gradient.chunk(2)]) * probe.weight / probe.among
             seen = steps.setdefault(name, [])
             if probe.number == 0:
                 seen.append(torch.zeros_like(halves))
@@ -70,7 +72,7 @@ def output_sensitivities(
             return
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large else rows.T @ rows
-        found[name] = found.get(name, 0) + total.double() / (probe.among if gradient.ndim == 2 else 1)
+        found[name] = found.get(name, 0) + total.double() * probe.weight / (probe.among if gradient.ndim == 2 else 1)
 
     probe_outputs(
         pipeline,
@@ -88,10 +90,11 @@ def output_sensitivities(
 
 
 class Probe(NamedTuple):
-    """Which of a step's random v a gradient belongs to."""
+    """Which of a step's random v a gradient belongs to, and how much the step counts for the image."""
 
     number: int
     among: int
+    weight: float  # of the step
 
 
 def probe_outputs(
@@ -118,7 +121,7 @@ def probe_outputs(
         probes: how many v each step has; further steps have as many as the last one named.
     """
     teacher = pipeline.transformer
-    probe = Probe(0, 1)
+    probe = Probe(0, 1, 1.0)
 
     def follow(name: str, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:  # nothing before it does: the graph begins here
@@ -147,7 +150,7 @@ def probe_outputs(
             among = probes[min(number, len(probes) - 1)]
             with torch.enable_grad(), evaluating(teacher):
                 prediction = teacher(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-                for probe in (Probe(which, among) for which in range(among)):
+                for probe in (Probe(which, among, step.weight) for which in range(among)):
                     projected = _projected_noise(
                         pipeline, prediction, step.latents, step.timesteps, compared_scales, directions
                     )

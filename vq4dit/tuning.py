@@ -4,10 +4,10 @@ After every layer has its integers, the transformer is still full of numbers tha
 biases, and all that stays in 16 bit (embedders, final layer). They are tuned together on the
 teacher's own trajectories, steps in random order, so that
 
-    L = Σ_s E || ε̂_s(teacher) - ε̂_s(student) ||² / E || ε̂_s(teacher) ||²
+    L = Σ_s E w_t || ε̂_s(teacher) - ε̂_s(student) ||² / E || ε̂_s(teacher) ||²
 
 falls, where ε̂_s is the noise under guidance of scale s: s = 1 is the plain prediction, s = 4 counts what distinguishes a
-class from none. Adam with a cosine schedule; what is learned is what the hard layers will hold, nothing is soft here.
+class from none. w_t is what the noise of a step does to the image (`zero_data.image_weights`). Adam with a cosine schedule; what is learned is what the hard layers will hold, nothing is soft here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTPipeline
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.config import CalibrationConfig
@@ -61,7 +62,7 @@ def record_samples(
     """The steps of one walk of the teacher, n = `num_trajectories` x `WALK_STEPS`; calls `on_step` after each of them.
 
     Returns:
-        `latents` (n, c, h, w), `timesteps` (n,), `class_labels` (n,), and the teacher's predictions on the latent channels:
+        `latents` (n, c, h, w), `timesteps` (n,), `weights` (n,), `class_labels` (n,), and the teacher's predictions on the latent channels:
         `conditional` and `unconditional` (n, c, h, w).
     """
     channels = pipeline.transformer.config.in_channels
@@ -78,6 +79,7 @@ def record_samples(
         values = {
             "latents": step.latents[:half],
             "timesteps": step.timesteps[:half],
+            "weights": torch.full((half,), step.weight, device=step.latents.device),
             "class_labels": step.class_labels[:half],
             "conditional": conditional,
             "unconditional": unconditional,
@@ -123,9 +125,10 @@ class Tuning:
         start = self.step * self.config.tuning_batch
         chosen = self.order[torch.arange(start, start + self.config.tuning_batch) % len(self.order)]
         batch = {name: values[chosen] for name, values in self.samples.items()}
-        loss = self._loss(batch)
+        errors = self._errors(batch)
+        loss = (errors * batch["weights"].unsqueeze(1)).mean(0).sum()
         loss.backward()
-        noise_nmse = loss.item() / len(GUIDANCE_SCALES)
+        noise_nmse = errors.detach().mean().item()
         if not math.isfinite(noise_nmse):
             raise CalibrationDivergedError(
                 f"the loss became {noise_nmse} in step {self.step}: try another seed, and check that the original model gives "
@@ -140,19 +143,20 @@ class Tuning:
     def _rate(self) -> float:
         return self.config.tuning_learning_rate * (1 + math.cos(math.pi * self.step / self.config.tuning_steps)) / 2
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def _errors(self, batch: dict[str, Tensor]) -> Float[Tensor, "b scales"]:
+        """Squared errors of the noises of each sample, over the mean power of the teacher's in this batch."""
         latents, timesteps, labels = batch["latents"], batch["timesteps"], batch["class_labels"]
         both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
         found = self.student(torch.cat([latents, latents]), timestep=timesteps.repeat(2), class_labels=both).sample
         wanted = torch.cat([batch["conditional"], batch["unconditional"]])
-        loss = torch.zeros((), device=latents.device)
+        errors = []
         for scale in GUIDANCE_SCALES:
             noises = (
                 predicted_noise(guide(p, scale, self.channels), latents, timesteps, self.scheduler) for p in (wanted, found)
             )
             target, noise = noises
-            loss = loss + (noise - target).square().mean() / target.square().mean()
-        return loss
+            errors.append((noise - target).square().mean((1, 2, 3)) / target.square().mean())
+        return torch.stack(errors, dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `restore` needs."""

@@ -22,6 +22,7 @@ from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
+LEAST_WEIGHT = 0.05  # of a step in `image_weights`: other schedules spend more steps where this one has its last
 LARGE = 10**8  # weights from which on a pass of the model is long, and activations fill the memory
 GUIDANCE_SCALES = (1.0, 4.0)  # under which `best` compares noises: the plain prediction, and what tells a class from none
 
@@ -35,6 +36,7 @@ class TeacherStep(NamedTuple):
     block_outputs: list[Tensor]  # what each of the teacher's blocks returned
     prediction: Float[Tensor, "twice_b out h w"]  # the teacher's output, before guidance
     guided: Float[Tensor, "b c h w"]  # what the scheduler was given
+    weight: float  # what an error of its noise does to the image, see `image_weights`
 
 
 def check_supported(pipeline: Any) -> None:
@@ -101,6 +103,20 @@ def predicted_noise(prediction: Tensor, sample: Tensor, timestep: Tensor, schedu
     raise UnsupportedModelError(f"the scheduler predicts {kind!r}; noise can be compared for epsilon, v_prediction and sample")
 
 
+def image_weights(scheduler: Any) -> list[float]:
+    """What an error of the noise in each of a scheduler's steps does to the image, squared; 1 on average.
+
+    With σ = sqrt((1-ᾱ)/ᾱ), DDIM moves x_t/sqrt(ᾱ) by Δσ ε̂ (Song et al., arXiv:2010.02502, eq. 14), so an error of ε̂ enters with
+    Δσ. Later steps take most of it back where the noise is large: of latents with unit variance 1/sqrt(1 + σ²) stays. Their
+    product is Δ asinh(σ), much the same for all steps but the last, which hardly moves anything.
+    """
+    alphas = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.cpu().long()].clamp(min=2**-24)  # some begin with 0
+    position = torch.cat([((1 - alphas) / alphas).sqrt().asinh(), torch.zeros(1, dtype=torch.float64)])
+    weights = (position[:-1] - position[1:]).square()
+    weights = (weights / weights.mean()).clamp(min=LEAST_WEIGHT)
+    return (weights / weights.mean()).tolist()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: in training mode DiT drops class labels at random."""
@@ -144,14 +160,14 @@ def teacher_steps(
     with recorded_outputs(list(named_blocks(teacher).values())) as block_outputs:
         for guided, t in zip(replayed, scheduler.timesteps, strict=False):
             latents = scheduler.step(guided, t, latents, **extra).prev_sample
-        for t in scheduler.timesteps[len(replayed) :]:
+        for t, weight in list(zip(scheduler.timesteps, image_weights(scheduler), strict=True))[len(replayed) :]:
             with torch.no_grad(), evaluating(teacher):  # never around a yield: the listener may want gradients
                 model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
                 timesteps = t.to(teacher.device).expand(len(model_input))
                 prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
                 guided = guide(prediction, guidance_scale, config.in_channels)
                 latents = scheduler.step(guided, t, latents, **extra).prev_sample
-            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction, guided)
+            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction, guided, weight)
 
 
 class BlockCall(NamedTuple):
