@@ -5,10 +5,13 @@ If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance sc
     Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  tr(B E[δ δᵀ]),    B = E[g gᵀ],    g = Σ_s Jᵀ v_s / rms(ε̂_s),    v_s ~ N(0, I)
 
 since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
-matrix, averaged over tokens). Steps count by what their noise does to the image (`zero_data.image_weights`): without that the
-last step, which hardly moves the image, would decide half of everything. B says which outputs matter (its diagonal) and which errors cancel or add up (the rest).
-It takes many gradients to know the rest, and layers that see no tokens have one for an image, not one for a token, so for them
-the later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the memory, only the diagonal is kept.
+matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest). Steps
+count by what their noise does to the image (`zero_data.image_weights`): otherwise the last one, which hardly moves the image,
+would decide half of everything.
+
+It takes many gradients to know B, and layers that see no tokens have one for an image, not one for a token, so for them the
+later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the
+memory, only the diagonal is kept.
 
 Layers that see no tokens know by their inputs which step it is, so for them it is kept how g² changes from step to step.
 """

@@ -7,7 +7,8 @@ teacher's own trajectories, steps in random order, so that
     L = Σ_s E w_t || ε̂_s(teacher) - ε̂_s(student) ||² / E || ε̂_s(teacher) ||²
 
 falls, where ε̂_s is the noise under guidance of scale s: s = 1 is the plain prediction, s = 4 counts what distinguishes a
-class from none. w_t is what the noise of a step does to the image (`zero_data.image_weights`). Adam with a cosine schedule; what is learned is what the hard layers will hold, nothing is soft here.
+class from none. w_t is what the noise of a step does to the image (`zero_data.image_weights`). Adam with a cosine schedule;
+what is learned is what the hard layers will hold, nothing is soft here.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def record_samples(
     """The steps of one walk of the teacher, n = `num_trajectories` x `WALK_STEPS`; calls `on_step` after each of them.
 
     Returns:
-        `latents` (n, c, h, w), `timesteps` (n,), `weights` (n,), `class_labels` (n,), and the teacher's predictions on the latent channels:
-        `conditional` and `unconditional` (n, c, h, w).
+        `latents` (n, c, h, w), `timesteps` (n,), `weights` (n,), `class_labels` (n,), and the teacher's predictions on the
+        latent channels: `conditional` and `unconditional` (n, c, h, w).
     """
     channels = pipeline.transformer.config.in_channels
     parts: dict[str, list[Tensor]] = {}
