@@ -35,12 +35,10 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
-SECONDS_PER_COLUMN = 2.5e-4
+SECONDS_PER_COLUMN = 1.7e-4
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 WALK_OPERATIONS = 15  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
-SENSITIVITY_OPERATIONS = (
-    14  # per weight and token: forward, forward and backward (of the last steps more), products of gradients
-)
+SENSITIVITY_OPERATIONS = 16  # the same: forward, forward and backward (of later steps more), products of gradients
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
