@@ -74,7 +74,9 @@ class Events:
 
     def wait_until_over(self) -> None:
         """Return when the page has asked nothing for a while, and has had its answers or will get none."""
+        end = time.monotonic() + PATIENCE
         while time.monotonic() - self.last < (self.IDLE_SECONDS if self.open else self.QUIET_SECONDS):
+            assert time.monotonic() < end, [request.url for request in self.open]
             self.page.wait_for_timeout(100)
 
 

@@ -47,9 +47,7 @@ class Sensitivities(NamedTuple):
     """How much errors in the outputs of layers matter, by the layers' names."""
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
-    steps: dict[
-        str, Float[Tensor, "steps 2"]
-    ]  # weighted E[g²] by denoising step, with a class and with none; where no tokens are seen
+    steps: dict[str, Float[Tensor, "steps 2"]]  # of layers without tokens: weighted E[g²] by step, with a class and with none
 
 
 def output_sensitivities(
