@@ -78,7 +78,7 @@ def quantized_folder(tmp_path_factory):
 
 def quick_settings(**changes) -> vq4dit.QuantizationSettings:
     """`paper`, or another recipe, with few steps."""
-    few = {"steps": 12, "num_inference_steps": 5, "num_trajectories": 2, "tuning_steps": 6, "tuning_batch": 2}
+    few = {"steps": 12, "num_inference_steps": 5, "num_trajectories": 2}
     calibration = vq4dit.CalibrationConfig(**(few | changes.pop("calibration", {})))
     return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": calibration} | changes))
 

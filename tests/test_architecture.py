@@ -25,14 +25,12 @@ LADDER = [
         "loading",
         "student",
         "saving",
-        "learning",
         "soft_layers",
     },  # what learns from what, save and load; a layer's states on its way
     {
         "calibration",
         "layer_by_layer",
         "sensitivity",
-        "tuning",
         "inspection",
         "origin",
     },  # learn; what would become of a model; where it comes from

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vq4dit.cli import main
-from vq4dit.origin import read_origin
 
 
 def run(*arguments: object) -> int:
@@ -189,14 +188,6 @@ def test_three_bits_do_not_need_two(tmp_path, capsys):
     new_pipeline(num_attention_heads=1, attention_head_dim=16).save_pretrained(tmp_path / "mini")
     assert "256 codewords" in failure(capsys, "quantize", tmp_path / "mini", "--output", tmp_path / "q")
     assert run(*quick(tmp_path / "mini", tmp_path / "q", "--bits", 3)) == 0
-
-
-def test_a_large_model_is_not_tuned_unless_steps_are_given(tmp_path, model_folder, capsys, monkeypatch):
-    monkeypatch.setattr("vq4dit.cli.LARGE", 0)
-    for steps, tuned in (["--steps", 2], 2), ([], 0):
-        assert run("quantize", model_folder, "--output", tmp_path / f"tuned{tuned}", *steps) == 0
-        assert ("is not tuned on a CPU" in capsys.readouterr().out) == (tuned == 0)
-        assert read_origin(tmp_path / f"tuned{tuned}").settings["calibration"]["tuning_steps"] == tuned
 
 
 def test_a_keep_pattern_that_matches_nothing_is_told(tmp_path, model_folder, capsys):

@@ -36,16 +36,6 @@ def test_the_default_recipe_takes_here_about_what_is_said(card, monkeypatch):
     assert 381 / 2 < cost(card, recipe="best").seconds < 381 * 2
 
 
-def test_a_large_model_is_not_tuned_on_a_cpu_unless_that_is_asked_for(card):
-    settings = QuantizationSettings()
-    assert settings.suited(large=False, on_cpu=True) == settings.suited(large=True, on_cpu=False) == settings
-    untuned = settings.suited(large=True, on_cpu=True)
-    assert QuantizationSettings.from_dict(untuned.to_dict()) == untuned != settings
-    assert "tune" in cost(card).stages and "tune" not in cost(card, calibration=untuned.calibration).stages
-    paper = QuantizationSettings(recipe="paper")
-    assert paper.suited(large=True, on_cpu=True) == paper
-
-
 def test_whether_a_day_is_long_enough():
     assert Estimate({"cluster": 100.0}, 0, 0).fits() == {"anonymous": True, "free": True, "PRO": True}
     assert Estimate({"cluster": 100.0, "calibrate": 80.0}, 0, 0).fits() == {"anonymous": False, "free": True, "PRO": True}

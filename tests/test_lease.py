@@ -12,14 +12,12 @@ from vq4dit.archive import pack
 from vq4dit.catalog import Catalog
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError, UnsupportedModelError
-from vq4dit.job import Job
-from vq4dit.lease import Stopped, failure, stream, work
+from vq4dit.lease import failure, stream, work
 from vq4dit.loader import Loader
 from vq4dit.loading import load_pipeline
 from vq4dit.origin import read_origin
 from vq4dit.pairs import PairSettings, draw, drawn_pairs, is_complete, report
 from vq4dit.progress import Progress
-from vq4dit.quantization import run
 from vq4dit.workspace import Workspace
 
 
@@ -135,28 +133,6 @@ def test_a_job_that_another_tab_has_finished_is_not_done_again(new_project, load
     monkeypatch.setattr(loader, "original", lambda project: pytest.fail("it is done"))
     list(work(project, loader))
     assert project.status().phase == "done"
-
-
-def test_tuning_hears_a_stop_while_its_samples_are_made_and_goes_on_without_the_walk(new_project, loader, monkeypatch):
-    project = new_project(quick_settings(recipe="best"))
-    for _ in work(project, loader, seconds=0.0):  # fits a first group, then time is over
-        pass
-    stages = []
-
-    def listen(progress):
-        stages.append((progress.stage, progress.done))
-        if progress.stage == "tune":
-            raise Stopped("You stopped it.")
-
-    with pytest.raises(Stopped), Job.open(project.work, project.settings, loader.original(project), resume=True) as job:
-        run(job, loader.original(project), None, listen)
-    assert stages[-1] == ("tune", 0)
-    monkeypatch.setattr("vq4dit.best.calibration_walk", lambda *_: pytest.fail("every layer is fitted"))
-    list(work(project, loader))
-    other = new_project(quick_settings(recipe="best"))
-    monkeypatch.undo()
-    list(work(other, loader))
-    assert project.status().phase == "done" and weights(project.result) == weights(other.result)
 
 
 def test_a_failure_is_kept_in_words_and_the_project_can_go_on(new_project, loader, monkeypatch):

@@ -52,6 +52,17 @@ def test_layers_without_tokens_know_how_much_each_step_counts(pipeline):
     assert found[LAYERS[0]].sum().item() == pytest.approx(1, rel=1e-5) and (found[LAYERS[0]] > 0).all()
 
 
+def test_a_step_counts_by_what_it_does_to_the_image(pipeline, monkeypatch):
+    of_all = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    monkeypatch.setattr("vq4dit.zero_data.image_weights", lambda scheduler: [7.0 * (i == 2) for i in range(sensitivity.STEPS)])
+    of_one = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    steps = of_one.steps[LAYERS[0]]
+    assert steps[2].sum().item() == pytest.approx(1, rel=1e-5) and steps.count_nonzero() == 2
+    ratio = of_all.steps[LAYERS[0]][2]
+    torch.testing.assert_close(steps[2], ratio / ratio.sum())
+    assert not torch.allclose(of_one.outputs[LAYERS[1]], of_all.outputs[LAYERS[1]], rtol=0.1)
+
+
 def test_layers_know_which_errors_add_up_and_those_of_large_models_only_which_matter(pipeline, monkeypatch):
     monkeypatch.setattr("vq4dit.sensitivity.PROBES", (1,))
     found = output_sensitivities(pipeline, LAYERS, 4.0, seeded()).outputs

@@ -1,8 +1,8 @@
 """The recipe `best`, piece by piece, as a job can hold it.
 
 First how much an error in each layer's outputs matters (`vq4dit/sensitivity.py`), then how many bits each layer gets
-(`vq4dit/rate_allocation.py`), then one layer after the other (`vq4dit/layer_by_layer.py`), then the tuning of all that is not
-an integer (`vq4dit/tuning.py`). Each piece is on disk before the next begins.
+(`vq4dit/rate_allocation.py`), then one layer after the other (`vq4dit/layer_by_layer.py`). Each piece is on disk before the
+next begins.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vq4dit.coded_layers import EntropyCodedLinear, coded_layers
+from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.error_feedback import BEAM
 from vq4dit.inspection import promised_bits
 from vq4dit.job import Job, TimeBudget
 from vq4dit.layer_by_layer import BEAM_OF_LARGE, calibration_walk, fit_layer, groups_in_turn, rate_curve
-from vq4dit.learning import learn
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.randomness import named_generator
 from vq4dit.rate_allocation import RateCurve, log_t_for
 from vq4dit.sensitivity import Sensitivities, output_sensitivities
-from vq4dit.student import rest_dtype, round_rest, student_with
-from vq4dit.tuning import Tuning, record_samples, walks
+from vq4dit.student import student_with
 from vq4dit.zero_data import BlockCall, is_large
 
 
@@ -33,40 +31,8 @@ def quantize_best(
     job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
 ) -> nn.Module | None:
     """From the newest pieces of a job to the quantized transformer; None if time ran out first."""
-    student = _fit_layers(job, pipeline, targets, budget, on_progress)
-    if student is None:
-        return None
-    if job.settings.calibration.tuning_steps:
-        if not _record_samples(job, pipeline, budget, on_progress):
-            return None
-        for layer in coded_layers(student).values():
-            if layer.decoded_weight is None or layer.decoded_weight.dtype != torch.float32:
-                layer.decode(torch.float32)
-        if not _tune(job, pipeline, student, budget, on_progress):
-            return None
-        dtypes = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
-        for name, p in student.named_parameters():  # packed tensors are not in the original
-            p.data = p.data.to(dtypes.get(name, p.dtype))
-        for name, layer in coded_layers(student).items():
-            layer.harden(targets[name].weight.dtype)
-        round_rest(student, rest_dtype(pipeline.transformer))
-    for name, layer in coded_layers(student).items():
-        if layer.decoded_weight is None:
-            layer.decode(targets[name].weight.dtype)
-    return student
-
-
-def _fit_layers(
-    job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
-) -> nn.Module | None:
-    """Quantize layer by layer (`best`), one piece for each; the student, or None if time ran out."""
     settings = job.settings
     student = student_with(pipeline.transformer, {})
-    if all(job.has(f"layers/{name}") for name in targets):  # a turn of the tuning: nothing is left to be walked for
-        for name, linear in targets.items():
-            student.set_submodule(name, _fitted_layer(job, name, linear))
-        on_progress(Progress("fit", len(targets), len(targets)))
-        return student
     guidance_scale = settings.calibration.guidance_scale
     begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
     if not job.has("sensitivities-of-steps"):
@@ -142,34 +108,3 @@ def _bits_of_layers(
 def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
     piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
     return EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
-
-
-def _record_samples(job: Job, pipeline: Any, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Walk the teacher for the tuning, one piece for each walk; False if time ran out."""
-    config = job.settings.calibration
-    begun = Progress("tune", 0, config.tuning_steps)  # a sign of life, and a moment to stop
-    slowest = 0.0
-    for first, count in walks(pipeline, config).items():
-        if job.has(f"samples-{first}"):
-            continue
-        if slowest and not budget.allows(2 * slowest):  # every slice makes at least one walk
-            return False
-        started = time.monotonic()
-        generator = named_generator(job.settings.seed, f"tuning {first}" if first else "tuning")
-        samples = record_samples(pipeline, count, config.guidance_scale, generator, lambda: on_progress(begun))
-        job.write(f"samples-{first}", samples)
-        slowest = max(slowest, time.monotonic() - started)
-    return True
-
-
-def _tune(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Run the tuning from its newest checkpoint to its end; False if time ran out."""
-    config = job.settings.calibration
-    device = next(student.parameters()).device
-    read = [job.read(f"samples-{first}") for first in walks(pipeline, config)]
-    samples = {name: torch.cat([part[name] for part in read]).to(device) for name in read[0]}
-    with torch.enable_grad():
-        tuning = Tuning(pipeline, student, samples, config, named_generator(job.settings.seed, "order of samples"))
-        finished = learn(job, "tuning", tuning, config.tuning_steps, budget, on_progress, "tune")
-    tuning.student.disable_gradient_checkpointing()
-    return finished

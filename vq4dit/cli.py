@@ -31,7 +31,7 @@ from vq4dit.origin import origin_of, write_origin
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
-from vq4dit.zero_data import LARGE, check_supported
+from vq4dit.zero_data import check_supported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--steps",
         type=positive,
-        help=f"updates: calibration of paper (default: {defaults.steps}), tuning of best (default: {defaults.tuning_steps}; "
-        f"none for models of {LARGE / 1e6:.0f} million weights or more: one takes minutes here, on the CPU)",
+        default=defaults.steps,
+        help=f"updates in the calibration of paper (default: {defaults.steps})",
     )
     sub.add_argument(
         "--trajectories",
@@ -167,16 +167,13 @@ def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
-    found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
-    settings = settings_of(args, large=found.parameters >= LARGE)
+    inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
+    settings = settings_of(args)
     folder = args.output.with_name(f"{args.output.name}.job")
     was_saved = args.resume and folder.exists() and is_result(args.output, settings)  # killed before cleaning up
     check_output(args.output, args.overwrite or was_saved)
     pipeline = load_pipeline(args.model, revision=revision)
     check(pipeline, settings)
-    if settings.recipe == "best" and not settings.calibration.tuning_steps and not args.json:
-        told = f"a model of {found.parameters / 1e6:.0f} M parameters is not tuned on a CPU, which would take hours"
-        Console().print(f"{told}; --steps {CalibrationConfig.tuning_steps} asks for it")
     with Job.open(folder, settings, pipeline, resume=args.resume) as job:
         with progress_bars() as on_progress:
             quantized = run(job, pipeline, on_progress=on_progress)
@@ -205,18 +202,16 @@ def check_not_inside(model: str, output: Path) -> None:
         raise JobError(f"the output {output} is, or holds, the model {model} itself: choose another output")
 
 
-def settings_of(args: argparse.Namespace, *, large: bool) -> QuantizationSettings:
+def settings_of(args: argparse.Namespace) -> QuantizationSettings:
     calibration = CalibrationConfig(
-        steps=args.steps or CalibrationConfig.steps,
-        tuning_steps=args.steps or CalibrationConfig.tuning_steps,
+        steps=args.steps,
         num_trajectories=args.trajectories,
         num_candidates=args.candidates,
         ratio_start=args.ratio_start,
     )
-    settings = QuantizationSettings(
+    return QuantizationSettings(
         bits=args.bits, recipe=args.recipe, seed=args.seed, keep=tuple(args.keep), calibration=calibration
     )
-    return settings if args.steps else settings.suited(large=large, on_cpu=True)
 
 
 def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:

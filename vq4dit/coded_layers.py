@@ -103,13 +103,6 @@ class EntropyCodedLinear(PackedLinear):
         integers, sides = self.unpack()
         return (integers * step_size(sides.row_step).unsqueeze(1) * step_size(sides.column_step)).to(dtype)
 
-    @torch.no_grad()
-    def harden(self, dtype: torch.dtype) -> None:
-        """After tuning: the bias becomes what the file will hold, of `dtype` as the decoded weight is."""
-        if self.bias is not None:
-            self.bias = frozen(self.bias.half().to(dtype))
-        self.decoded_weight = self.reconstruct(dtype) if self.decoded_weight is None else self.decoded_weight.to(dtype)
-
     def decode(self, dtype: torch.dtype, name: str = "a layer") -> None:
         """Keep the decoded weight from now on; what decodes is not damaged."""
         try:

@@ -73,7 +73,7 @@ class VQ4DiTConfig(QuantizationConfigMixin):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Constants of `paper` (zero-data block-wise calibration, section 3 of VQ4DiT) and, at the end, of `best`."""
+    """Constants of `paper`: zero-data block-wise calibration, section 3 of VQ4DiT. `best` reads the guidance scale only."""
 
     num_candidates: int = 2  # n; the paper's best trade
     ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
@@ -88,16 +88,13 @@ class CalibrationConfig:
     hardening_start: float = 0.05  # part of the steps after which a schedule freezes more and more sub-vectors ...
     hardening_end: float = 0.7  # ... until all are (ours; released: no schedule, both 1)
     ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
-    tuning_steps: int = 200  # `best`: updates after all integers are fixed
-    tuning_batch: int = 8  # steps of trajectories in an update; guidance doubles the batch
-    tuning_learning_rate: float = 3e-4  # at the start; falls to 0 as a cosine
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_candidates <= 4:
             raise ValueError(f"num_candidates must be 1 to 4, got {self.num_candidates}")
         if self.ratio_start not in ("uniform", "distance"):
             raise ValueError(f'ratio_start must be "uniform" or "distance", got {self.ratio_start!r}')
-        for name in ("steps", "num_trajectories", "num_inference_steps", "tuning_batch"):
+        for name in ("steps", "num_trajectories", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.hardening_start <= self.hardening_end <= 1:
@@ -105,8 +102,6 @@ class CalibrationConfig:
                 "hardening_start and hardening_end are parts of the steps, 0 <= start <= end <= 1, got "
                 f"{self.hardening_start} and {self.hardening_end}"
             )
-        if self.tuning_steps < 0:
-            raise ValueError(f"tuning_steps must not be negative, got {self.tuning_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +127,6 @@ class QuantizationSettings:
     @property
     def subvector_dim(self) -> int:
         return CODEBOOKS[self.bits][1]
-
-    def suited(self, *, large: bool, on_cpu: bool) -> QuantizationSettings:
-        """These as defaults for a model and a machine: on a CPU a large model is not tuned, one update takes minutes there."""
-        if self.recipe != "best" or not (large and on_cpu):
-            return self
-        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, tuning_steps=0))
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "keep": list(self.keep)}

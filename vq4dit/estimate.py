@@ -27,11 +27,11 @@ from vq4dit.zero_data import LARGE
 Device = Literal["cpu", "gpu"]
 
 LLOYD_ITERATIONS = 15
-# cpu: a core of x86-64, measured on the bundled model (processor seconds of codebooks and of tuning steps), times the cores
+# cpu: a core of x86-64, measured on the bundled model (processor seconds of codebooks and of learning steps), times the cores
 # that torch uses. gpu: assumed, never measured: half of the fp32 figure of half an H200 (6.7e13 for a whole one).
 # Distances between a sub-vector and a codeword, per second.
 DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
-# Floating-point operations of calibration and tuning, per second.
+# Floating-point operations of walks and calibration, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
@@ -82,8 +82,6 @@ def estimate(
     memory = 8 * parameters  # the original and the result, in fp32
     disk = prediction.file_bytes + 8 * sum(subvectors)
     if settings.recipe == "best":
-        calibration = settings.calibration
-        rows = 2 * calibration.tuning_batch * tokens
         large = parameters >= LARGE
         walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
         felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
@@ -91,8 +89,6 @@ def estimate(
         calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
-        if calibration.tuning_steps:
-            stages["tune"] = calibration.tuning_steps * weights * (6 * rows + 40) / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
         memory += 12 * weights + 12 * coupled
         disk += 4 * weights + 4 * coupled

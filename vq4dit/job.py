@@ -11,8 +11,6 @@ bytes.
     DIR.job/sensitivities.safetensors   `best`: how much errors in each layer's outputs matter
     DIR.job/sensitivities-of-steps.safetensors  `best`: and in which denoising step, where no tokens are seen
     DIR.job/bits.safetensors            `best`: how many bits each layer gets
-    DIR.job/samples-N.safetensors       `best`: what tuning learns from, trajectories from number N on
-    DIR.job/tuning.safetensors          `best`: the newest checkpoint
     DIR.job/lock                        held by the process that works on the job
 """
 
@@ -37,7 +35,7 @@ from torch import Tensor
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 
-VERSION = 6  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+VERSION = 7  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 
 
 def fingerprint(pipeline: Any) -> str:

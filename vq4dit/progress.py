@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["cluster", "calibrate", "fit", "tune", "sample", "measure", "upload"]
+Stage = Literal["cluster", "calibrate", "fit", "sample", "measure", "upload"]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
     kmeans   codebooks by k-means, nearest assignments, done
     paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
-    best     integers instead of codewords, with bits where they matter, layer by layer with error feedback; then all that is
-             not an integer is tuned (`vq4dit/best.py`)
+    best     integers instead of codewords, with bits where they matter, layer by layer with error feedback (`vq4dit/best.py`)
 
 `quantize` does it in one go. `run` does it as a job on disk that can stop and go on; both end in the same bytes.
 """
@@ -31,19 +30,22 @@ from vq4dit.errors import UnsupportedModelError
 from vq4dit.job import Job, TimeBudget
 from vq4dit.kmeans import fit_codebook
 from vq4dit.layers import VQLinear
-from vq4dit.learning import learn
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.soft_layers import SoftVQLinear, start_logits
 from vq4dit.student import rest_dtype, student_with
-from vq4dit.zero_data import check_supported, is_large
+from vq4dit.zero_data import check_supported
+
+CHECKPOINT_SECONDS = 15.0
+CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
+WRITE_BYTES_PER_SECOND = 2e8  # a guess, until the first checkpoint tells
 
 
 def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_progress: OnProgress = ignore) -> Any:
     """Quantize the transformer of a pipeline; the original stays as it is.
 
     Args:
-        settings: by default those that suit the model and its device (`QuantizationSettings.suited`).
+        settings: by default the recipe `best` at 2 bits.
 
     Returns:
         A pipeline of the same kind, whose other parts are shared with the original. `save_pretrained` packs it.
@@ -51,10 +53,7 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
     Raises:
         UnsupportedModelError: see `check`.
     """
-    if settings is None:
-        check(pipeline, QuantizationSettings())
-        on_cpu = pipeline.transformer.device.type == "cpu"
-        settings = QuantizationSettings().suited(large=is_large(pipeline.transformer), on_cpu=on_cpu)
+    settings = settings or QuantizationSettings()
     check(pipeline, settings)
     with tempfile.TemporaryDirectory() as folder:
         with Job.open(Path(folder), settings, pipeline, resume=False) as job:
@@ -164,10 +163,32 @@ def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
 
 
 def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Run the calibration of `paper` from its newest checkpoint to its end; False if time ran out."""
+    """Calibrate from the newest checkpoint to the end, with a checkpoint now and then; False if time ran out first."""
     config = job.settings.calibration
     calibration = Calibration(pipeline, student, config, named_generator(job.settings.seed, "zero data"))
-    return learn(job, "calibration", calibration, config.steps, budget, on_progress, "calibrate")
+    if job.has("calibration"):
+        calibration.restore(job.read("calibration"))
+    step_seconds = 0.0
+    write_seconds = sum(tensor.nbytes for tensor in calibration.tensors().values()) / WRITE_BYTES_PER_SECOND
+    first_step = calibration.step
+    written = time.monotonic()
+    while calibration.step < config.steps:
+        started = time.monotonic()
+        moved_on = calibration.step > first_step  # every slice makes at least one step, else a job might never end
+        if moved_on and not budget.allows(2 * step_seconds + 2 * write_seconds):
+            job.write("calibration", calibration.tensors())
+            return False
+        metrics = calibration.advance()
+        step_seconds = time.monotonic() - started
+        on_progress(Progress("calibrate", calibration.step, config.steps, metrics))
+        if time.monotonic() - written > max(CHECKPOINT_SECONDS, write_seconds / CHECKPOINT_SHARE):
+            started = time.monotonic()
+            job.write("calibration", calibration.tensors())
+            written = time.monotonic()
+            write_seconds = written - started
+    if calibration.step > first_step:  # what comes after it can be stopped too
+        job.write("calibration", calibration.tensors())
+    return True
 
 
 def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -> Any:

@@ -18,7 +18,6 @@ VERBS = {
     "cluster": "clustering layers",
     "calibrate": "calibrating",
     "fit": "fitting layers",
-    "tune": "tuning",
     "sample": "sampling",
     "measure": "measuring the noise",
     "upload": "uploading",

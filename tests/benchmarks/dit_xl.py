@@ -1,11 +1,10 @@
 """No toy: a transformer of DiT-XL/2's shape (675 M parameters, random weights) through the real commands.
 
-    python tests/benchmarks/dit_xl.py WORK [--bits 2 3 4] [--learn paper tuning fitting best]
+    python tests/benchmarks/dit_xl.py WORK [--bits 2 3 4] [--learn paper fitting best]
 
 Writes a pipeline folder with random weights to WORK (1.4 GB, kept for the next run), then runs `python -m vq4dit quantize`
 on it in processes of their own and prints seconds, peak memory, and the bytes of the file beside the predicted ones. `paper`
-learns for ten steps; `best` is whole, as it is on a CPU: without tuning. Parts of it are quicker to see: `fitting` is its first
-block, `tuning` (what a GPU would do next) begins with the layers of k-means and makes ten updates, of fewer steps each.
+learns for ten steps; `best` is whole, and `fitting`, its first block, is quicker to see.
 """
 
 import argparse
@@ -19,17 +18,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from process import run_vq4dit
 
-from vq4dit.coded_layers import EntropyCodedLinear
-from vq4dit.config import CalibrationConfig, QuantizationSettings, Recipe
+from vq4dit.config import QuantizationSettings, Recipe
 from vq4dit.evaluation import peak_memory
 from vq4dit.inspection import inspect
 from vq4dit.job import Job
 from vq4dit.loading import load_pipeline
 from vq4dit.progress import Progress
-from vq4dit.quantization import check, run
-from vq4dit.saving import save
+from vq4dit.quantization import run
 
-TUNING_BATCH = 2
 LAYERS_OF_A_BLOCK = 7
 
 
@@ -67,9 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument(
-        "--learn", nargs="*", default=["paper", "tuning", "fitting"], choices=["paper", "tuning", "fitting", "best"]
-    )
+    parser.add_argument("--learn", nargs="*", default=["paper", "fitting"], choices=["paper", "fitting", "best"])
     args = parser.parse_args()
     model = args.work / "dit-xl-2-random"
     if not (model / "model_index.json").exists():
@@ -79,32 +73,10 @@ def main() -> None:
     accounting = inspect(str(model), widths=[2], recipe="kmeans").predictions[0].paper_accounting()
     print("the paper's accounting at 2 bits:", {key: round(value, 2) for key, value in accounting.items()})
     for recipe in args.learn:
-        if recipe == "tuning":
-            tune(model, args.work)
-        elif recipe == "fitting":
+        if recipe == "fitting":
             fit(model, args.work)
         else:
             quantize(model, args.work, recipe, 2, *(["--steps", "10", "--trajectories", "1"] if recipe == "paper" else []))
-
-
-def tune(model: Path, work: Path) -> None:
-    """The tuning of `best` alone, in this process; its job begins with weights rounded to the nearest."""
-    calibration = CalibrationConfig(tuning_steps=10, tuning_batch=TUNING_BATCH)
-    original = load_pipeline(str(model))
-    folder = work / "tuning.job"
-    with Job.open(folder, QuantizationSettings(recipe="best", calibration=calibration), original, resume=True) as job:
-        for name, linear in check(original, job.settings).items():
-            weight = linear.weight.detach()
-            scale = weight.square().mean().sqrt().expand(linear.out_features)  # about 2 bits
-            integers = (weight / scale.unsqueeze(1)).round().short()
-            layer = EntropyCodedLinear.from_integers(integers, scale, torch.ones(linear.in_features), linear.bias)
-            job.write(f"layers/{name}", layer.state_dict())
-        started = time.monotonic()
-        save(run(job, original), work / "tuning-2bit", overwrite=True)
-        seconds, peak = time.monotonic() - started, peak_memory(torch.device("cpu")) / 1e9
-        job.remove()
-    loaded = load_pipeline(str(work / "tuning-2bit"))
-    print(f"tuning, 10 updates of {TUNING_BATCH} steps: {seconds:.0f} s, peak {peak:.2f} GB; {type(loaded).__name__} loaded")
 
 
 class FirstBlockIsFitted(Exception):

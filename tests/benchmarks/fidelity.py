@@ -235,8 +235,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def transfer(original: Any, args: argparse.Namespace) -> None:
-    """Noise error of one row where calibration never looked."""
-    pipeline, _ = recipe_pipeline(original, args, args.transfer, args.seeds[0])
+    """Noise errors of one row where calibration never looked, and of `paper` at the same bits behind a stroke."""
+    beside = f"paper, n = 2, {args.transfer.split(', ')[-1]}"
+    pipelines = [recipe_pipeline(original, args, row, args.seeds[0])[0] for row in (args.transfer, beside)]
+    print(f"{args.transfer} / {beside}\n")
     ddim = original.scheduler
     solver = DPMSolverMultistepScheduler.from_config(ddim.config)
     print("| scheduler | steps | " + " | ".join(f"guidance {g:g}" for g in (1, 1.5, 4, 7)) + " |")
@@ -244,13 +246,11 @@ def transfer(original: Any, args: argparse.Namespace) -> None:
     for scheduler_name, scheduler in (("DDIM", ddim), ("DPM-Solver++", solver)):
         for steps in (10, 25, 50, 100):
             original.register_modules(scheduler=scheduler)
-            errors = [
-                noise_nmse(
-                    original, pipeline, num_trajectories=8, num_inference_steps=steps, guidance_scale=g, seed=args.seeds[0]
-                )
-                for g in (1.0, 1.5, 4.0, 7.0)
-            ]
-            print(f"| {scheduler_name} | {steps} | " + " | ".join(f"{e:.4f}" for e in errors) + " |", flush=True)
+            cells = []
+            for g in (1.0, 1.5, 4.0, 7.0):
+                settings = {"num_trajectories": 8, "num_inference_steps": steps, "guidance_scale": g, "seed": args.seeds[0]}
+                cells.append(" / ".join(f"{noise_nmse(original, pipeline, **settings):.4f}" for pipeline in pipelines))
+            print(f"| {scheduler_name} | {steps} | " + " | ".join(cells) + " |", flush=True)
 
 
 SUBJECTS = ["grinning face", "panda", "unicorn", "maple leaf", "hamburger", "tractor", "guitar", "gift"]

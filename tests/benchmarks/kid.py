@@ -8,9 +8,10 @@ features, arXiv:1801.01401) of each crowd to the real images of its subjects. Fe
 tests/requirements.txt; what WORK holds already is not made again, so two processes can make the images of two models.
 
 Intervals are of a bootstrap (95 %, 1,000 resamples): the generated images of each class are drawn again with replacement, each
-with its twin of the same seed, so that a difference to the original is one of pairs; real images stay. Inside the original's
-interval means that the original could have drawn such images with other seeds; whether a model is worse with the same seeds
-is what the difference tells.
+with its twin of the same seed, so that a difference to the original is one of pairs; real images stay. No pair is made of an
+image with itself, and images of a class are alike, so that resamples lie a little lower on average: intervals are moved back
+by that. Inside the original's interval means that the original could have drawn such images with other seeds; whether a
+model is worse with the same seeds is what the difference tells.
 """
 
 import argparse
@@ -77,8 +78,9 @@ def images_of(model: str, args: argparse.Namespace) -> Tensor:
     return torch.cat(parts)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
+def interval(value: float, resampled: list[float]) -> tuple[float, float]:
+    """95 % of the resampled values, with their mean moved to the value itself."""
+    low, high = np.quantile(resampled, [0.025, 0.975]) - np.mean(resampled) + value
     return float(low), float(high)
 
 
@@ -120,16 +122,17 @@ def main() -> None:
     print(f"{counts}; {NUM_INFERENCE_STEPS} steps; 95 % intervals of {RESAMPLES} resamples\n")
     print("| model | KID | interval | minus the original's | interval | inside the original's interval |")
     print("|---|---|---|---|---|---|")
-    lowest, highest = interval(resampled[0])
+    of_original = kernels[0].kid(once, of_real)
+    lowest, highest = interval(of_original, resampled[0])
     for model, crowd, values in zip(models, kernels, resampled, strict=True):
         value = crowd.kid(once, of_real)
         differences = [a - b for a, b in zip(values, resampled[0], strict=True)]
         cells = [
             Path(model).name,
             f"{value:.4f}",
-            "{:.4f} to {:.4f}".format(*interval(values)),
-            f"{value - kernels[0].kid(once, of_real):+.4f}",
-            "{:+.4f} to {:+.4f}".format(*interval(differences)),
+            "{:.4f} to {:.4f}".format(*interval(value, values)),
+            f"{value - of_original:+.4f}",
+            "{:+.4f} to {:+.4f}".format(*interval(value - of_original, differences)),
             "yes" if lowest <= value <= highest else "no",
         ]
         print(f"| {' | '.join(cells)} |")

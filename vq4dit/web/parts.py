@@ -24,7 +24,6 @@ STAGES = {
     "cluster": "Fitting codebooks",
     "calibrate": "Calibrating",
     "fit": "Fitting layer by layer",
-    "tune": "Tuning",
     "sample": "Drawing",
     "measure": "Measuring",
 }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from vq4dit.archive import pack
 from vq4dit.catalog import Catalog, ModelCard
@@ -24,7 +23,6 @@ from vq4dit.pairs import PairSettings, draw, is_complete
 from vq4dit.web import gpu
 from vq4dit.web.words import Trouble, explain
 from vq4dit.workspace import Forecast, Project, Workspace, check_space
-from vq4dit.zero_data import LARGE
 
 MAX_AGE_SECONDS = 7 * 86400.0
 MAX_TOTAL_BYTES = 20 * 10**9
@@ -82,17 +80,12 @@ class Studio:
         costs = {}
         for prediction in card.inspection.predictions:
             at_width = Choice(choice.model, prediction.bits, choice.recipe, choice.seed, choice.keep)
-            settings = self.settings(card, at_width)
+            settings = at_width.settings()
             parameters = card.inspection.parameters
             costs[prediction.bits] = estimate(
                 prediction, settings, parameters=parameters, tokens=card.tokens, device=self.device
             )
         return costs
-
-    def settings(self, card: ModelCard, choice: Choice) -> QuantizationSettings:
-        """As chosen, for this model and the device it will be on."""
-        on_cpu = self.device == "cpu" and not torch.cuda.is_available()
-        return choice.settings().suited(large=card.inspection.parameters >= LARGE, on_cpu=on_cpu)
 
     def begin(self, visitor: str, choice: Choice, token: str | None = None) -> Project:
         """The project of a choice, with everything checked that can be checked before the work.
@@ -100,9 +93,8 @@ class Studio:
         Raises:
             VQ4DiTError: if the model or the settings are refused, or the disk is too full.
         """
-        asked = choice.settings()
-        card = self.card(choice.model, asked.keep, asked.recipe, token)
-        settings = self.settings(card, choice)
+        settings = choice.settings()
+        card = self.card(choice.model, settings.keep, settings.recipe, token)
         cost = self.costs(card, choice)[settings.bits]
         self.workspace.sweep(max_age_seconds=MAX_AGE_SECONDS, max_bytes=MAX_TOTAL_BYTES)
         check_space(self.workspace.root, cost.disk_bytes + card.download_bytes)
