@@ -34,7 +34,7 @@ from vq4dit.rate_allocation import RateCurve
 from vq4dit.zero_data import BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
-TOKENS = 122880  # of the walk, all latents together: 120 for every input of a layer of 1,024
+TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
 TOKENS_OF_LARGE = 20480  # the error is about a tenth higher, the walk three times shorter
 STEPS = 10  # denoising steps of the walk
 BEAM_OF_LARGE = 1  # roundings kept for each row: more would take ten times as long

@@ -37,7 +37,7 @@ from vq4dit.zero_data import (
     teacher_steps,
 )
 
-TOKENS = 81920  # of the walk
+TOKENS = 40960  # of the walk
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 STEPS = 10  # denoising steps of the walk
 PROBES = (1,) * 4 + (4,) * 3 + (8,) * 3  # random v of each step
