@@ -236,7 +236,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def transfer(original: Any, args: argparse.Namespace) -> None:
     """Noise errors of one row where calibration never looked, and of `paper` at the same bits behind a stroke."""
-    beside = f"paper, n = 2, {args.transfer.split(', ')[-1]}"
+    beside = f"paper n = 2, {args.transfer.split(', ')[-1]}"
     pipelines = [recipe_pipeline(original, args, row, args.seeds[0])[0] for row in (args.transfer, beside)]
     print(f"{args.transfer} / {beside}\n")
     ddim = original.scheduler
