@@ -80,20 +80,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     defaults = CalibrationConfig()
-    sub.add_argument(
+    of_paper = sub.add_argument_group("calibration, only of --recipe paper")
+    of_paper.add_argument(
         "--steps",
         type=positive,
         default=defaults.steps,
-        help=f"updates in the calibration of paper (default: {defaults.steps})",
+        help=f"updates (default: {defaults.steps})",
     )
-    sub.add_argument(
+    of_paper.add_argument(
         "--trajectories",
         type=positive,
         default=defaults.num_trajectories,
-        help=f"calibration trajectories side by side (default: {defaults.num_trajectories})",
+        help=f"trajectories side by side (default: {defaults.num_trajectories})",
     )
-    sub.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
-    sub.add_argument(
+    of_paper.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
+    of_paper.add_argument(
         "--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}"
     )
 

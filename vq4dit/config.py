@@ -133,5 +133,6 @@ class QuantizationSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationSettings:
-        calibration = CalibrationConfig(**values["calibration"])
+        known = {field.name for field in dataclasses.fields(CalibrationConfig)}  # earlier versions had others
+        calibration = CalibrationConfig(**{name: value for name, value in values["calibration"].items() if name in known})
         return cls(**{**values, "keep": tuple(values["keep"]), "calibration": calibration})

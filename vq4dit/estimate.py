@@ -19,6 +19,7 @@ from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
 from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
 from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
+from vq4dit.sensitivity import STEPS as SENSITIVITY_STEPS
 from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
 from vq4dit.workspace import Event
@@ -34,6 +35,7 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 # Floating-point operations of walks and calibration, per second.
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
+BASE_BYTES = 500_000_000  # of Python and torch
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
 SECONDS_PER_COLUMN = 1.7e-4
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
@@ -79,7 +81,7 @@ def estimate(
         codewords = settings.num_codewords
         clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
         stages["cluster"] = sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND
-    memory = 8 * parameters  # the original and the result, in fp32
+    memory = BASE_BYTES + 8 * parameters  # the original and the result, in fp32
     disk = prediction.file_bytes + 8 * sum(subvectors)
     if settings.recipe == "best":
         large = parameters >= LARGE
@@ -90,7 +92,10 @@ def estimate(
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
-        memory += 12 * weights + 12 * coupled
+        step_tokens = (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS) / SENSITIVITY_STEPS
+        held = 1.5 * step_tokens * sum(layer.rows + layer.columns for layer in prediction.layers)  # for a backward pass
+        seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
+        memory += int(4 * (held + seen)) + 12 * coupled
         disk += 4 * weights + 4 * coupled
     if settings.recipe == "paper":
         calibration = settings.calibration

@@ -173,7 +173,7 @@ def _quantize(
 
 
 def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
-    """A row of the layers table while the job runs: the layer's error before anything is calibrated or tuned."""
+    """A row of the layers table while the job runs: the layer's error before anything is calibrated."""
     shape = (linear.out_features, linear.in_features)
     layer: PackedLinear
     if "coded_integers" in piece:

@@ -214,7 +214,8 @@ def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str
 
 def _belongs(constant: str, recipe: str) -> bool:
     """Whether a recipe reads this constant of `CalibrationConfig`."""
-    return recipe == "paper" or (recipe == "best" and constant == "guidance_scale")
+    of_best = constant.startswith("tuning_")  # in models of earlier versions
+    return {"best": of_best or constant == "guidance_scale", "paper": not of_best}.get(recipe, False)
 
 
 def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The recipe: cluster every layer, calibrate, harden.
+"""The three recipes, as jobs that can stop and go on.
 
     kmeans   codebooks by k-means, nearest assignments, done
     paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
@@ -163,7 +163,7 @@ def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
 
 
 def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Calibrate from the newest checkpoint to the end, with a checkpoint now and then; False if time ran out first."""
+    """`paper`: calibrate from the newest checkpoint to the end, with a checkpoint now and then; False if time ran out first."""
     config = job.settings.calibration
     calibration = Calibration(pipeline, student, config, named_generator(job.settings.seed, "zero data"))
     if job.has("calibration"):

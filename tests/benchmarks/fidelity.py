@@ -235,7 +235,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def transfer(original: Any, args: argparse.Namespace) -> None:
-    """Noise errors of one row where calibration never looked, and of `paper` at the same bits behind a stroke."""
+    """Noise errors of one row where calibration never looked, and of `paper` at the same bits after a slash."""
     beside = f"paper n = 2, {args.transfer.split(', ')[-1]}"
     pipelines = [recipe_pipeline(original, args, row, args.seeds[0])[0] for row in (args.transfer, beside)]
     print(f"{args.transfer} / {beside}\n")
@@ -277,7 +277,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS)
     parser.add_argument("--plot", type=Path, help="also draw error against bytes")
-    parser.add_argument("--transfer", choices=ROWS, help="only this: one row under unseen settings")
+    parser.add_argument(
+        "--transfer",
+        choices=[row for row in ROWS if method_and_bits(row)[0] in RECIPES],
+        help="only this: one row under unseen settings",
+    )
     parser.add_argument("--picture", nargs=2, metavar=("ROW", "PNG"), help="only this: images of one row beside the original's")
     args = parser.parse_args()
     original = load_pipeline(args.model)
