@@ -126,6 +126,16 @@ def test_progress_of_best_counts_every_layer_once(pipeline):
     ]
 
 
+def test_a_job_of_best_that_was_killed_before_it_was_saved_walks_no_more(tmp_path, pipeline, monkeypatch):
+    settings = quick_settings(recipe="best")
+    with Job.open(tmp_path, settings, pipeline, resume=False) as opened:
+        first = vq4dit.run(opened, pipeline).transformer.state_dict()
+    monkeypatch.setattr("vq4dit.best.calibration_walk", lambda *_: pytest.fail("every layer is fitted"))
+    with Job.open(tmp_path, settings, pipeline, resume=True) as opened:
+        again = vq4dit.run(opened, pipeline).transformer.state_dict()
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_other_settings_are_refused(tmp_path, pipeline):
     Job.open(tmp_path, quick_settings(), pipeline, resume=False).close()
     with pytest.raises(JobError, match="other settings .bits=2 there, 3 now."):
@@ -229,6 +239,9 @@ def test_settings_survive_the_trip_through_json():
     settings = quick_settings(keep=("*.ff.*",), calibration={"num_candidates": 3})
     assert vq4dit.QuantizationSettings.from_dict(settings.to_dict()) == settings
     assert dataclasses.asdict(settings)["calibration"]["num_candidates"] == 3
+    written = settings.to_dict()
+    written["calibration"] = written["calibration"] | {"tuning_steps": 200}  # a constant of an earlier version
+    assert vq4dit.QuantizationSettings.from_dict(written) == settings
 
 
 def test_an_output_that_is_not_empty_is_never_overwritten_unasked(tmp_path, pipeline):
