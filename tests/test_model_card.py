@@ -91,11 +91,13 @@ def test_plain_kmeans_has_a_row_beside_another_recipe(tmp_path, quantized_folder
     told = json.loads((copy / "transformer" / "config.json").read_text())
     told["quantization_config"]["recipe"] = "best"
     (copy / "transformer" / "config.json").write_text(json.dumps(told))
-    write_origin(copy, Origin(model=BASE.model, revision=COMMIT, settings=settings.to_dict(), versions={"torch": "2.13"}))
+    earlier = settings.to_dict()
+    earlier["calibration"]["tuning_steps"] = 200  # a constant of an earlier version
+    write_origin(copy, Origin(model=BASE.model, revision=COMMIT, settings=earlier, versions={"torch": "2.13"}))
     report = read_report(reports)
     card = model_card(copy, "ann/tiny", BASE, report)
     assert "| plain k-means, same bits | not measured | not measured" in card and "torch 2.13" in card
-    assert "guidance_scale 4.0" in card and "ratio_start" not in card
+    assert "guidance_scale 4.0" in card and "tuning_steps 200" in card and "ratio_start" not in card
     card = model_card(copy, "ann/tiny", BASE, report, dataclasses.replace(report, noise_nmse=0.5))
     assert f"| plain k-means, same bits | {report.quantized_bytes:,} | 0.5000 |" in card
 

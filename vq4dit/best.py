@@ -35,9 +35,7 @@ def quantize_best(
     student = student_with(pipeline.transformer, {})
     if all(job.has(f"layers/{name}") for name in targets):  # killed before it was saved: nothing is left to be walked for
         for name, linear in targets.items():
-            layer = _fitted_layer(job, name, linear)
-            layer.decode(linear.weight.dtype)
-            student.set_submodule(name, layer)
+            student.set_submodule(name, _fitted_layer(job, name, linear))
         on_progress(Progress("fit", len(targets), len(targets)))
         return student
     guidance_scale = settings.calibration.guidance_scale
@@ -79,7 +77,6 @@ def quantize_best(
                 )
                 job.write(f"layers/{name}", EntropyCodedLinear.from_integers(*quantized, bias).state_dict())
             layer = _fitted_layer(job, name, linear)
-            layer.decode(linear.weight.dtype)
             student.set_submodule(name, layer)
             integer_bytes = len(layer.coded_integers) - sum(linear.weight.shape)  # a byte of a row or column was set aside
             bits_left, promised_left = bits_left - 8 * integer_bytes, promised_left - bits[name]
@@ -114,4 +111,6 @@ def _bits_of_layers(
 
 def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
     piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
-    return EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
+    layer = EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
+    layer.decode(linear.weight.dtype)
+    return layer
