@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -30,8 +31,7 @@ from vq4dit.rate_allocation import RateCurve, log_t_for
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
 COUPLING_DAMPING = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each of them costs
 LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
-BLOCK_COLUMNS = 64  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
-BLOCK_COLUMNS_OF_BEAM = 16  # the same with a beam, which copies its block after every column
+BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
 FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
 BEAM = 32  # roundings kept for each row
@@ -152,36 +152,34 @@ def round_rows(
     later columns by -e factor_j,later.
     """
     rows, columns = wanted.shape
-    block = BLOCK_COLUMNS_OF_BEAM if beam > 1 else BLOCK_COLUMNS
-    left = wanted.unsqueeze(1).clone()  # (rows, beam, columns): what is wanted; of columns that are done, their integers
-    total, one, costs = torch.zeros(rows, 1, device=wanted.device), torch.ones((), device=wanted.device), cost.tolist()
-    for start in range(0, columns, block):
-        stop = min(columns, start + block)
-        width = stop - start
-        here_wanted = left[:, :, start:stop]
-        origin = torch.arange(left.shape[1], device=wanted.device).expand(
-            rows, -1
-        )  # the rounding of earlier columns it continues
-        state = torch.cat([here_wanted, torch.zeros_like(here_wanted), origin.unsqueeze(2)], dim=2)  # wanted, errors, origin
-        for here in range(width):
-            column = start + here
-            error = state[:, :, here] - state[:, :, here].round().clamp(1 - LARGEST, LARGEST - 1)
+    left = wanted.unsqueeze(1).clone()  # (rows, kept, columns): what is wanted; of columns that are done, their integers
+    total, one, costs = wanted.new_zeros(rows, 1), wanted.new_ones(()), cost.tolist()
+    row = torch.arange(rows, device=wanted.device).unsqueeze(1)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(columns, start + BLOCK_COLUMNS)
+        here = slice(start, stop)
+        origin = torch.arange(left[:, :, 0].numel(), dtype=wanted.dtype, device=wanted.device)  # the rounding it continues
+        state = torch.cat([left[:, :, here], origin.view(rows, -1, 1)], dim=2)
+        effects = factor[here, here].triu()  # of an error on its column, which it makes an integer, and on those after it
+        for column, effect in enumerate(F.pad(effects, (0, 1))):
+            here_wanted = state[:, :, column]
+            error = here_wanted - here_wanted.round().clamp_(1 - LARGEST, LARGEST - 1)
             if beam > 1:
-                errors = torch.cat([error, error - torch.copysign(one, error)], dim=1)  # of the nearest integer, and the second
-                totals = torch.addcmul(total.repeat(1, 2), errors, errors, value=costs[column])
+                second = error - torch.copysign(one, error)  # of the second nearest integer
+                errors = torch.stack([error, second], dim=1)
+                totals = torch.addcmul(total.unsqueeze(1), errors, errors, value=costs[start + column]).flatten(1)
                 total, best = totals.topk(min(beam, totals.shape[1]), dim=1, largest=False, sorted=False)
-                error = errors.gather(1, best)
-                parent = best % state.shape[1]
-                state = state.gather(1, parent.unsqueeze(2).expand(-1, -1, state.shape[2]))
-            state[:, :, here] -= error
-            state[:, :, width + here] = error
-            state[:, :, here + 1 : width] -= error.unsqueeze(2) * factor[column, column + 1 : stop]
-        origin = state[:, :, -1:].long()
-        left = left.gather(1, origin.expand(-1, -1, columns))
-        left[:, :, start:stop] = state[:, :, :width]
-        left[:, :, stop:] -= state[:, :, width:-1] @ factor[start:stop, stop:]
-    best = total.argmin(1)
-    return left[torch.arange(rows, device=wanted.device), best].round().short()
+                error = errors.flatten(1).gather(1, best)
+                parent = torch.add(best.remainder_(state.shape[1]), row, alpha=state.shape[1])
+                state = state.flatten(0, 1).index_select(0, parent.flatten()).view(rows, -1, state.shape[2])
+            state.addcmul_(error.unsqueeze(2), effect, value=-1)
+        if beam > 1:
+            left = left.flatten(0, 1).index_select(0, state[:, :, -1].flatten().long()).view(rows, -1, columns)
+        integers = state[:, :, :-1].round()
+        done = torch.linalg.solve_triangular(effects, left[:, :, here] - integers, upper=True, left=False, unitriangular=True)
+        left[:, :, here] = integers
+        left[:, :, stop:] -= done @ factor[here, stop:]
+    return left[row.squeeze(1), total.argmin(1)].short()
 
 
 def quantize_weight(
