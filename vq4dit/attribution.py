@@ -77,23 +77,21 @@ def layer_noise_errors(
         on_progress(Progress("measure", min(seen, total), total))
 
     together = min(num_trajectories, num_trajectories_for(original, TOKENS_TOGETHER, 1))
-    total = num_inference_steps * -(-num_trajectories // together)
-    images = 0
-    generator = named_generator(seed, "held-out trajectories")
-    for first in range(0, num_trajectories, together):
-        before, side_by_side = seen, min(together, num_trajectories - first)
-        probe_outputs(
-            original,
-            list(changes),
-            add,
-            generator,
-            num_trajectories=side_by_side,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            compared_scales=[guidance_scale],
-            on_step=count,
-        )
-        images += side_by_side * (seen - before)
+    walks = -(-num_trajectories // together)
+    total = num_inference_steps * walks
+    probe_outputs(
+        original,
+        list(changes),
+        add,
+        named_generator(seed, "held-out trajectories"),
+        num_trajectories=num_trajectories,
+        together=together,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        compared_scales=[guidance_scale],
+        on_step=count,
+    )
+    images = num_trajectories * seen / walks  # as many of each step
     return {name: error / images for name, error in found.items()}
 
 

@@ -99,7 +99,7 @@ def groups_in_turn(
             statistics = partial(_group_statistics, group[0], block, twin, inputs[group[0]], student_states, walk, weights)
             yield LayerGroup([f"{block_name}.{name}" for name in group], statistics)
         teacher_states = teacher_outputs
-        student_states = _inputs_of(twin, [], student_states, walk)[1]
+        student_states = teacher_states if twin is block else _inputs_of(twin, [], student_states, walk)[1]
 
 
 def _group_statistics(
@@ -115,7 +115,7 @@ def _group_statistics(
         every = [call.of_every_class() for call in walk]
         conditioning = _input_of(block, name, [call.hidden for call in every], every)
         return _statistics(conditioning, conditioning, step_weights)
-    return _statistics(teacher_inputs, _input_of(twin, name, student_states, walk))
+    return _statistics(teacher_inputs, teacher_inputs if twin is block else _input_of(twin, name, student_states, walk))
 
 
 def rate_curve(
@@ -227,7 +227,8 @@ def _statistics(
         )
         weighted = seen * (share / total).float().unsqueeze(1)
         covariance.addmm_(weighted.T, seen)
-        drift.addmm_((x - seen).T, weighted)
+        if teacher is not student:
+            drift.addmm_((x - seen).T, weighted)
     return InputStatistics(covariance, drift, teacher_mean, student_mean)
 
 

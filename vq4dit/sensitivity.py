@@ -19,6 +19,7 @@ Layers that see no tokens know by their inputs which step it is, so for them it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from vq4dit.zero_data import (
     GUIDANCE_SCALES,
+    TeacherStep,
     evaluating,
     guide,
     is_large,
@@ -37,10 +39,11 @@ from vq4dit.zero_data import (
     teacher_steps,
 )
 
-TOKENS = 40960  # of the walk
+TOKENS = 81920  # of all walks
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
-STEPS = 10  # denoising steps of the walk
-PROBES = (1,) * 4 + (4,) * 3 + (8,) * 3  # random v of each step
+TOKENS_TOGETHER = 40960  # of one walk: its activations fill the memory
+STEPS = 10  # denoising steps of a walk
+PROBES = (1,) * 4 + (2,) * 3 + (4,) * 3  # random v of each step
 
 
 class Sensitivities(NamedTuple):
@@ -57,18 +60,16 @@ def output_sensitivities(
     generator: torch.Generator,
     on_step: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
-    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image. One walk."""
+    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image."""
     large = is_large(pipeline.transformer)
     found: dict[str, Tensor] = {}
-    steps: dict[str, list[Tensor]] = {}
+    steps: dict[str, dict[int, Tensor]] = {}
 
     def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
             halves = torch.stack([half.float().square().mean() for half in gradient.chunk(2)]) * probe.weight / probe.among
-            seen = steps.setdefault(name, [])
-            if probe.number == 0:
-                seen.append(torch.zeros_like(halves))
-            seen[-1] += halves
+            seen = steps.setdefault(name, {})
+            seen[probe.step] = seen.get(probe.step, 0) + halves
         elif probe.number > 0:  # one probe tells enough: each of many tokens has a gradient
             return
         rows = gradient.flatten(0, -2).float()
@@ -81,18 +82,20 @@ def output_sensitivities(
         add,
         generator,
         num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
+        together=num_trajectories_for(pipeline, TOKENS_TOGETHER, STEPS),
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         compared_scales=GUIDANCE_SCALES,
         on_step=on_step,
         probes=(1,) if large else PROBES,
     )
-    return Sensitivities(_known(found), {name: _known_steps(torch.stack(values)) for name, values in steps.items()})
+    return Sensitivities(_known(found), {name: _known_steps(torch.stack([*of.values()])) for name, of in steps.items()})
 
 
 class Probe(NamedTuple):
-    """Which of a step's random v a gradient belongs to, and how much the step counts for the image."""
+    """Which random v of which step of a walk a gradient belongs to, and how much the step counts for the image."""
 
+    step: int
     number: int
     among: int
     weight: float  # of the step
@@ -105,6 +108,7 @@ def probe_outputs(
     generator: torch.Generator,
     *,
     num_trajectories: int,
+    together: int,
     num_inference_steps: int,
     guidance_scale: float,
     compared_scales: Sequence[float],
@@ -119,10 +123,11 @@ def probe_outputs(
     gradient of a parameter is made or left. Calls `on_step` after each step.
 
     Args:
+        together: how many of the trajectories are walked side by side; the others follow.
         probes: how many v each step has; further steps have as many as the last one named.
     """
     teacher = pipeline.transformer
-    probe = Probe(0, 1, 1.0)
+    probe = Probe(0, 0, 1, 1.0)
 
     def follow(name: str, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:  # nothing before it does: the graph begins here
@@ -136,29 +141,28 @@ def probe_outputs(
         )
         for name in names
     ]
-    walk = teacher_steps(
-        pipeline,
-        generator,
-        num_trajectories=num_trajectories,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-    )
     directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     try:
         for p in asked:
             p.requires_grad_(False)
-        for number, step in enumerate(walk):
-            among = probes[min(number, len(probes) - 1)]
-            with torch.enable_grad(), evaluating(teacher):
-                prediction = teacher(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-                for probe in (Probe(which, among, step.weight) for which in range(among)):
-                    projected = _projected_noise(
-                        pipeline, prediction, step.latents, step.timesteps, compared_scales, directions
-                    )
-                    projected.backward(retain_graph=probe.number + 1 < among)
-            on_step()
+        for first in range(0, num_trajectories, together):
+            walk = teacher_steps(
+                pipeline,
+                generator,
+                num_trajectories=min(together, num_trajectories - first),
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+            )
+            with closing(walk):
+                for number, step in enumerate(walk):
+                    among = probes[min(number, len(probes) - 1)]
+                    with torch.enable_grad(), evaluating(teacher):
+                        noises = _relative_noises(pipeline, step, compared_scales)
+                        for probe in (Probe(number, which, among, step.weight) for which in range(among)):
+                            v = torch.randn(noises.shape, generator=directions).to(noises.device)
+                            (v * noises).sum().backward(retain_graph=probe.number + 1 < among)
+                    on_step()
     finally:
-        walk.close()
         for handle in handles:
             handle.remove()
         for p in asked:
@@ -185,20 +189,14 @@ def _known_steps(power: Tensor) -> Float[Tensor, "steps 2"]:
     return power / power.sum() if known else torch.ones_like(power)
 
 
-def _projected_noise(
-    pipeline: DiTPipeline,
-    prediction: Tensor,
-    latents: Tensor,
-    timesteps: Tensor,
-    scales: Sequence[float],
-    directions: torch.Generator,
-) -> Tensor:
-    """Σ_s v_s · ε̂_s / rms(ε̂_s)."""
-    half = len(latents) // 2
+def _relative_noises(pipeline: DiTPipeline, step: TeacherStep, scales: Sequence[float]) -> Float[Tensor, "scales b c h w"]:
+    """ε̂_s / rms(ε̂_s) for each guidance scale s, by a pass of the teacher that can be gone back."""
+    half = len(step.latents) // 2
     scheduler, channels = new_scheduler(pipeline), pipeline.transformer.config.in_channels
-    total = torch.zeros((), device=latents.device)
+    prediction = pipeline.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+    found = []
     for scale in scales:
-        noise = predicted_noise(guide(prediction, scale, channels), latents[:half], timesteps[:half], scheduler).float()
-        v = torch.randn(noise.shape, generator=directions).to(noise.device)
-        total = total + (v * noise).sum() / noise.detach().square().mean().sqrt().clamp(min=1e-12)
-    return total
+        guided = guide(prediction, scale, channels)
+        noise = predicted_noise(guided, step.latents[:half], step.timesteps[:half], scheduler).float()
+        found.append(noise / noise.detach().square().mean().sqrt().clamp(min=1e-12))
+    return torch.stack(found)
