@@ -11,7 +11,6 @@ LADDER = [
     {
         "config",
         "kmeans",
-        "optimizer_state",
         "hub_errors",
         "terminal",
         "entropy_coding",

@@ -231,6 +231,21 @@ def test_a_model_too_small_for_any_codebook_is_told(tmp_path, capsys):
     assert "large enough to quantize" in failure(capsys, "quantize", tmp_path / "mini", "--output", tmp_path / "q")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ("best", ["--steps", 3]),
+        ("kmeans", ["--trajectories", 1]),
+        ("best", ["--candidates", 1]),
+        ("best", ["--ratio-start", "uniform"]),
+    ],
+)
+def test_an_option_that_the_recipe_would_not_heed_is_refused(tmp_path, model_folder, capsys, recipe, option):
+    said = failure(capsys, "quantize", model_folder, "--output", tmp_path / "q", "--recipe", recipe, *option)
+    assert f"{option[0]} belongs to the recipe paper, and the recipe is {recipe}" in said and "--recipe paper" in said
+    assert not (tmp_path / "q.job").exists()
+
+
 def test_ctrl_c_leaves_no_half_written_result_and_resume_finishes(tmp_path, model_folder):
     command = [sys.executable, "-W", "ignore", "-m", "vq4dit"]
     # 400 steps take so long that the last one is never there before Ctrl-C is

@@ -76,6 +76,16 @@ def test_layers_know_which_errors_add_up_and_those_of_large_models_only_which_ma
     torch.testing.assert_close(*compared)
 
 
+def test_trajectories_are_walked_as_few_at_a_time_as_the_memory_asks_for(pipeline, monkeypatch):
+    monkeypatch.setattr("vq4dit.sensitivity.TOKENS_TOGETHER", sensitivity.TOKENS // 2)
+    rows = []
+    pipeline.transformer.register_forward_pre_hook(lambda *call: rows.append(len(call[1][0])))
+    found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    walks = 2 * sensitivity.STEPS
+    assert rows == [2] * 2 * walks  # one trajectory with a class and with none, walked and then gone back
+    assert found.steps[LAYERS[0]].shape == (sensitivity.STEPS, 2)
+
+
 def test_several_probes_of_a_step_count_as_much_as_one(pipeline, monkeypatch):
     found = []
     for probes in ((1,), (8,)):

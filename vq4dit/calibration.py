@@ -20,7 +20,7 @@ a hundred steps, before there is anything to decide by, and two candidates are n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from vq4dit.config import CalibrationConfig
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import CalibrationDivergedError
-from vq4dit.optimizer_state import restore_state, start_state, state_tensors
 from vq4dit.soft_layers import SoftVQLinear
 from vq4dit.zero_data import TeacherStep, teacher_steps
 
@@ -154,3 +153,33 @@ class Calibration:
             teacher_step = next(self._trajectory)
         self._guided.append(teacher_step.guided)
         return teacher_step
+
+
+def start_state(optimizer: torch.optim.Optimizer, *moments: str) -> None:
+    """Give every parameter its state: the step, and a tensor of zeros for each of the optimizer's `moments`."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros(())} | {moment: torch.zeros_like(p) for moment in moments}
+
+
+def state_tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """NAME: the parameter; NAME/MOMENT: its state. The step is the same for all and is left to the caller."""
+    stored: dict[str, Tensor] = {}
+    for name, p in parameters:
+        state = optimizer.state[p].items()
+        stored |= {name: p} | {f"{name}/{moment}": value for moment, value in state if moment != "step"}
+    return stored
+
+
+@torch.no_grad()
+def restore_state(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor], step: int
+) -> None:
+    """Put back what `state_tensors` gave after `step` updates."""
+    for name, p in parameters:
+        p.copy_(stored[name])
+        for moment, value in optimizer.state[p].items():
+            if moment == "step":
+                value.fill_(step)
+            else:
+                value.copy_(stored[f"{name}/{moment}"])

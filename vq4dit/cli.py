@@ -33,6 +33,13 @@ from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
 from vq4dit.zero_data import check_supported
 
+OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
+    "steps": "--steps",
+    "num_trajectories": "--trajectories",
+    "num_candidates": "--candidates",
+    "ratio_start": "--ratio-start",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -81,22 +88,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     defaults = CalibrationConfig()
     of_paper = sub.add_argument_group("calibration, only of --recipe paper")
-    of_paper.add_argument(
-        "--steps",
-        type=positive,
-        default=defaults.steps,
-        help=f"updates (default: {defaults.steps})",
-    )
+    of_paper.add_argument("--steps", type=positive, help=f"updates (default: {defaults.steps})")
     of_paper.add_argument(
         "--trajectories",
+        dest="num_trajectories",
+        metavar="TRAJECTORIES",
         type=positive,
-        default=defaults.num_trajectories,
         help=f"trajectories side by side (default: {defaults.num_trajectories})",
     )
-    of_paper.add_argument("--candidates", type=int, default=defaults.num_candidates, choices=range(1, 5), help="default: 2")
     of_paper.add_argument(
-        "--ratio-start", default=defaults.ratio_start, choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}"
+        "--candidates",
+        dest="num_candidates",
+        type=int,
+        choices=range(1, 5),
+        help=f"default: {defaults.num_candidates}",
     )
+    of_paper.add_argument("--ratio-start", choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}")
 
     sub = add("sample", sample_command, "Images from an original or a quantized model.")
     sub.add_argument("model", metavar="MODEL")
@@ -204,12 +211,13 @@ def check_not_inside(model: str, output: Path) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> QuantizationSettings:
-    calibration = CalibrationConfig(
-        steps=args.steps,
-        num_trajectories=args.trajectories,
-        num_candidates=args.candidates,
-        ratio_start=args.ratio_start,
-    )
+    chosen = {field: getattr(args, field) for field in OPTIONS_OF_PAPER if getattr(args, field) is not None}
+    if chosen and args.recipe != "paper":
+        option = OPTIONS_OF_PAPER[next(iter(chosen))]
+        raise ValueError(
+            f"{option} belongs to the recipe paper, and the recipe is {args.recipe}: leave it out, or add --recipe paper"
+        )
+    calibration = CalibrationConfig(**chosen)
     return QuantizationSettings(
         bits=args.bits, recipe=args.recipe, seed=args.seed, keep=tuple(args.keep), calibration=calibration
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,18 +20,14 @@ def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.
     """
     student = copy.deepcopy(transformer, {id(transformer.get_submodule(name)): layer for name, layer in layers.items()})
     share_embedders(student, equal_embedders(student))
-    replaced = {id(p) for layer in layers.values() for p in layer.parameters()}
-    round_rest(student, rest_dtype(transformer), but=replaced)
-    return student.eval()
-
-
-def round_rest(student: nn.Module, dtype: torch.dtype, but: Set[int] = frozenset()) -> None:
-    """Give all that is not quantized, `but` the parameters of these ids, the values the file will hold, and freeze it."""
-    quantized = {id(p) for module in student.modules() if isinstance(module, PackedLinear) for p in module.parameters()}
+    dtype = rest_dtype(transformer)
+    packed = [*layers.values(), *(module for module in student.modules() if isinstance(module, PackedLinear))]
+    quantized = {id(p) for layer in packed for p in layer.parameters()}
     for p in student.parameters():
-        if id(p) not in but and id(p) not in quantized and p.is_floating_point():
+        if id(p) not in quantized and p.is_floating_point():
             p.requires_grad_(False)
             p.data = p.data.to(dtype).to(p.dtype)
+    return student.eval()
 
 
 def rest_dtype(transformer: nn.Module) -> torch.dtype:
