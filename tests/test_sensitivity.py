@@ -5,6 +5,7 @@ import torch
 
 from vq4dit import sensitivity
 from vq4dit.sensitivity import output_sensitivities
+from vq4dit.zero_data import ROUNDS
 
 LAYERS = ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn1.to_v", "transformer_blocks.1.ff.net.2"]
 
@@ -81,8 +82,8 @@ def test_trajectories_are_walked_as_few_at_a_time_as_the_memory_asks_for(pipelin
     rows = []
     pipeline.transformer.register_forward_pre_hook(lambda *call: rows.append(len(call[1][0])))
     found = output_sensitivities(pipeline, LAYERS, 4.0, seeded())
-    walks = 2 * sensitivity.STEPS
-    assert rows == [2] * 2 * walks  # one trajectory with a class and with none, walked and then gone back
+    walks = 2 * ROUNDS  # of all steps, and at some of them the teacher is asked again to go back
+    assert rows == [2] * (walks + walks // ROUNDS) * sensitivity.STEPS  # one trajectory, with a class and with none
     assert found.steps[LAYERS[0]].shape == (sensitivity.STEPS, 2)
 
 

@@ -7,7 +7,7 @@ If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance sc
 since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
 matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest). Steps
 count by what their noise does to the image (`zero_data.image_weights`): otherwise the last one, which hardly moves the image,
-would decide half of everything.
+would decide half of everything. A trajectory's next step tells little that is new, so each shows only some of its steps.
 
 It takes many gradients to know B, and layers that see no tokens have one for an image, not one for a token, so for them the
 later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from vq4dit.zero_data import (
     GUIDANCE_SCALES,
+    ROUNDS,
     TeacherStep,
     evaluating,
     guide,
@@ -83,13 +85,14 @@ def output_sensitivities(
         generator,
         num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
         together=num_trajectories_for(pipeline, TOKENS_TOGETHER, STEPS),
+        rounds=ROUNDS,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         compared_scales=GUIDANCE_SCALES,
         on_step=on_step,
         probes=(1,) if large else PROBES,
     )
-    return Sensitivities(_known(found), {name: _known_steps(torch.stack([*of.values()])) for name, of in steps.items()})
+    return Sensitivities(_known(found), {name: _known_steps(of) for name, of in steps.items()})
 
 
 class Probe(NamedTuple):
@@ -109,6 +112,7 @@ def probe_outputs(
     *,
     num_trajectories: int,
     together: int,
+    rounds: int = 1,
     num_inference_steps: int,
     guidance_scale: float,
     compared_scales: Sequence[float],
@@ -123,7 +127,9 @@ def probe_outputs(
     gradient of a parameter is made or left. Calls `on_step` after each step.
 
     Args:
-        together: how many of the trajectories are walked side by side; the others follow.
+        num_trajectories: of each round.
+        together: how many of them are walked side by side; the others follow.
+        rounds: of several, each shows every so-manyth step only, so that all of them show all.
         probes: how many v each step has; further steps have as many as the last one named.
     """
     teacher = pipeline.transformer
@@ -145,20 +151,21 @@ def probe_outputs(
     try:
         for p in asked:
             p.requires_grad_(False)
-        for first in range(0, num_trajectories, together):
+        for shown, first in product(range(rounds), range(0, num_trajectories, together)):
             walk = teacher_steps(
                 pipeline,
                 generator,
                 num_trajectories=min(together, num_trajectories - first),
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,
+                shown=slice(shown, None, rounds),
             )
             with closing(walk):
-                for number, step in enumerate(walk):
-                    among = probes[min(number, len(probes) - 1)]
+                for step in walk:
+                    among = probes[min(step.number, len(probes) - 1)]
                     with torch.enable_grad(), evaluating(teacher):
                         noises = _relative_noises(pipeline, step, compared_scales)
-                        for probe in (Probe(number, which, among, step.weight) for which in range(among)):
+                        for probe in (Probe(step.number, which, among, step.weight) for which in range(among)):
                             v = torch.randn(noises.shape, generator=directions).to(noises.device)
                             (v * noises).sum().backward(retain_graph=probe.number + 1 < among)
                     on_step()
@@ -184,7 +191,8 @@ def _known(found: dict[str, Tensor]) -> dict[str, Float[Tensor, " rows"] | Float
     }
 
 
-def _known_steps(power: Tensor) -> Float[Tensor, "steps 2"]:
+def _known_steps(power_of: dict[int, Tensor]) -> Float[Tensor, "steps 2"]:
+    power = torch.stack([power_of[step] for step in sorted(power_of)])
     known = torch.isfinite(power).all() and power.sum() > 0
     return power / power.sum() if known else torch.ones_like(power)
 

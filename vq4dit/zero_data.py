@@ -22,7 +22,7 @@ from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
-LEAST_WEIGHT = 0.05  # of a step in `image_weights`: other schedules spend more steps where this one has its last
+ROUNDS = 2  # of walks that share the steps where statistics are taken: the next step of a trajectory tells little that is new
 LARGE = 10**8  # weights from which on a pass of the model is long, and activations fill the memory
 GUIDANCE_SCALES = (1.0, 4.0)  # under which `best` compares noises: the plain prediction, and what tells a class from none
 
@@ -36,6 +36,7 @@ class TeacherStep(NamedTuple):
     block_outputs: list[Tensor]  # what each of the teacher's blocks returned
     prediction: Float[Tensor, "twice_b out h w"]  # the teacher's output, before guidance
     guided: Float[Tensor, "b c h w"]  # what the scheduler was given
+    number: int  # of the walk's steps, from 0
     weight: float  # what an error of its noise does to the image, see `image_weights`
 
 
@@ -104,16 +105,20 @@ def predicted_noise(prediction: Tensor, sample: Tensor, timestep: Tensor, schedu
 
 
 def image_weights(scheduler: Any) -> list[float]:
-    """What an error of the noise in each of a scheduler's steps does to the image, squared; 1 on average.
+    """What an error of the noise in each of a scheduler's steps does to the image; 1 on average.
 
-    With σ = sqrt((1-ᾱ)/ᾱ), DDIM moves x_t/sqrt(ᾱ) by Δσ ε̂ (Song et al., arXiv:2010.02502, eq. 14), so an error of ε̂ enters with
-    Δσ. Later steps take most of it back where the noise is large: of latents with unit variance 1/sqrt(1 + σ²) stays. Their
-    product is Δ asinh(σ), much the same for all steps but the last, which hardly moves anything.
+    With σ = sqrt((1-ᾱ)/ᾱ), DDIM moves x_t/sqrt(ᾱ) by Δσ ε̂ (Song et al., arXiv:2010.02502, eq. 14), so an error e of ε̂ enters as
+    Δσ e. Later steps take most of it back where the noise is large: of latents with unit variance 1/sqrt(1 + σ²) stays. Their
+    product is Δ asinh(σ). Errors of neighbouring steps are alike and add up, and by Cauchy and Schwarz
+
+        (Σ Δ e)² <= (Σ Δ) (Σ Δ e²)
+
+    so squares count by Δ asinh(σ), much the same for all steps but the last: a step weighs what the two would into which it
+    could be split.
     """
     alphas = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.cpu().long()].clamp(min=2**-24)  # some begin with 0
     position = torch.cat([((1 - alphas) / alphas).sqrt().asinh(), torch.zeros(1, dtype=torch.float64)])
-    weights = (position[:-1] - position[1:]).square()
-    weights = (weights / weights.mean()).clamp(min=LEAST_WEIGHT)
+    weights = position[:-1] - position[1:]
     return (weights / weights.mean()).tolist()
 
 
@@ -136,6 +141,7 @@ def teacher_steps(
     guidance_scale: float,
     num_inference_steps: int,
     replayed: Sequence[Tensor] = (),
+    shown: slice = slice(None),
 ) -> Generator[TeacherStep, None, None]:
     """Walk `num_trajectories` random trajectories side by side, once, as `DiTPipeline.__call__` walks them.
 
@@ -145,6 +151,7 @@ def teacher_steps(
     Args:
         replayed: guided predictions of the first steps of the same walk, made earlier; those steps are gone through without
             the teacher, and not yielded.
+        shown: which of the steps are yielded.
     """
     teacher = pipeline.transformer
     config = teacher.config
@@ -160,14 +167,17 @@ def teacher_steps(
     with recorded_outputs(list(named_blocks(teacher).values())) as block_outputs:
         for guided, t in zip(replayed, scheduler.timesteps, strict=False):
             latents = scheduler.step(guided, t, latents, **extra).prev_sample
-        for t, weight in list(zip(scheduler.timesteps, image_weights(scheduler), strict=True))[len(replayed) :]:
+        steps = list(enumerate(zip(scheduler.timesteps, image_weights(scheduler), strict=True)))
+        for number, (t, weight) in steps[len(replayed) :]:
             with torch.no_grad(), evaluating(teacher):  # never around a yield: the listener may want gradients
                 model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
                 timesteps = t.to(teacher.device).expand(len(model_input))
                 prediction = teacher(model_input, timestep=timesteps, class_labels=class_labels).sample
                 guided = guide(prediction, guidance_scale, config.in_channels)
                 latents = scheduler.step(guided, t, latents, **extra).prev_sample
-            yield TeacherStep(model_input, timesteps, class_labels, list(block_outputs), prediction, guided, weight)
+            if number in range(len(steps))[shown]:
+                outputs = list(block_outputs)
+                yield TeacherStep(model_input, timesteps, class_labels, outputs, prediction, guided, number, weight)
 
 
 class BlockCall(NamedTuple):
@@ -198,23 +208,27 @@ def record_block_calls(
     num_inference_steps: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[BlockCall]:
-    """Walk the teacher once and keep what enters its first block at every step."""
-    calls: list[BlockCall] = []
+    """What enters the teacher's first block at every step, those steps of `ROUNDS` walks in turn."""
+    calls: dict[int, BlockCall] = {}
     first = next(iter(named_blocks(pipeline.transformer).values()))
+    entered: list[BlockCall] = []
 
     def record(block: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
-        calls.append(BlockCall(positional[0], named, num_classes(pipeline)))
+        entered[:] = [BlockCall(positional[0], named, num_classes(pipeline))]
 
     handle = first.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        for _ in teacher_steps(
-            pipeline,
-            generator,
-            num_trajectories=num_trajectories,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-        ):
-            on_step()
+        for round_number in range(ROUNDS):
+            for step in teacher_steps(
+                pipeline,
+                generator,
+                num_trajectories=num_trajectories,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                shown=slice(round_number, None, ROUNDS),
+            ):
+                calls[step.number] = entered[0]
+                on_step()
     finally:
         handle.remove()
-    return calls
+    return [calls[number] for number in sorted(calls)]
