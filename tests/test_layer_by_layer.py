@@ -12,7 +12,7 @@ from vq4dit import quantize
 from vq4dit.dit import find_targets
 from vq4dit.evaluation import noise_nmse
 from vq4dit.layer_by_layer import InputStatistics, _statistics, calibration_walk, fit_layer, groups_in_turn
-from vq4dit.zero_data import NULL_CLASS, teacher_steps
+from vq4dit.zero_data import NULL_CLASS, ROUNDS, teacher_steps
 
 BITS = 2.0 * 32 * 48
 GROUPS = [
@@ -59,10 +59,13 @@ def test_statistics_are_those_of_what_the_teacher_sees_while_sampling(pipeline, 
     seen = []
     linear = pipeline.transformer.get_submodule(layer)
     hook = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
-    for _ in teacher_steps(pipeline, seeded(), num_trajectories=2, guidance_scale=4.0, num_inference_steps=10):
-        pass
+    shown, generator = {}, seeded()
+    for start in range(ROUNDS):
+        steps = slice(start, None, ROUNDS)
+        walk = {"num_trajectories": 2, "guidance_scale": 4.0, "num_inference_steps": 10, "shown": steps}
+        shown |= {step.number: seen[-1] for step in teacher_steps(pipeline, generator, **walk)}
     hook.remove()
-    inputs = torch.cat(seen)
+    inputs = torch.cat(list(shown.values()))
     assert inputs.shape[0] == 10 * 2 * 2 * 16
     statistics = group_of(groups(pipeline), layer)
     torch.testing.assert_close(statistics.covariance, inputs.T.cov(correction=0))
