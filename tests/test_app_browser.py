@@ -61,6 +61,7 @@ def test_the_whole_way_with_a_stop_and_a_reload(server, browser, tmp_path):
     visitor.see("#progress", f"{done} of 56")
     visitor.press("#resume")
     visitor.see("#progress .done", "is packed")
+    expect(visitor.page.locator("#welcome")).to_be_hidden()  # it said "paused"
 
     visitor.press("#draw")
     visitor.see("#slider-box .compare")

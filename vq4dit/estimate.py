@@ -22,6 +22,7 @@ from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
 from vq4dit.sensitivity import STEPS as SENSITIVITY_STEPS
 from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
+from vq4dit.sensitivity import TOKENS_TOGETHER
 from vq4dit.workspace import Event
 from vq4dit.zero_data import LARGE
 
@@ -37,7 +38,7 @@ OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
 BASE_BYTES = 500_000_000  # of Python and torch
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
-SECONDS_PER_COLUMN = 1.7e-4
+SECONDS_PER_COLUMN = 9e-5
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 WALK_OPERATIONS = 15  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
 SENSITIVITY_OPERATIONS = 16  # the same: forward, forward and backward (of later steps more), products of gradients
@@ -92,7 +93,7 @@ def estimate(
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
-        step_tokens = (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS) / SENSITIVITY_STEPS
+        step_tokens = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER) / SENSITIVITY_STEPS
         held = 1.5 * step_tokens * sum(layer.rows + layer.columns for layer in prediction.layers)  # for a backward pass
         seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
         memory += int(4 * (held + seen)) + 12 * coupled

@@ -162,6 +162,8 @@ class Page:
         begun = [*run_view, self.visitor, self.project, self.turn]
         started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
         self.on(self.resume.click, answers.resume, [*job, self.turn], [*run_view, self.turn])
+        presses = partial(gr.on, [self.start.click, self.resume.click])  # what the greeting says is then over
+        self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
         self.on(self.stop.click, answers.stop, job, run_view, queue=False)
         turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
         turned.then(**self.private(compare.drawn, job, drawn_view))
