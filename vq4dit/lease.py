@@ -33,7 +33,7 @@ from vq4dit.quantization import check, run
 from vq4dit.saving import save
 from vq4dit.workspace import Event, Project, Status
 
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.5
 # Pipelines are shared, and recording hangs hooks into them: a turn begins when the one before has really ended, though its
 # page was closed long ago.
 COMPUTING = threading.Lock()
