@@ -40,8 +40,8 @@ BASE_BYTES = 500_000_000  # of Python and torch
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
 SECONDS_PER_COLUMN = 9e-5
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
-WALK_OPERATIONS = 15  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
-SENSITIVITY_OPERATIONS = 16  # the same: forward, forward and backward (of later steps more), products of gradients
+WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
+SENSITIVITY_OPERATIONS = 8  # the same: forward, forward and backward (of later steps more), products of gradients
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}

@@ -129,7 +129,7 @@ def probe_outputs(
     Args:
         num_trajectories: of each round.
         together: how many of them are walked side by side; the others follow.
-        rounds: of several, each shows every so-manyth step only, so that all of them show all.
+        rounds: each of them shows only every `rounds`-th step; together they show all.
         probes: how many v each step has; further steps have as many as the last one named.
     """
     teacher = pipeline.transformer
