@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 from conftest import new_pipeline
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, KDPM2AncestralDiscreteScheduler
 
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.zero_data import ROUNDS, check_supported, guide, image_weights, record_block_calls, teacher_steps
@@ -154,3 +154,11 @@ def test_a_schedule_that_begins_with_nothing_but_noise_has_weights_too():
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     assert all(0 < weight < 10 for weight in image_weights(scheduler))
+
+
+def test_a_schedule_that_goes_back_for_a_moment_has_no_weight_below_zero():
+    scheduler = KDPM2AncestralDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    assert (scheduler.timesteps.diff() > 0).any()
+    weights = image_weights(scheduler)
+    assert min(weights) >= 0 and sum(weights) == pytest.approx(len(weights))

@@ -118,7 +118,7 @@ def image_weights(scheduler: Any) -> list[float]:
     """
     alphas = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.cpu().long()].clamp(min=2**-24)  # some begin with 0
     position = torch.cat([((1 - alphas) / alphas).sqrt().asinh(), torch.zeros(1, dtype=torch.float64)])
-    weights = position[:-1] - position[1:]
+    weights = (position[:-1] - position[1:]).abs()  # some schedules go back for a moment
     return (weights / weights.mean()).tolist()
 
 
