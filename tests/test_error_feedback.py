@@ -44,7 +44,7 @@ def taken(integers: torch.Tensor) -> float:
 def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
     weight, _, _ = problem(0)
     feedback = ErrorFeedback(torch.eye(32), torch.ones(48))
-    scales = feedback.scales(log_t=-3.0)
+    scales = feedback.scales(weight, log_t=-3.0)
     steps = torch.outer(*scales)
     assert steps.std() / steps.mean() < 1e-3
     assert torch.equal(feedback.round(weight, *scales, beam=1), (weight / steps).round().short())
@@ -57,7 +57,7 @@ def test_feedback_keeps_what_matters_better_than_rounding(seed, beam, coupled):
     weight, moments, coupling = problem(seed)
     sensitivity = coupling if coupled else coupling.diagonal()
     feedback = ErrorFeedback(moments, sensitivity)
-    row_scale, column_scale = feedback.scales(feedback_t(feedback, weight))
+    row_scale, column_scale = feedback.scales(weight, feedback_t(feedback, weight))
     steps = torch.outer(row_scale, column_scale)
     found = feedback.round(weight, row_scale, column_scale, beam)
     metric = coupling if coupled else torch.diag(coupling.diagonal())
@@ -93,7 +93,7 @@ def test_a_beam_that_holds_all_roundings_finds_the_best_of_them():
     generator = seeded(1)
     weight, moments = torch.randn(3, 5, generator=generator), correlated(200, 5, generator)
     feedback = ErrorFeedback(moments, torch.ones(3))
-    scales = feedback.scales(-1.0)
+    scales = feedback.scales(weight, -1.0)
     found = feedback.round(weight, *scales, beam=4**5)
     steps = torch.outer(*scales)
     near = (weight / steps).floor()
@@ -191,8 +191,27 @@ def test_where_no_bits_are_left_none_are_taken(bits):
     assert taken(quantize_weight(weight, moments, coupling, bits).integers) < 0.05 * weight.numel()
 
 
-def test_a_weight_far_above_all_others_is_cut_off_where_the_code_ends():
+def test_a_weight_far_above_all_others_is_kept_and_costs_its_own_row_only():
     weight, moments, _ = problem(0)
     weight[3, 5] = 1e4
     quantized = quantize_weight(weight, moments, torch.ones(48), 2.0 * weight.numel())
-    assert quantized.integers.abs().max() == LARGEST
+    assert quantized.integers.abs().max() < LARGEST
+    assert quantized.weight()[3, 5] == pytest.approx(1e4, rel=0.01)
+    others = torch.arange(48) != 3
+    assert (quantized.weight() - weight)[others].abs().max() < 10
+
+
+@SEEDS
+@pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows coupled"])
+def test_more_bits_are_better_for_weights_with_heavy_tails(seed, coupled):
+    _, moments, coupling = problem(seed, 64, 128)
+    normal, chi = torch.randn(64, 128, generator=seeded(seed)), torch.randn(64, 128, 2, generator=seeded(seed + 9))
+    weight = normal / chi.square().mean(2).sqrt()  # Student's t, two degrees of freedom: its variance is infinite
+    sensitivity = coupling if coupled else coupling.diagonal()
+    metric = coupling if coupled else torch.diag(sensitivity)
+    errors = []
+    for bits in (2.0, 3.0, 4.0, 5.0):
+        quantized = quantize_weight(weight, moments, sensitivity, bits * weight.numel(), beam=2)
+        assert taken(quantized.integers) < 1.03 * bits * weight.numel()
+        errors.append(joint_error(quantized.weight() - weight, moments, metric))
+    assert all(more < less / 2.5 for less, more in itertools.pairwise(errors))

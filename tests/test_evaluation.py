@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import new_pipeline
 from diffusers import DDIMScheduler
 
 from vq4dit import QuantizationSettings, quantize
@@ -51,6 +52,13 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
     together = sample(pipeline, [0, 1, 2], [7, 8, 9], num_inference_steps=2)
     alone = sample(pipeline, [1], [8], num_inference_steps=2)
     np.testing.assert_allclose(together[1], alone[0], atol=1e-4)
+
+
+def test_guidance_is_refused_where_the_pipeline_cannot_ask_for_no_class():
+    pipeline = new_pipeline(num_embeds_ada_norm=3)
+    assert sample(pipeline, [0], [1], num_inference_steps=2, guidance_scale=1.0).shape == (1, 8, 8, 3)
+    with pytest.raises(UnsupportedModelError, match="asks for class 1000.*ends at 3"):
+        sample(pipeline, [0], [1], num_inference_steps=2)
 
 
 def test_psnr_and_ssim_of_known_images():

@@ -138,6 +138,12 @@ def test_where_nothing_is_known_all_rows_count_the_same(pipeline):
     assert torch.equal(found.steps[LAYERS[0]], torch.ones(sensitivity.STEPS, 2))
 
 
+def test_a_layer_whose_gradient_is_too_large_counts_as_much_as_any():
+    small, large, too_large, none = torch.eye(3), 5 * torch.eye(2), torch.full((4, 4), torch.inf), torch.zeros(2)
+    found = sensitivity._known({"a": small, "b": large, "c": too_large, "d": none})
+    assert found["c"].tolist() == [1.0] * 4 and found["d"].tolist() == pytest.approx([0.2, 0.2])
+
+
 def test_a_walk_that_is_broken_off_leaves_nothing_behind(pipeline):
     pipeline.transformer.requires_grad_(True)
 

@@ -120,6 +120,17 @@ def test_other_pipelines_are_refused_by_name():
         check_supported("not a pipeline")
 
 
+def test_a_scheduler_that_does_not_tell_the_noise_is_refused(pipeline):
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UnsupportedModelError, match="FlowMatchEulerDiscreteScheduler does not"):
+        check_supported(pipeline)
+
+
+@pytest.mark.parametrize(("known", "none"), [(3, 3), (1000, 1000), (2000, 1000)])
+def test_no_class_is_the_label_behind_all_others_of_a_thousand(known, none):
+    assert all(step.class_labels.tolist()[2:] == [none, none] for step in walk(new_pipeline(num_embeds_ada_norm=known)))
+
+
 def test_errors_of_steps_count_as_the_image_minds_them():
     """Of Gaussian data with unit variance the best noise is known, so what becomes of an error in one step can be seen."""
     scheduler = DDIMScheduler(clip_sample=False)

@@ -24,7 +24,7 @@ from vq4dit.randomness import named_generator
 from vq4dit.rate_allocation import RateCurve, log_t_for
 from vq4dit.sensitivity import Sensitivities, output_sensitivities
 from vq4dit.student import student_with
-from vq4dit.zero_data import BlockCall, is_large
+from vq4dit.zero_data import ROUNDS, BlockCall, is_large
 
 
 def quantize_best(
@@ -95,12 +95,12 @@ def _bits_of_layers(
     sensitivities: Sensitivities,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """Share the bits of all integers out among the layers, as the teacher's own inputs suggest; one number each."""
+    """Share the bits of all integers out among the layers, as one round of the teacher's own inputs suggests; one number each."""
     settings, teacher = job.settings, pipeline.transformer
     promised = sum(promised_bits(linear, settings.bits) for linear in targets.values())
     curves: dict[str, RateCurve] = {}
-    steps = {name: weights[::2] for name, weights in sensitivities.steps.items()}
-    for group in groups_in_turn(teacher, teacher, walk[::2], list(targets), steps):
+    steps = {name: weights[::ROUNDS] for name, weights in sensitivities.steps.items()}
+    for group in groups_in_turn(teacher, teacher, walk[::ROUNDS], list(targets), steps):
         statistics = group.statistics()
         for name in group.names:
             curves[name] = rate_curve(targets[name], statistics, sensitivities.outputs[name].to(statistics.covariance.device))

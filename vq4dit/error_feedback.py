@@ -35,6 +35,7 @@ BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as
 BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
 FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
 BEAM = 32  # roundings kept for each row
+FILLED = 0.9  # of what a file's integers can be, by weights as they are: corrections need the rest
 
 
 def block_rows(rows: int) -> int:
@@ -110,11 +111,18 @@ class ErrorFeedback:
         """Bits that this weight takes at each cost of an error."""
         return RateCurve((weight.square().mean(1) * self.row_cost).sqrt(), self.column_cost.sqrt())
 
-    def scales(self, log_t: float) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
-        """Row and column scales, of the sizes that a file can tell, whose products are the steps t / sqrt(w_i d_j)."""
+    def scales(
+        self, weight: Float[Tensor, "rows columns"], log_t: float
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+        """Row and column scales, of the sizes that a file can tell, whose products are the steps t / sqrt(w_i d_j).
+
+        A row whose largest weight would be too many of them has larger ones.
+        """
         row, column = self.row_cost.double().rsqrt(), self.column_cost.double().rsqrt()
         balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both lie around 1
-        return step_size(nearest_step(row * 2 ** (log_t + balance))), step_size(nearest_step(column * 2**-balance))
+        column_scale = step_size(nearest_step(column * 2**-balance))
+        least = (weight.abs() / column_scale).amax(1).double() / (FILLED * LARGEST)
+        return step_size(nearest_step(torch.maximum(row * 2 ** (log_t + balance), least))), column_scale
 
     def round(
         self,
@@ -198,10 +206,10 @@ def quantize_weight(
     feedback = ErrorFeedback(second_moments, sensitivity)
     curve = feedback.rate_curve(weight)
     bits = max(bits, 0.0)
-    row_scale, column_scale = feedback.scales(log_t_for([curve], bits))
+    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits))
     tried = feedback.round(weight, row_scale, column_scale, beam=1)
     taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()
-    row_scale, column_scale = feedback.scales(log_t_for([curve], bits * bits / max(taken, 1e-9)))
+    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits * bits / max(taken, 1e-9)))
     return QuantizedWeight(feedback.round(weight, row_scale, column_scale, beam), row_scale, column_scale)
 
 

@@ -19,12 +19,11 @@ from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
 from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
 from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
-from vq4dit.sensitivity import STEPS as SENSITIVITY_STEPS
 from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
 from vq4dit.sensitivity import TOKENS_TOGETHER
 from vq4dit.workspace import Event
-from vq4dit.zero_data import LARGE
+from vq4dit.zero_data import LARGE, STEPS
 
 Device = Literal["cpu", "gpu"]
 
@@ -93,7 +92,8 @@ def estimate(
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
         stages["fit"] = fitted + weights * (walked + felt) / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
-        step_tokens = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER) / SENSITIVITY_STEPS
+        together = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER)
+        step_tokens = max(2 * tokens, together / STEPS)  # one trajectory at least
         held = 1.5 * step_tokens * sum(layer.rows + layer.columns for layer in prediction.layers)  # for a backward pass
         seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
         memory += int(4 * (held + seen)) + 12 * coupled

@@ -25,15 +25,18 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.errors import UnsupportedModelError
 from vq4dit.job import write_atomically
 from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.zero_data import (
+    NULL_CLASS,
     TeacherStep,
     check_supported,
     guide,
     new_scheduler,
+    null_class,
     num_classes,
     predicted_noise,
     teacher_steps,
@@ -141,7 +144,16 @@ def sample(
     batch_size: int = 16,
     on_progress: OnProgress = ignore,
 ) -> Float[np.ndarray, "n h w 3"]:
-    """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch."""
+    """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch.
+
+    Raises:
+        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
+    """
+    if guidance_scale > 1 and null_class(pipeline) < NULL_CLASS:
+        raise UnsupportedModelError(
+            f"with guidance DiTPipeline asks for class {NULL_CLASS}, which means none, and this model's embedder ends at "
+            f"{null_class(pipeline)}: its images can be made at a guidance scale of 1"
+        )
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)

@@ -112,7 +112,7 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
 def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
     """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are).
 
-    `best` shares the bits out among the layers as it goes, but takes no more than the other recipes in all.
+    `best` shares the bits out among the layers as it goes, but takes about as many as the other recipes in all.
     """
     num_codewords, dim = CODEBOOKS[bits]
     targets, kept = find_targets(transformer, dim, num_codewords, keep)

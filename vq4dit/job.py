@@ -35,7 +35,7 @@ from torch import Tensor
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 
-VERSION = 8  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+VERSION = 9  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 
 
 def fingerprint(pipeline: Any) -> str:

@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from vq4dit.dit import named_blocks
 from vq4dit.error_feedback import BEAM, ErrorFeedback, QuantizedWeight, damp, quantize_weight
 from vq4dit.rate_allocation import RateCurve
-from vq4dit.zero_data import BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
+from vq4dit.zero_data import STEPS, BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
 TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
 TOKENS_OF_LARGE = 20480  # the error is about a tenth higher, the walk three times shorter
-STEPS = 10  # denoising steps of the walk
 BEAM_OF_LARGE = 1  # roundings kept for each row: more would take ten times as long
 
 
@@ -211,7 +210,8 @@ def _statistics(
     Means first, then products of what differs from them: a difference of large products would lose a small covariance.
     """
     columns = student[0].shape[-1]
-    shares = [_shares(x, None if step_weights is None else step_weights[step]) for step, x in enumerate(student)]
+    weights = [None] * len(student) if step_weights is None else step_weights
+    shares = [_shares(x, of_step) for x, of_step in zip(student, weights, strict=True)]
     total = torch.stack([share.sum() for share in shares]).sum()
     if not total > 0:  # of these steps none counts
         return _statistics(teacher, student)

@@ -29,8 +29,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vq4dit.zero_data import (
-    GUIDANCE_SCALES,
     ROUNDS,
+    STEPS,
     TeacherStep,
     evaluating,
     guide,
@@ -44,7 +44,6 @@ from vq4dit.zero_data import (
 TOKENS = 81920  # of all walks
 TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
 TOKENS_TOGETHER = 40960  # of one walk: its activations fill the memory
-STEPS = 10  # denoising steps of a walk
 PROBES = (1,) * 4 + (2,) * 3 + (4,) * 3  # random v of each step
 
 
@@ -88,7 +87,7 @@ def output_sensitivities(
         rounds=ROUNDS,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
-        compared_scales=GUIDANCE_SCALES,
+        compared_scales=(1.0, guidance_scale),  # the plain prediction, and what tells a class from none
         on_step=on_step,
         probes=(1,) if large else PROBES,
     )
@@ -177,18 +176,22 @@ def probe_outputs(
 
 
 def _known(found: dict[str, Tensor]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
-    """Where nothing is known all rows count the same, as little as those of any other layer.
+    """Where nothing is known all rows count the same.
 
-    That is so if the noise does not depend on the layer, or a gradient was not finite.
+    They count as little as those of any other layer if the noise does not depend on them, and as much if a gradient was too
+    large to be told.
     """
     means = {name: (total.diagonal() if total.ndim == 2 else total).mean().item() for name, total in found.items()}
-    known = {name for name, mean in means.items() if mean > 0 and torch.isfinite(found[name]).all()}
-    least = min((means[name] for name in known), default=1.0)
-    scale = max((means[name] for name in known), default=1.0)  # so that all fit fp32
-    return {
-        name: (total / scale).float() if name in known else torch.full((len(total),), least / scale, device=total.device)
-        for name, total in found.items()
-    }
+    finite = {name for name, total in found.items() if torch.isfinite(total).all()}
+    known = [means[name] for name in finite if means[name] > 0]
+    least, scale = min(known, default=1.0), max(known, default=1.0)  # by which all fit fp32
+
+    def of(name: str, total: Tensor) -> Tensor:
+        if name in finite and means[name] > 0:
+            return (total / scale).float()
+        return torch.full((len(total),), least / scale if name in finite else 1.0, device=total.device)
+
+    return {name: of(name, total) for name, total in found.items()}
 
 
 def _known_steps(power_of: dict[int, Tensor]) -> Float[Tensor, "steps 2"]:

@@ -22,9 +22,9 @@ from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
+STEPS = 10  # denoising steps of a walk that `best` takes statistics of
 ROUNDS = 2  # of walks that share the steps where statistics are taken: the next step of a trajectory tells little that is new
 LARGE = 10**8  # weights from which on a pass of the model is long, and activations fill the memory
-GUIDANCE_SCALES = (1.0, 4.0)  # under which `best` compares noises: the plain prediction, and what tells a class from none
 
 
 class TeacherStep(NamedTuple):
@@ -47,6 +47,12 @@ def check_supported(pipeline: Any) -> None:
             f"sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
             f"{type(pipeline).__name__}; only quantizing with --recipe kmeans needs none"
         )
+    scheduler = pipeline.scheduler
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UnsupportedModelError(
+            f"trajectories are made by schedulers that tell how much noise each timestep has (alphas_cumprod), such as DDIM; "
+            f"{type(scheduler).__name__} does not: choose another one in scheduler/scheduler_config.json, or --recipe kmeans"
+        )
 
 
 def new_scheduler(pipeline: DiTPipeline) -> Any:
@@ -59,6 +65,11 @@ def num_classes(pipeline: DiTPipeline) -> int:
     if pipeline.labels:
         return max(pipeline.labels.values()) + 1
     return pipeline.transformer.config.num_embeds_ada_norm
+
+
+def null_class(pipeline: DiTPipeline) -> int:
+    """The label that stands for no class: behind all that the embedder knows, of which `DiTPipeline` expects a thousand."""
+    return min(NULL_CLASS, pipeline.transformer.config.num_embeds_ada_norm)
 
 
 def image_tokens(pipeline: DiTPipeline) -> int:
@@ -158,7 +169,7 @@ def teacher_steps(
     labels = torch.randint(num_classes(pipeline), (num_trajectories,), generator=generator)
     shape = (num_trajectories, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(shape, generator=generator).to(teacher.device, teacher.dtype)
-    null = torch.full_like(labels, NULL_CLASS)
+    null = torch.full_like(labels, null_class(pipeline))
     class_labels = torch.cat([labels, null]).to(teacher.device)
     scheduler = new_scheduler(pipeline)
     scheduler.set_timesteps(num_inference_steps)
@@ -194,7 +205,7 @@ class BlockCall(NamedTuple):
     def of_every_class(self) -> BlockCall:
         """The same step with one token, once for every class and as often for none."""
         classes = torch.arange(self.num_classes, device=self.hidden.device)
-        labels = torch.cat([classes, torch.full_like(classes, NULL_CLASS)])
+        labels = torch.cat([classes, self.arguments["class_labels"][-1:].expand(len(classes))])
         arguments = {**self.arguments, "class_labels": labels, "timestep": self.arguments["timestep"][:1].expand(len(labels))}
         return BlockCall(self.hidden[:1, :1].expand(len(labels), 1, -1), arguments, self.num_classes)
 
