@@ -95,7 +95,7 @@ def _bits_of_layers(
     sensitivities: Sensitivities,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """Share the bits of all integers out among the layers, as one round of the teacher's own inputs suggests; one number each."""
+    """Share the bits of all integers out among the layers, by the teacher's own inputs in one round; one number each."""
     settings, teacher = job.settings, pipeline.transformer
     promised = sum(promised_bits(linear, settings.bits) for linear in targets.values())
     curves: dict[str, RateCurve] = {}
