@@ -77,6 +77,20 @@ def test_layers_know_which_errors_add_up_and_those_of_large_models_only_which_ma
     torch.testing.assert_close(*compared)
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_large_models_run_their_blocks_again_on_the_way_back(pipeline, monkeypatch, asked_before):
+    if asked_before:
+        pipeline.transformer.enable_gradient_checkpointing()
+    monkeypatch.setattr("vq4dit.zero_data.LARGE", 0)
+    passes = []
+    pipeline.transformer.transformer_blocks[1].ff.register_forward_hook(lambda *_: passes.append(1))
+    output_sensitivities(pipeline, LAYERS, 4.0, seeded())
+    assert (
+        len(passes) == (ROUNDS + 1 + 1) * sensitivity.STEPS
+    )  # walked, and each step once to be gone back, and once going back
+    assert pipeline.transformer.is_gradient_checkpointing is asked_before
+
+
 def test_trajectories_are_walked_as_few_at_a_time_as_the_memory_asks_for(pipeline, monkeypatch):
     monkeypatch.setattr("vq4dit.sensitivity.TOKENS_TOGETHER", sensitivity.TOKENS // 2)
     rows = []

@@ -94,9 +94,9 @@ def estimate(
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
         together = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER)
         step_tokens = max(2 * tokens, together / STEPS)  # one trajectory at least
-        held = 1.5 * step_tokens * sum(layer.rows + layer.columns for layer in prediction.layers)  # for a backward pass
+        held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in prediction.layers)  # to go back
         seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
-        memory += int(4 * (held + seen)) + 12 * coupled
+        memory += int(4 * (step_tokens * held_width + seen)) + 12 * coupled
         disk += 4 * weights + 4 * coupled
     if settings.recipe == "paper":
         calibration = settings.calibration

@@ -18,10 +18,10 @@ Layers that see no tokens know by their inputs which step it is, so for them it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTPipeline
@@ -122,8 +122,9 @@ def probe_outputs(
 
     x and g are (rows, tokens, width), or (rows, width) without tokens, where rows are the trajectories with a class, then the
     same with none. g is that of Σ_s v_s·ε̂_s / rms(ε̂_s) over the `compared_scales`. Holds the activations of one step for its
-    backward pass: about (tokens, 28 width) fp32 for every block, where tokens are those of the trajectories side by side. No
-    gradient of a parameter is made or left. Calls `on_step` after each step.
+    backward pass: about (tokens, 28 width) fp32 for every block, where tokens are those of the trajectories side by side; of
+    large models only the inputs of linears, (tokens, 8 width). No gradient of a parameter is made or left. Calls `on_step`
+    after each step.
 
     Args:
         num_trajectories: of each round.
@@ -162,7 +163,7 @@ def probe_outputs(
             with closing(walk):
                 for step in walk:
                     among = probes[min(step.number, len(probes) - 1)]
-                    with torch.enable_grad(), evaluating(teacher):
+                    with torch.enable_grad(), evaluating(teacher), _frugal(teacher):
                         noises = _relative_noises(pipeline, step, compared_scales)
                         for probe in (Probe(step.number, which, among, step.weight) for which in range(among)):
                             v = torch.randn(noises.shape, generator=directions).to(noises.device)
@@ -173,6 +174,19 @@ def probe_outputs(
             handle.remove()
         for p in asked:
             p.requires_grad_(True)
+
+
+@contextmanager
+def _frugal(transformer: Any) -> Iterator[None]:
+    """In large models activations inside a block are not held for the backward pass, but made again when it gets there."""
+    if not is_large(transformer) or transformer.is_gradient_checkpointing:
+        yield
+        return
+    transformer.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        transformer.disable_gradient_checkpointing()
 
 
 def _known(found: dict[str, Tensor]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
