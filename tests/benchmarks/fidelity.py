@@ -224,13 +224,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for name in dict.fromkeys(row["name"] for row in rows):
         points = sorted((row["megabytes"], row["nmse_1.5"]) for row in rows if row["name"] == name)
         axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "best" else 1.5)
     axes.set(yscale="log", xlabel="transformer file, MB", ylabel="noise_nmse, guidance 1.5")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
