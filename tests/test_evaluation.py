@@ -10,6 +10,7 @@ from vq4dit import QuantizationSettings, quantize
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.evaluation import (
     SamplePair,
+    compare,
     grid,
     label_ids,
     layer_errors,
@@ -59,6 +60,8 @@ def test_guidance_is_refused_where_the_pipeline_cannot_ask_for_no_class():
     assert sample(pipeline, [0], [1], num_inference_steps=2, guidance_scale=1.0).shape == (1, 8, 8, 3)
     with pytest.raises(UnsupportedModelError, match="asks for class 1000.*ends at 3"):
         sample(pipeline, [0], [1], num_inference_steps=2)
+    with pytest.raises(UnsupportedModelError, match="asks for class 1000"):  # before the noise is compared
+        compare(pipeline, pipeline, 1, 1, labels=[0], on_progress=lambda progress: pytest.fail("minutes were spent"))
 
 
 def test_psnr_and_ssim_of_known_images():

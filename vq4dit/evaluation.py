@@ -149,11 +149,7 @@ def sample(
     Raises:
         UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
     """
-    if guidance_scale > 1 and null_class(pipeline) < NULL_CLASS:
-        raise UnsupportedModelError(
-            f"with guidance DiTPipeline asks for class {NULL_CLASS}, which means none, and this model's embedder ends at "
-            f"{null_class(pipeline)}: its images can be made at a guidance scale of 1"
-        )
+    _check_guidance(pipeline, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
@@ -168,6 +164,14 @@ def sample(
         images.extend(output.images)
         on_progress(Progress("sample", len(images), len(labels)))
     return np.stack(images)
+
+
+def _check_guidance(pipeline: DiTPipeline, guidance_scale: float) -> None:
+    if guidance_scale > 1 and null_class(pipeline) < NULL_CLASS:
+        raise UnsupportedModelError(
+            f"with guidance DiTPipeline asks for class {NULL_CLASS}, which means none, and this model's embedder ends at "
+            f"{null_class(pipeline)}: its images can be made at a guidance scale of 1"
+        )
 
 
 def label_ids(pipeline: DiTPipeline, labels: Sequence[str]) -> list[int]:
@@ -234,6 +238,7 @@ def compare(
     on_progress: OnProgress = ignore,
 ) -> tuple[Comparison, list[SamplePair]]:
     """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures."""
+    _check_guidance(original, guidance_scale)
     seeds = [seed + i for i in range(len(labels))]
     settings: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
