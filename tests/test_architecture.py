@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness"},  # no torch.nn, no diffusers
+    {"codebook", "packing", "errors", "progress", "randomness", "pipeline_files"},  # no torch.nn, no diffusers
     {
+        "files",
         "config",
         "kmeans",
         "hub_errors",
@@ -16,7 +17,7 @@ LADDER = [
         "entropy_coding",
     },  # settings; one codebook; failures; what commands share
     {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers"},  # the other kind of packed layer
+    {"coded_layers", "origin"},  # the other kind of packed layer; where a model comes from
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",
@@ -31,8 +32,7 @@ LADDER = [
         "layer_by_layer",
         "sensitivity",
         "inspection",
-        "origin",
-    },  # learn; what would become of a model; where it comes from
+    },  # learn; what would become of a model
     {"best"},  # one recipe, piece by piece
     {"quantization", "catalog", "workspace"},  # the recipe; which models there are; visitors' folders
     {
@@ -42,7 +42,7 @@ LADDER = [
         "loader",
         "archive",
     },  # look at the result; what it will cost; pipelines in memory; one file
-    {"model_card", "lease"},  # tell what it is; work for a while
+    {"model_card", "lease", "comparisons"},  # tell what it is; work for a while; pictures and figures as files
     {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub

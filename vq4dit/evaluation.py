@@ -7,12 +7,11 @@ compare same-seed images and say how much a person sees. Always measured on the 
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.job import write_atomically
 from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
@@ -281,15 +279,3 @@ def high_water_mark(process: int | str) -> int:
     status = Path(f"/proc/{process}/status")
     found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
-
-
-def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
-    """`report.json`, every picture as PNG, and `pairs.png`: original, quantized and difference, row by row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pair in pairs:
-        stem = f"{names.get(pair.label, str(pair.label)).replace(' ', '-').replace('/', '-')}-seed{pair.seed}"
-        for kind in ("original", "quantized", "difference"):
-            as_image(getattr(pair, kind)).save(folder / f"{stem}-{kind}.png")
-    rows = [getattr(pair, kind) for kind in ("original", "quantized", "difference") for pair in pairs]
-    grid(rows, columns=len(pairs)).save(folder / "pairs.png")
-    write_atomically(folder / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())

@@ -74,7 +74,12 @@ def pinned(model: str, revision: str | None = None, token: str | None = None) ->
     """
     if Path(model).is_dir():
         return None
-    return Path(_download(model, "model_index.json", revision, token)).parent.name  # .../snapshots/COMMIT/model_index.json
+    return source_folder(model, revision, token).name  # .../snapshots/COMMIT
+
+
+def source_folder(model: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Where the files of a loaded model lie: its folder, or its snapshot in the Hub's cache."""
+    return Path(model) if Path(model).is_dir() else Path(_download(model, "model_index.json", revision, token)).parent
 
 
 def check_access(model: str, token: str | None = None) -> None:

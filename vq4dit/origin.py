@@ -1,6 +1,7 @@
-"""Where a quantized model comes from: `vq4dit.json` beside its weights, written when it is made, read when it is published.
+"""Where a quantized model comes from and how it was made: `vq4dit.json` beside its weights, written and read with it.
 
-    {"base": {"model": "facebook/DiT-XL-2-256", "revision": "<commit>"}, "settings": {...}, "versions": {...}}
+    {"model": "facebook/DiT-XL-2-256", "revision": "<commit>", "fingerprint": "<of the original's weights>",
+     "recipe": {"name": "best", "version": 10}, "settings": {...}, "settings_hash": "<SHA-256>", "versions": {...}}
 
 A base that was a folder has no Hub id: `model` and `revision` are empty then, and `metadata` holds what the folder's own
 card says of licence, language and purpose. Paths of this machine are not written.
@@ -8,19 +9,22 @@ card says of licence, language and purpose. Paths of this machine are not writte
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
-from vq4dit.job import write_atomically
+from vq4dit.files import write_atomically
+from vq4dit.job import VERSION
 
 FILENAME = "vq4dit.json"
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base's card to ours
@@ -32,9 +36,12 @@ class Origin:
 
     model: str = ""  # Hub id
     revision: str = ""  # commit
+    fingerprint: str = ""  # of the base: see `job.fingerprint`
     metadata: dict[str, Any] = field(default_factory=dict)  # COPIED fields of the base's card
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)  # name, and the version of vq4dit's recipes
+    settings: dict[str, Any] = field(default_factory=dict)  # all of them, those of other recipes too
+    settings_hash: str = ""
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries, and the commit of vq4dit where it is known
 
 
 def origin_of(model: str, revision: str | None, settings: QuantizationSettings) -> Origin:
@@ -44,9 +51,17 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
         model="" if is_folder else model,
         revision="" if is_folder else revision or "",
         metadata=folder_metadata(Path(model)) if is_folder else {},
+        recipe={"name": settings.recipe, "version": VERSION},
         settings=settings.to_dict(),
-        versions={"vq4dit": own_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that make the numbers, and the commit of vq4dit if it was installed from one."""
+    found = {"vq4dit": own_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return found | ({"vq4dit_commit": commit} if (commit := own_commit()) else {})
 
 
 def own_version() -> str:
@@ -56,14 +71,31 @@ def own_version() -> str:
         return "not installed as a package"
 
 
+def own_commit() -> str:
+    """As pip noted it, empty if it did not."""
+    try:
+        record = json.loads(distribution("vq4dit").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return ""
+    return str(record.get("vcs_info", {}).get("commit_id", ""))
+
+
 def folder_metadata(folder: Path) -> dict[str, Any]:
-    """The COPIED fields of a folder's own card, if it has one."""
+    """The COPIED fields of a folder's own card. A card that cannot be read is no card."""
     path = folder / "README.md"
-    return copied(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()) if path.is_file() else {}
+    try:
+        return copied(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}
 
 
 def copied(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {key: metadata[key] for key in COPIED if metadata.get(key)}
+    """The COPIED fields that are text, or lists of it: YAML knows dates and more."""
+    return {key: metadata[key] for key in COPIED if metadata.get(key) and _is_text(metadata[key])}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -80,6 +112,11 @@ def read_origin(folder: Path) -> Origin:
     if not path.is_file():
         return Origin()
     try:
-        return Origin(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        empty = asdict(Origin())
+        known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
+        if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
+            raise TypeError(f"{wrong[0]} is of another kind")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
+    return Origin(**known)

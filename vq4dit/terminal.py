@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,12 +39,19 @@ def finite(text: str) -> float:
 
 
 def folder_path(text: str) -> Path:
-    return Path(text).expanduser().resolve()
+    try:
+        text.encode()  # what is no text could not be shown either
+        path = Path(text).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder or file ({error})") from error
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be the name of a folder or file, got {text!r}")
+    return path
 
 
 def picture_path(text: str) -> Path:
     path = folder_path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if path.suffix.lower() != ".png" or os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
     return path
 
