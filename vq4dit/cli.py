@@ -201,7 +201,7 @@ def quantize_command(args: argparse.Namespace) -> None:
                 assert quantized is not None  # it had all the time it wanted
             origin = dataclasses.replace(origin, fingerprint=job.fingerprint)
             source = source_folder(args.model, revision)
-            save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin)
+            save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
             job.remove()
     report_quantized(args, revision, pipeline, quantized, time.monotonic() - started)
 

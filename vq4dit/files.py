@@ -165,20 +165,23 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def whole_folder(folder: Path, overwrite: bool, known: Known, advice: str = "try again") -> Iterator[Path]:
+def whole_folder(
+    folder: Path, overwrite: bool, known: Known, advice: str = "try again", scratch: Path | None = None
+) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` (no link) at the end; on an error it is gone again.
 
-    A process that is killed leaves the old folder or the new one, and perhaps a hidden `.vq4dit-*.partial` beside it.
+    A process that is killed leaves the old folder or the new one, and perhaps a hidden `.vq4dit-*.partial` in `scratch`.
 
     Args:
         advice: what to do after space was made.
+        scratch: a folder on the same disk for what is not finished; by default the one around `folder`.
 
     Raises:
         JobError: if something would be lost (see `check_free`), or the disk is full.
     """
     check_free(folder, overwrite, known)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(folder.parent)
+    partial = temporary_name(scratch or folder.parent)
     try:
         partial.mkdir()
         yield partial

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -168,10 +169,13 @@ class Job:
         self.close()
 
     def _delete(self, chosen: Callable[[str], Any] = bool) -> None:
-        """Delete pieces and what was left half written, those with a chosen name."""
+        """Delete pieces and what was left half written, also a whole result: those with a chosen name."""
         for folder in (self.folder / "layers", self.folder):
-            for name in filter(chosen, _own_files(folder)):
-                (folder / name).unlink()
+            for path in (folder / name for name in filter(chosen, _own_names(folder))):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def __enter__(self) -> Job:
         return self
@@ -203,7 +207,7 @@ def check_job_folder(folder: Path) -> None:
         if (folder / "job.json").exists():
             _read_description(folder / "job.json")
             return
-        ours = {f"layers/{name}" for name in _own_files(folder / "layers")} | _own_files(folder) | {"lock"}
+        ours = {f"layers/{name}" for name in _own_names(folder / "layers")} | _own_names(folder) | {"lock"}
         if unknown := [name for name in unknown_names(folder, ours) if name != "layers"]:
             raise JobError(
                 f"{folder} is no job of ours: it has no job.json, and holds {listed(unknown)}. Quantizing would work in the "
@@ -215,16 +219,16 @@ def _is_empty_file(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def _own_files(folder: Path) -> set[str]:
-    """The names in a job's folder, or in its `layers`, of sealed pieces and of files that were being written."""
+def _own_names(folder: Path) -> set[str]:
+    """The names in a job's folder, or in its `layers`, of sealed pieces and of what was being written."""
     if folder.is_symlink() or not folder.is_dir():
         return set()
-    files = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
-    return {path.name for path in files if TEMPORARY.fullmatch(path.name) or _is_piece(path)}
+    found = [path for path in folder.iterdir() if not path.is_symlink()]
+    return {path.name for path in found if TEMPORARY.fullmatch(path.name) or _is_piece(path)}
 
 
 def _is_piece(path: Path) -> bool:
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
         with safe_open(path, "pt") as file:

@@ -167,7 +167,8 @@ def _quantize(
             project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
             return
         origin = replace(origin, fingerprint=job.fingerprint)
-        save(quantized, project.result, overwrite=True, source=loader.source(project), origin=origin)
+        source = loader.source(project)
+        save(quantized, project.result, overwrite=True, source=source, origin=origin, scratch=project.work)
         project.set_layers([asdict(layer) for layer in layer_errors(pipeline.transformer, quantized.transformer)])
         project.set_status(Status("done", seconds=spent()))
         job.remove()

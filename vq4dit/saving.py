@@ -29,6 +29,7 @@ def save(
     max_shard_size: str = "5GB",
     source: str | Path | None = None,
     origin: Origin | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Write a quantized pipeline to `folder` (or where a link of that name leads): whole, or not at all.
 
@@ -37,6 +38,8 @@ def save(
         source: the original's folder. Parts that are not quantized are copied from it; without it they are written from
             memory, in the type they have there.
         origin: what `vq4dit.json` shall say; without it, as much as the model knows of itself.
+        scratch: a folder on the same disk where it is written first, such as a job's, which cleans up after a process that was
+            killed; by default the one around `folder`.
 
     Raises:
         JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours, or the disk is
@@ -44,7 +47,7 @@ def save(
     """
     if not str(folder):
         raise ValueError("the folder to save to must have a name, got an empty one")
-    with whole_folder(Path(folder).resolve(), overwrite, result_files, "use --resume") as partial:
+    with whole_folder(Path(folder).resolve(), overwrite, result_files, "use --resume", scratch) as partial:
         _write_parts(pipeline, partial, max_shard_size, Path(source) if source else None)
         write_origin(partial, origin or _origin_of(pipeline))
 
