@@ -210,9 +210,7 @@ def test_an_output_without_a_name_is_wrong_usage(model_folder, capsys, command, 
 
 
 @pytest.mark.parametrize("command", ["quantize", "sample", "compare"])
-@pytest.mark.parametrize(
-    "output", ["n" * 256, "d/" + "n" * 251 + ".png/q", "/proc/q", "/dev/null/q", "/"], ids=lambda name: name[:9]
-)
+@pytest.mark.parametrize("output", ["n" * 256, "d/" + "n" * 256 + "/q", "/proc/q", "/dev/null/q"], ids=lambda name: name[:9])
 def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, model_folder, capsys, monkeypatch, command, output):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vq4dit.cli.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
@@ -220,8 +218,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, mode
     models = [model_folder] * (2 if command == "compare" else 1)
     name = f"{output}/x.png" if command == "sample" else output
     said = failure(capsys, command, *models, "--labels" if command == "sample" else "--seed", 0, "--output", name)
-    assert "cannot be used (" in said or "where a disk is mounted" in said
-    assert "choose" in said and not list(tmp_path.iterdir())
+    assert "cannot be used (" in said and "choose another output" in said and not list(tmp_path.iterdir())
 
 
 def test_a_job_folder_whose_name_is_too_long_is_told_before_the_work(tmp_path, model_folder, capsys):
