@@ -209,9 +209,10 @@ def _licence(info: ModelInfo) -> str:
 def _licence_of_folder(folder: Path) -> str:
     readme = folder / "README.md"
     try:
+        if not readme.is_file():
+            return ""
         with open(readme, "rb") as file:
-            start = file.read(2000).decode(errors="replace") if readme.is_file() else ""
+            match = LICENCE_LINE.search(file.read(2000).decode(errors="replace"))
     except OSError:  # a card that cannot be read is no card
         return ""
-    match = LICENCE_LINE.search(start)
     return match.group(1) if match else ""

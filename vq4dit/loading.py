@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 
+from vq4dit.config import QuantMethod, VQ4DiTConfig
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.json_files import AGAIN, shown
@@ -65,6 +66,8 @@ def check_pipeline(model: str, revision: str | None = None, token: str | None = 
         raise FormatError(
             f"{model}/transformer/config.json: quantization_config must be an object, found {shown(quantization)}: {AGAIN}"
         )
+    if quantization and quantization.get("quant_method") == QuantMethod.VQ4DIT:
+        VQ4DiTConfig.from_dict(quantization)
     return config
 
 
