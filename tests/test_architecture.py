@@ -15,9 +15,17 @@ LADDER = [
         "hub_errors",
         "terminal",
         "entropy_coding",
-    },  # settings; one codebook; failures; what commands share
-    {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers", "origin"},  # the other kind of packed layer; where a model comes from
+        "json_files",
+        "memory",
+    },  # settings; one codebook; failures; what commands share; descriptions of strangers; what is free
+    {
+        "layers",
+        "dit",
+        "job",
+        "rate_allocation",
+        "repository",
+    },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
+    {"coded_layers", "origin", "skeleton"},  # the other kind of packed layer; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",

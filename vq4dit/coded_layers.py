@@ -86,11 +86,20 @@ class EntropyCodedLinear(PackedLinear):
     def from_tensors(
         cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
     ) -> EntropyCodedLinear:
-        """The layer of a state dict, of (rows, columns); its bias in `dtype`."""
+        """The layer of a state dict, of (rows, columns); its bias in `dtype`.
+
+        Raises:
+            FormatError: if its tensors are not those of such a layer.
+        """
         rows, columns = shape
-        stream = tensors["coded_integers"]
+        stream, models = tensors.get("coded_integers"), tensors.get("side_models")
+        if stream is None or models is None or stream.ndim != 1 or {stream.dtype, models.dtype} != {torch.uint8}:
+            raise FormatError("a layer of coded integers has bytes of them and of side_models: download or quantize it again")
         layer = cls(columns, rows, num_bytes=len(stream), bias="bias" in tensors, device=stream.device, dtype=dtype)
-        layer.load_state_dict(tensors)
+        try:
+            layer.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise FormatError(f"the tensors of a layer do not fit it ({error}): download or quantize it again") from error
         return layer
 
     @torch.compiler.disable

@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
+from vq4dit.json_files import AGAIN
 from vq4dit.layers import PackedLinear
+from vq4dit.memory import available_memory
 from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer
+from vq4dit.repository import TensorHeader, read_header
+from vq4dit.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 
 DECODE_MODES = ("auto", "load", "forward")
 _decode_mode: ContextVar[str] = ContextVar("decode_mode", default="auto")
@@ -68,16 +71,12 @@ def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = Non
         dtype = next((layer.bias.dtype for layer in layers.values() if layer.bias is not None), torch.float32)
     if mode == "auto":
         needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-        mode = "load" if needed <= _free_memory(next(iter(layers.values())).device) / 2 else "forward"
+        mode = "load" if needed <= available_memory(next(iter(layers.values())).device) / 2 else "forward"
     for name, layer in layers.items():
         if mode == "load":
             layer.decode(dtype, name)
         else:
             layer.drop_decoded()
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def dequantize(model: Any) -> Any:
@@ -104,6 +103,16 @@ def unpack_layers(model: Any) -> None:
     model._internal_dict = FrozenDict(remaining)  # diffusers has no public way to forget a config entry
 
 
+def check_size(layers: dict[str, PackedLinear], num_bytes: int) -> None:
+    """Raise `FormatError` if layers have far more weights than files of that size can mean: they may cost nothing each."""
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    if weights > max(WEIGHTS_PER_BYTE * num_bytes, LARGEST_TABLE):
+        raise FormatError(
+            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the files "
+            f"do not belong together; {AGAIN}"
+        )
+
+
 class VQ4DiTQuantizer(DiffusersQuantizer):
     """The answers to diffusers' questions about packed models."""
 
@@ -113,6 +122,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: VQ4DiTConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self._headers: dict[str, TensorHeader] = {}
+        self._num_bytes = 0  # of the files
         self._shapes: dict[str, dict[str, list[int]]] = {}  # layer name -> tensor name -> shape, from the files
         self._duplicates: dict[str, str] = {}
         self._dtype: torch.dtype | None = None
@@ -127,14 +138,14 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str) -> list[str]:
         """Read the shapes of packed layers from the headers of the files."""
         for path in [checkpoint_files] if isinstance(checkpoint_files, str) else checkpoint_files:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    if key.endswith(PACKED_SUFFIXES):
-                        layer, _, tensor = key.rpartition(".")
-                        values = file.get_slice(key)
-                        if values.get_dtype() not in PACKED_TYPES[tensor]:
-                            raise FormatError(f"{key} must be of type {PACKED_TYPES[tensor][0]}, got {values.get_dtype()}")
-                        self._shapes.setdefault(layer, {})[tensor] = values.get_shape()
+            self._headers |= read_header(Path(path))
+            self._num_bytes += Path(path).stat().st_size
+        for key, found in self._headers.items():
+            if key.endswith(PACKED_SUFFIXES):
+                layer, _, tensor = key.rpartition(".")
+                if found.dtype not in PACKED_TYPES[tensor]:
+                    raise FormatError(f"{key} must be of type {PACKED_TYPES[tensor][0]}, got {found.dtype}: {AGAIN}")
+                self._shapes.setdefault(layer, {})[tensor] = list(found.shape)
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -147,6 +158,13 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"the file has a packed layer {name}, the model's config has no linear layer of that name")
             model.set_submodule(name, empty_layer(name, shapes, linear))
+        check_size(packed_layers(model), self._num_bytes)
+        for name, parameter in model.named_parameters():
+            if name in self._headers and self._headers[name].shape != tuple(parameter.shape):
+                raise FormatError(
+                    f"{name} has the shape {list(self._headers[name].shape)} in the file, and {list(parameter.shape)} by its "
+                    f"config.json: the files do not belong together; {AGAIN}"
+                )
         if unknown := set(self.quantization_config.shared_embedders) - set(block_embedders(model)):
             raise FormatError(f"config.json says that blocks share {sorted(unknown)[0]}, which this model's blocks do not have")
         share_embedders(model, self.quantization_config.shared_embedders)
