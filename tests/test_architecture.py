@@ -12,9 +12,10 @@ LADDER = [
         "config",
         "kmeans",
         "hub_errors",
+        "trust",
         "terminal",
         "entropy_coding",
-    },  # settings; one codebook; failures; what commands share
+    },  # settings; one codebook; failures; what may be loaded; what commands share
     {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
     {"coded_layers"},  # the other kind of packed layer
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file

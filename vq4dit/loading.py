@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
 from vq4dit.hub_errors import FAILURES, ask, explained
+from vq4dit.trust import CONVERT, check_classes, check_weights
 
 SUPPORTED = "vq4dit quantizes pipelines with a diffusion transformer, such as facebook/DiT-XL-2-256"
 
@@ -90,13 +91,14 @@ def check_pipeline(model: str, revision: str | None = None, token: str | None = 
     """Read `model_index.json` and the transformer's `config.json`; returns the latter.
 
     Raises:
-        UnsupportedModelError: if the pipeline has no transformer (it says what it has instead).
+        UnsupportedModelError: if the pipeline has no transformer (it says what it has instead), or names code of its own.
     """
     index = read_json(model, "model_index.json", revision, token)
     if "transformer" not in index:
         found = index.get("_class_name", "an unknown pipeline")
         what = f"a {found} with a UNet" if "unet" in index else f"a {found} without a transformer"
         raise UnsupportedModelError(f"{model} is {what}. {SUPPORTED}")
+    check_classes(model, index)
     return read_json(model, "transformer/config.json", revision, token)
 
 
@@ -110,18 +112,30 @@ def check_files(folder: Path) -> None:
             raise FormatError(f"{path} is truncated or damaged ({error}): download or quantize it again") from error
 
 
+def _fetched(model: str, revision: str | None, token: str | None) -> Path:
+    """A Hub repository as a folder of the cache, .../snapshots/COMMIT, with the files that a load reads."""
+    try:
+        return Path(DiffusionPipeline.download(model, use_safetensors=True, revision=revision, token=token))
+    except FAILURES as error:
+        if "safetensors" in str(error):
+            raise UnsupportedModelError(f"a component of {model} has no safetensors, and {CONVERT}") from error
+        raise explained(error, f"download {model}", model) from error
+
+
 def load_pipeline(
     model: str, dtype: torch.dtype = torch.float32, *, revision: str | None = None, token: str | None = None
 ) -> Any:
     """Load an original or a quantized pipeline: diffusers tells them apart. `revision` and `token`: see `read_json`.
 
     Raises:
-        VQ4DiTError: as `check_pipeline` and `check_files`; FormatError for a broken or newer packed file; HubError if a
-            download fails.
+        VQ4DiTError: as `check_pipeline`, `check_files` and `check_weights`; FormatError for a broken or newer packed file;
+            HubError if a download fails.
     """
     check_pipeline(model, revision, token)
-    if Path(model).is_dir():
-        check_files(Path(model))
+    folder = Path(model) if Path(model).is_dir() else _fetched(model, revision, token)
+    check_files(folder)
+    check_weights(folder, read_json(str(folder), "model_index.json"))
+    revision = None if folder == Path(model) else folder.name  # what was looked at is what is loaded
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, revision=revision, token=token)
     except (OSError, ValueError) as error:
