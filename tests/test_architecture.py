@@ -48,7 +48,7 @@ LADDER = [
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
-    {"web.words", "web.theme", "web.gpu"},  # the door in the browser: words, looks, lent GPUs
+    {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
     {"web.pictures", "web.push_parts"},  # comparisons; what is said of publishing
     {"web.answers", "web.push_answers"},  # event handlers

@@ -1,7 +1,7 @@
 """What of a stranger's model may be loaded: weights in safetensors, through classes that diffusers and transformers bring.
 
 A pipeline's JSON files are instructions: `model_index.json` names modules to import, an index names files to open, a
-component's config may name code or weights elsewhere. Whatever is not safetensors may be a pickle, and a pickle is a program. So
+component's config may name code or weights elsewhere. Whatever is not safetensors may be a pickle, a pickle is a program. So
 before anything is loaded, both are read here and everything is refused that would run, or open, something of the author's own.
 """
 
