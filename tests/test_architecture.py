@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness"},  # no torch.nn, no diffusers
+    {"codebook", "packing", "errors", "progress", "randomness", "printable"},  # no torch.nn, no diffusers
     {
         "config",
         "kmeans",
