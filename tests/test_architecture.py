@@ -13,6 +13,7 @@ LADDER = [
         "kmeans",
         "hub_errors",
         "trust",
+        "markdown",
         "terminal",
         "entropy_coding",
     },  # settings; one codebook; failures; what may be loaded; what commands share
