@@ -7,17 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness", "pipeline_files"},  # no torch.nn, no diffusers
+    {"codebook", "packing", "errors", "progress", "randomness", "pipeline_files", "printable"},  # no torch.nn, no diffusers
     {
         "files",
         "config",
         "kmeans",
         "hub_errors",
+        "trust",
+        "markdown",
         "terminal",
         "entropy_coding",
         "json_files",
         "memory",
-    },  # settings; one codebook; failures; what commands share; descriptions of strangers; what is free
+    },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
         "layers",
         "dit",
@@ -55,7 +57,7 @@ LADDER = [
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
-    {"web.words", "web.theme", "web.gpu"},  # the door in the browser: words, looks, lent GPUs
+    {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
     {"web.pictures", "web.push_parts"},  # comparisons; what is said of publishing
     {"web.answers", "web.push_answers"},  # event handlers

@@ -19,6 +19,7 @@ from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.hub_errors import FAILURES, explained
 from vq4dit.inspection import Inspection, inspect
 from vq4dit.loading import check_access
+from vq4dit.printable import printable
 from vq4dit.repository import read_json
 
 BUNDLED = "assets/emoji-dit"
@@ -103,7 +104,7 @@ class Catalog:
     def offered(self) -> list[tuple[str, str]]:
         """(what is shown, name) of everything that needs no search."""
         known = [(words if name == BUNDLED else f"{name} · {words}", name) for name, words in KNOWN.items()]
-        return known + [(name, name) for name in self.folders()]
+        return known + [(printable(name), name) for name in self.folders()]
 
     def search(self, text: str) -> list[tuple[str, str]]:
         """Models of the Hub for some words, the most downloaded first; what is offered anyway when the Hub is silent."""

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -32,7 +31,7 @@ from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
-from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
+from vq4dit.terminal import Console, Parser, finite, folder_path, picture_path, positive, progress_bars
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.command(args)
     except (VQ4DiTError, ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
@@ -61,9 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1]
-    )
+    parser = Parser(prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="name", required=True)
 
     def add(name: str, command: Callable[[Any], None], text: str) -> argparse.ArgumentParser:

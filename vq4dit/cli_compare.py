@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -16,7 +15,7 @@ from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.evaluation import compare, label_ids
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import load_pipeline
-from vq4dit.terminal import progress_bars
+from vq4dit.terminal import Console, progress_bars
 from vq4dit.zero_data import num_classes
 
 

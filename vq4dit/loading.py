@@ -28,6 +28,7 @@ from vq4dit.skeleton import (
     empty_transformer,
     model_class,
 )
+from vq4dit.trust import CONVERT, check_classes, check_weights
 
 
 def pinned(model: str, revision: str | None = None, token: str | None = None) -> str | None:
@@ -57,7 +58,7 @@ def check_pipeline(model: str, revision: str | None = None, token: str | None = 
     """Read `model_index.json` and the transformer's `config.json`; returns the latter.
 
     Raises:
-        UnsupportedModelError: if the pipeline has no transformer (it says what it has instead).
+        UnsupportedModelError: if the pipeline has no transformer (it says what it has instead), or names code of its own.
         FormatError: if one of the two is broken, or what is said in it of parts, classes or labels is.
     """
     index = read_json(model, "model_index.json", revision, token)
@@ -65,6 +66,7 @@ def check_pipeline(model: str, revision: str | None = None, token: str | None = 
     if "transformer" not in parts_of(index):
         what = f"a {index['_class_name']} {'with a UNet' if 'unet' in index else 'without a transformer'}"
         raise UnsupportedModelError(f"{model} is {what}. {SUPPORTED}")
+    check_classes(model, index)
     config = read_json(model, "transformer/config.json", revision, token)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict | None):
@@ -154,14 +156,24 @@ def check_parts(folder: Path, dtype: torch.dtype) -> str | None:
     return found.variant
 
 
+def _fetched(model: str, options: dict[str, Any]) -> Path:
+    """A Hub repository as a folder of the cache, .../snapshots/COMMIT, with the files that a load reads."""
+    try:
+        return Path(DiffusionPipeline.download(model, **options))
+    except FAILURES as error:
+        if "safetensors" in str(error):
+            raise UnsupportedModelError(f"a component of {model} has no safetensors, and {CONVERT}") from error
+        raise
+
+
 def load_pipeline(
     model: str, dtype: torch.dtype = torch.float32, *, revision: str | None = None, token: str | None = None
 ) -> Any:
     """Load an original or a quantized pipeline: diffusers tells them apart. `revision` and `token`: see `read_json`.
 
     Raises:
-        VQ4DiTError: as `check_pipeline` and `check_parts`; FormatError for a broken or newer packed file; HubError if a
-            download fails.
+        VQ4DiTError: as `check_pipeline`, `check_weights` and `check_parts`; FormatError for a broken or newer packed file;
+            HubError if a download fails.
     """
     check_pipeline(model, revision, token)
     options: dict[str, Any] = {"revision": revision, "token": token, "use_safetensors": True}
@@ -170,7 +182,9 @@ def load_pipeline(
     try:
         if folder is None:
             options["variant"] = weights(model, revision=revision, token=token).variant
-            folder = Path(DiffusionPipeline.download(model, **options))
+            folder = _fetched(model, options)
+            options["revision"] = folder.name  # what is looked at now is what is loaded
+        check_weights(folder, read_json(str(folder), "model_index.json"))
         options["variant"] = check_parts(folder, dtype)
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
     except (*FAILURES, *BROKEN, SafetensorError) as error:
