@@ -34,8 +34,10 @@ from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
+from vq4dit.locks import lock, unlock
 
 VERSION = 9  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+WINDOWS = os.name == "nt"
 
 
 def fingerprint(pipeline: Any) -> str:
@@ -73,7 +75,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _rename(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -82,6 +84,17 @@ def write_atomically(path: Path, content: bytes) -> None:
                 "--resume; finished pieces are kept"
             ) from error
         raise
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Put a file where it belongs. Windows refuses while somebody reads the one that is there, which takes a moment."""
+    for seconds in (0.01, 0.1, 1.0) if WINDOWS else ():
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    temporary.replace(path)
 
 
 class TimeBudget:
@@ -145,11 +158,13 @@ class Job:
         write_atomically(self._path(piece), save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
     def close(self) -> None:
-        self._lock.close()
+        unlock(self._lock)
 
     def remove(self) -> None:
         """Delete the folder: the result is safe elsewhere."""
         (self.folder / "job.json").unlink()  # first, so that half a removal is no job
+        if WINDOWS:  # where open files cannot be removed
+            self.close()
         shutil.rmtree(self.folder)
         self.close()
 
@@ -168,17 +183,10 @@ class Job:
 
 
 def _lock(folder: Path) -> IO[str]:
-    lock = open(folder / "lock", "w")
-    if os.name != "posix":  # no advisory locks: nobody else should work on the folder
-        return lock
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise JobError(f"another process is working on {folder}: wait for it, or stop it first") from error
-    return lock
+    found = lock(folder / "lock")
+    if found is None:
+        raise JobError(f"another process is working on {folder}: wait for it, or stop it first")
+    return found
 
 
 def _read_description(path: Path) -> dict:

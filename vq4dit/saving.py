@@ -32,7 +32,7 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
             if path.suffix == ".json":
                 _forget_local_paths(path)
             if path.is_file():
-                with open(path, "rb") as file:
+                with open(path, "rb" if os.name == "posix" else "rb+") as file:  # Windows flushes what may be written
                     os.fsync(file.fileno())
     except BaseException as error:  # safetensors reports a full disk as an error of its own
         shutil.rmtree(partial, ignore_errors=True)

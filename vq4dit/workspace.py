@@ -35,9 +35,11 @@ from typing import Any, Literal
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 from vq4dit.job import write_atomically
+from vq4dit.locks import locked
 
 KEY = re.compile(r"[0-9a-f]{32}")
 LEAVING_SECONDS = 10.0
+LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
 # "waiting" is between two turns: whoever drives the work goes on with the next one.
 Phase = Literal["new", "running", "waiting", "paused", "done", "failed"]
 
@@ -158,14 +160,14 @@ class Project:
         Raises:
             JobError: if somebody else holds it.
         """
-        with _locked(self.folder / "lock", shared=False, patience=LEAVING_SECONDS) as is_mine:
+        with locked(self.folder / "lock", LEAVING_SECONDS) as is_mine:
             if not is_mine:
                 raise JobError("this project is being worked on already, perhaps in another tab: wait for it, or stop it there")
             os.utime(self.folder)
             yield
 
     def is_busy(self) -> bool:
-        with _locked(self.folder / "lock", shared=True) as is_free:
+        with locked(self.folder / "lock", LOOKING_SECONDS) as is_free:
             return not is_free
 
     def ask_to_stop(self) -> None:
@@ -275,31 +277,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-@contextmanager
-def _locked(path: Path, *, shared: bool, patience: float = 0.0) -> Iterator[bool]:
-    """Lock a file for a while; yields whether that worked within `patience` seconds.
-
-    Unlocked explicitly: closing is not enough when the process was forked meanwhile and the child has the file open too.
-    """
-    if os.name != "posix":  # no advisory locks: one server per workspace
-        yield True
-        return
-    import fcntl
-
-    end = time.monotonic() + patience
-    with open(path, "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    yield False
-                    return
-                time.sleep(0.05)  # somebody may just be asking whether it is free
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
