@@ -7,7 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness", "pipeline_files", "printable"},  # no torch.nn, no diffusers
+    {"errors", "progress", "randomness", "locks", "pipeline_files", "printable"},  # no torch.nn, no diffusers
+    {"devices"},  # where the work is done
+    {"codebook", "packing"},
     {
         "files",
         "config",

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
+from vq4dit.devices import exact
 from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
 from vq4dit.layers import PackedLinear, frozen
@@ -25,12 +26,13 @@ STEP_OF_ONE = 128
 
 def nearest_step(scale: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
     """k such that 2^((k - 128) / 8) is nearest to each positive scale."""
-    return (STEPS_PER_OCTAVE * scale.double().log2() + STEP_OF_ONE).round().clamp(0, 255).to(torch.uint8)
+    return (STEPS_PER_OCTAVE * exact(scale).log2() + STEP_OF_ONE).round().clamp(0, 255).to(torch.uint8).to(scale.device)
 
 
 def step_size(step: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """2^((k - 128) / 8), rounded to fp32 from double precision."""
-    return torch.exp2((step.double() - STEP_OF_ONE) / STEPS_PER_OCTAVE).float()
+    """2^((k - 128) / 8), rounded to fp32 from double precision; looked up, so that every device gives the same bits."""
+    sizes = torch.exp2((torch.arange(256, dtype=torch.float64, device="cpu") - STEP_OF_ONE) / STEPS_PER_OCTAVE).float()
+    return sizes.to(step.device)[step.long()]
 
 
 class EntropyCodedLinear(PackedLinear):

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers import PackedLinear
@@ -93,8 +94,8 @@ def noise_nmse(
     for done, step in enumerate(steps):
         student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
         wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
-        error += (wanted - found).double().square().sum().item()
-        power += wanted.double().square().sum().item()
+        error += exact(wanted - found).square().sum().item()
+        power += exact(wanted).square().sum().item()
         on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": error / power}))
     return error / power
 
