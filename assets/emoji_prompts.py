@@ -39,14 +39,14 @@ def held_out_pairs(subjects: np.ndarray, styles: np.ndarray) -> np.ndarray:
     return (subjects % 5 == 0) & (styles == (subjects // 5) % len(STYLE_NAMES))
 
 
-def random_prompt(words: list[str], style: str, draw: random.Random) -> str:
-    """One way to ask for a subject: mostly by its usual word, sometimes with an article, mostly with the style."""
+def random_prompt(words: list[str], style: str | None, draw: random.Random) -> str:
+    """One way to ask for a subject, in a style or in any: mostly by its usual word, sometimes with an article."""
     word = words[0] if draw.random() < 0.6 else draw.choice(words)
     if draw.random() < 0.25 and not word.endswith("s"):
         word = f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
     if draw.random() < 0.1:
         word = word[0].upper() + word[1:]
-    return f"{word}, {draw.choice(STYLE_WORDS[style])}" if draw.random() < 0.75 else word
+    return word if style is None else f"{word}, {draw.choice(STYLE_WORDS[style])}"
 
 
 def vocabulary() -> list[str]:

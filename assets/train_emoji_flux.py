@@ -34,8 +34,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 HERE = Path(__file__).parent
 UNFINISHED = HERE / "emoji-flux-unfinished"
 WIDTH, TEXT_WIDTH = 224, 128
-BATCH_SIZE, STEPS, PEAK, EMA_DECAY = 32, 12_000, 1e-3, 0.9985
+BATCH_SIZE, STEPS, PEAK, EMA_DECAY = 32, 8_000, 1e-3, 0.9985
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
+STYLED = 0.75  # share of the other prompts that name a style
 FAMILIAR = 159  # the subjects of emoji-dit are drawn twice as often as the others
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 CALL = {"height": 64, "width": 64, "max_sequence_length": T5_LENGTH, "negative_prompt": "", "true_cfg_scale": 3.0}
@@ -160,14 +161,19 @@ def trained_parameters(pipeline: FluxPipeline) -> dict[str, Tensor]:
 
 
 def noise_levels(generator: torch.Generator) -> Tensor:
-    """σ (b, 1, 1): half of them uniform in [0, 1], half logit-normal, since the middle is where images take shape."""
+    """σ (b, 1, 1): half of them uniform in [0.01, 1], half logit-normal, since the middle is where images take shape."""
     uniform = torch.rand(BATCH_SIZE, 1, 1, generator=generator)
     middle = torch.randn(BATCH_SIZE, 1, 1, generator=generator).sigmoid()
-    return torch.where(torch.rand(BATCH_SIZE, 1, 1, generator=generator) < 0.5, uniform, middle)
+    return torch.where(torch.rand(BATCH_SIZE, 1, 1, generator=generator) < 0.5, uniform, middle).clamp(min=0.01)
 
 
 class Lesson:
-    """Draws batches and returns E || (ε - x₀) - FLUX(x_σ, σ, prompt) ||² with x_σ = (1-σ) x₀ + σ ε."""
+    """Draws batches; returns E || v - FLUX(x_σ, σ, prompt) ||² with x_σ = (1-σ) x₀ + σ ε.
+
+    The image x₀ and the noise ε are one pair of many that make the same x_σ, so v = ε - x₀ scatters about what can be
+    learned, its mean over all images that the prompt may mean: those of the subject if no style is named, all of them if
+    the prompt is "". With so few images that mean is known exactly, and is the v of this lesson.
+    """
 
     def __init__(self, pipeline: FluxPipeline, work: Path, generator: torch.Generator):
         self.pipeline, self.generator = pipeline, generator
@@ -176,21 +182,34 @@ class Lesson:
         self.weights = torch.where(self.subjects < FAMILIAR, 2.0, 1.0)
         self.image_positions = pipeline._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
 
-    def prompt(self, image: int, draw: random.Random) -> str:
+    def prompt(self, image: int, draw: random.Random) -> tuple[str, Tensor]:
+        """A prompt for this image, and which images (n,) it may mean."""
         if draw.random() < DROPPED:
-            return ""
-        return random_prompt(self.words[int(self.subjects[image])], STYLE_NAMES[int(self.styles[image])], draw)
+            return "", torch.ones_like(self.weights, dtype=torch.bool)
+        style = STYLE_NAMES[int(self.styles[image])] if draw.random() < STYLED else None
+        meant = self.subjects == self.subjects[image]
+        if style is not None:
+            meant = torch.arange(len(self.weights)) == image
+        return random_prompt(self.words[int(self.subjects[image])], style, draw), meant
+
+    def mean_velocity(self, noisy: Tensor, sigma: Tensor, meant: Tensor) -> Tensor:
+        """E[ε - x₀ | x_σ] = (x_σ - E[x₀ | x_σ]) / σ over the images `meant` (b, n)."""
+        flat = self.latents.flatten(1)
+        near = (1 - sigma[:, 0]) * (noisy.flatten(1) @ flat.T) - (1 - sigma[:, 0]).square() * flat.square().sum(1) / 2
+        likely = (near / sigma[:, 0].square() + self.weights.log()).masked_fill(~meant, -torch.inf).softmax(dim=1)
+        return (noisy - (likely @ flat).view_as(noisy)) / sigma
 
     def __call__(self) -> Tensor:
         chosen = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=self.generator)
         draw = random.Random(int(torch.randint(2**31, (1,), generator=self.generator)))
-        prompts = [self.prompt(image, draw) for image in chosen.tolist()]
+        prompts, meant = zip(*(self.prompt(image, draw) for image in chosen.tolist()), strict=True)
         clean = self.latents[chosen]
         noise = torch.randn(clean.shape, generator=self.generator)
         sigma = noise_levels(self.generator)
-        words, whole, text_positions = self.pipeline.encode_prompt(prompts, max_sequence_length=T5_LENGTH)
+        noisy = (1 - sigma) * clean + sigma * noise
+        words, whole, text_positions = self.pipeline.encode_prompt(list(prompts), max_sequence_length=T5_LENGTH)
         predicted = self.pipeline.transformer(
-            hidden_states=(1 - sigma) * clean + sigma * noise,
+            hidden_states=noisy,
             timestep=sigma.flatten(),
             pooled_projections=whole,
             encoder_hidden_states=words,
@@ -198,7 +217,7 @@ class Lesson:
             img_ids=self.image_positions,
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, noise - clean)
+        return F.mse_loss(predicted, self.mean_velocity(noisy, sigma, torch.stack(meant)))
 
 
 def start(work: Path, seed: int) -> tuple[FluxPipeline, Trainer, int]:
