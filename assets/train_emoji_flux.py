@@ -283,10 +283,12 @@ def sheet(work: Path, seed: int, columns: int = 10, rows: int = 4) -> None:
 
 
 def save(work: Path, seed: int) -> None:
-    """fp16, shards under 9 MB."""
+    """fp16, shards under 9 MB. transformers loads weights as they are stored and diffusers in fp32: text encoders stay fp32."""
     pipeline, step = average_pipeline(work, seed)
     folder = UNFINISHED if step < STEPS else HERE / "emoji-flux"
-    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size="8MB")
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(folder, max_shard_size="8MB")
     if step < STEPS:
         losses = [float(line.split()[1]) for line in (work / "flux.txt").read_text().splitlines()[-500:]]
         state = {"step": step, "of": STEPS, "loss": round(sum(losses) / len(losses), 4)}
