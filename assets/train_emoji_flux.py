@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from emoji_flow import mean_velocity, noise_levels
 from emoji_images import STYLE_NAMES, render
 from emoji_prompts import STYLE_WORDS, T5_LENGTH, clip_tokenizer, held_out_pairs, random_prompt, subject_words, t5_tokenizer
 from emoji_training import Checkpoint, Trainer, learning_rate, train
@@ -160,20 +161,9 @@ def trained_parameters(pipeline: FluxPipeline) -> dict[str, Tensor]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def noise_levels(generator: torch.Generator) -> Tensor:
-    """σ (b, 1, 1): half of them uniform in [0.01, 1], half logit-normal, since the middle is where images take shape."""
-    uniform = torch.rand(BATCH_SIZE, 1, 1, generator=generator)
-    middle = torch.randn(BATCH_SIZE, 1, 1, generator=generator).sigmoid()
-    return torch.where(torch.rand(BATCH_SIZE, 1, 1, generator=generator) < 0.5, uniform, middle).clamp(min=0.01)
-
-
 class Lesson:
-    """Draws batches; returns E || v - FLUX(x_σ, σ, prompt) ||² with x_σ = (1-σ) x₀ + σ ε.
-
-    The image x₀ and the noise ε are one pair of many that make the same x_σ, so v = ε - x₀ scatters about what can be
-    learned, its mean over all images that the prompt may mean: those of the subject if no style is named, all of them if
-    the prompt is "". With so few images that mean is known exactly, and is the v of this lesson.
-    """
+    """Draws batches; returns E || v - FLUX(x_σ, σ, prompt) ||², with v the mean over the images that the prompt may mean:
+    those of the subject if no style is named, all of them if the prompt is ""."""
 
     def __init__(self, pipeline: FluxPipeline, work: Path, generator: torch.Generator):
         self.pipeline, self.generator = pipeline, generator
@@ -192,32 +182,25 @@ class Lesson:
             meant = torch.arange(len(self.weights)) == image
         return random_prompt(self.words[int(self.subjects[image])], style, draw), meant
 
-    def mean_velocity(self, noisy: Tensor, sigma: Tensor, meant: Tensor) -> Tensor:
-        """E[ε - x₀ | x_σ] = (x_σ - E[x₀ | x_σ]) / σ over the images `meant` (b, n)."""
-        flat = self.latents.flatten(1)
-        near = (1 - sigma[:, 0]) * (noisy.flatten(1) @ flat.T) - (1 - sigma[:, 0]).square() * flat.square().sum(1) / 2
-        likely = (near / sigma[:, 0].square() + self.weights.log()).masked_fill(~meant, -torch.inf).softmax(dim=1)
-        return (noisy - (likely @ flat).view_as(noisy)) / sigma
-
     def __call__(self) -> Tensor:
         chosen = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=self.generator)
         draw = random.Random(int(torch.randint(2**31, (1,), generator=self.generator)))
         prompts, meant = zip(*(self.prompt(image, draw) for image in chosen.tolist()), strict=True)
         clean = self.latents[chosen]
         noise = torch.randn(clean.shape, generator=self.generator)
-        sigma = noise_levels(self.generator)
-        noisy = (1 - sigma) * clean + sigma * noise
+        sigma = noise_levels(BATCH_SIZE, self.generator)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
         words, whole, text_positions = self.pipeline.encode_prompt(list(prompts), max_sequence_length=T5_LENGTH)
         predicted = self.pipeline.transformer(
             hidden_states=noisy,
-            timestep=sigma.flatten(),
+            timestep=sigma,
             pooled_projections=whole,
             encoder_hidden_states=words,
             txt_ids=text_positions,
             img_ids=self.image_positions,
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, self.mean_velocity(noisy, sigma, torch.stack(meant)))
+        return F.mse_loss(predicted, mean_velocity(noisy, sigma, self.latents, self.weights, torch.stack(meant)))
 
 
 def start(work: Path, seed: int) -> tuple[FluxPipeline, Trainer, int]:
