@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from emoji_images import SIZE, SKIN_TONE, archive, code_point_names, fetch, member, normalise, without_selector
+from emoji_images import SIZE, SKIN_TONE, archive, code_point_names, fetch, member, without_selector
 from PIL import Image
 
 PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{part}" for part in (1, 2, 3, 4))
@@ -26,7 +26,7 @@ STILL = 1.0  # mean absolute difference of the most different frame from the fir
 
 
 class Films(NamedTuple):
-    """Moving emoji. `pixels` is (n, 9, 64, 64, 3) uint8 on white; `names` are normalised ("dogface")."""
+    """Moving emoji. `pixels` is (n, 9, 64, 64, 3) uint8 on white; `names` are as artists write them ("dog-face")."""
 
     pixels: np.ndarray
     names: np.ndarray
@@ -55,7 +55,7 @@ def films(folder: Path) -> Films:
 
 
 def part_of_films(packed: Path, name_of_code_point: dict[str, str]) -> dict[str, np.ndarray]:
-    """Normalised name -> (9, 64, 64, 3) uint8 of the moving emoji of one package. Cached beside it."""
+    """Name -> (9, 64, 64, 3) uint8 of the moving emoji of one package. Cached beside it."""
     cache = packed.with_suffix(".npz")
     if not cache.exists():
         found: dict[str, np.ndarray] = {}
@@ -66,7 +66,7 @@ def part_of_films(packed: Path, name_of_code_point: dict[str, str]) -> dict[str,
                     continue
                 frames = evenly_spaced(Image.open(member(tar, path)))
                 if frames is not None:
-                    found[normalise(name)] = frames
+                    found[name] = frames
         np.savez_compressed(cache, **found)
     return dict(np.load(cache))
 

@@ -9,6 +9,7 @@ import collections
 import itertools
 import random
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,13 @@ def random_prompt(words: list[str], style: str | None, draw: random.Random) -> s
     return word if style is None else f"{word}, {draw.choice(STYLE_WORDS[style])}"
 
 
-def vocabulary() -> list[str]:
-    """Every word of every prompt, sorted."""
-    phrases = [phrase for words in subject_words().values() for phrase in words]
-    phrases += [phrase for words in STYLE_WORDS.values() for phrase in words]
+def phrases() -> list[str]:
+    """Everything that prompts for images are put together from."""
+    return [phrase for words in [*subject_words().values(), *STYLE_WORDS.values()] for phrase in words]
+
+
+def vocabulary(phrases: Iterable[str]) -> list[str]:
+    """Every word of the phrases and a few small ones, sorted."""
     return sorted({word for phrase in phrases for word in phrase.split()} | {"a", "an", "the", "of", "in", "and", "emoji"})
 
 
@@ -70,18 +74,18 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(phrases: Iterable[str]) -> CLIPTokenizer:
     """Byte-pair encoding; of words with a hyphen each part is a token, since CLIP splits there."""
     split = CLIPTokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str
-    merges = learn_merges(sorted({part for word in vocabulary() for part, _ in split(word)}))
+    merges = learn_merges(sorted({part for word in vocabulary(phrases) for part, _ in split(word)}))
     pieces = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(f"{c}</w>" for c in CHARACTERS), *map("".join, merges)]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(phrases: Iterable[str]) -> T5Tokenizer:
     """Unigrams: our words, small and capitalised (T5 tells them apart), and single characters for all others."""
-    words = vocabulary()
+    words = vocabulary(phrases)
     pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
     pieces += [(f"▁{word}", -5.0) for word in dict.fromkeys(words + [word[0].upper() + word[1:] for word in words])]
     pieces += [(piece, -10.0) for piece in ("▁", *CHARACTERS, *string.ascii_uppercase)]

@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from emoji_flow import mean_velocity, noise_levels
 from emoji_images import STYLE_NAMES, render
-from emoji_prompts import STYLE_WORDS, T5_LENGTH, clip_tokenizer, held_out_pairs, random_prompt, subject_words, t5_tokenizer
+from emoji_prompts import (
+    STYLE_WORDS,
+    T5_LENGTH,
+    clip_tokenizer,
+    held_out_pairs,
+    phrases,
+    random_prompt,
+    subject_words,
+    t5_tokenizer,
+)
 from emoji_training import Checkpoint, Trainer, learning_rate, train
 from PIL import Image
 from torch import Tensor, nn
@@ -138,7 +147,7 @@ def new_transformer() -> FluxTransformer2DModel:
 
 def new_pipeline(seed: int) -> FluxPipeline:
     torch.manual_seed(seed)
-    words, pieces = clip_tokenizer(), t5_tokenizer()
+    words, pieces = clip_tokenizer(phrases()), t5_tokenizer(phrases())
     clip, t5 = new_text_encoders(len(words), len(pieces))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
