@@ -44,7 +44,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 HERE = Path(__file__).parent
 UNFINISHED = HERE / "emoji-flux-unfinished"
 WIDTH, TEXT_WIDTH = 224, 128
-BATCH_SIZE, STEPS, PEAK, EMA_DECAY = 32, 8_000, 1e-3, 0.9985
+BATCH_SIZE, STEPS, PEAK, WARMUP, EMA_DECAY = 32, 8_000, 1e-3, 100, 0.9985
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
 STYLED = 0.75  # share of the other prompts that name a style
 FAMILIAR = 159  # the subjects of emoji-dit are drawn twice as often as the others
@@ -236,7 +236,7 @@ def train_flux(work: Path, seed: int, stop_at: int) -> None:
 
     def schedule(step: int) -> float:
         """A plateau, then a linear decay; whenever the optimiser starts anew, a warm-up."""
-        return learning_rate(step, STEPS, PEAK, 200, decay_from=0.55) * min(1.0, (step - first + 1) / 200)
+        return learning_rate(step, STEPS, PEAK, warmup=1, decay_from=0.55) * min(1.0, (step - first + 1) / WARMUP)
 
     checkpoint = Checkpoint(work / "flux.safetensors")
     with open(work / "flux.txt", "a") as file:
