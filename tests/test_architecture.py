@@ -7,13 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness"},  # no torch.nn, no diffusers
+    {
+        "codebook",
+        "packing",
+        "errors",
+        "progress",
+        "randomness",
+        "lazy_weight",
+        "adapters",
+        "surroundings",
+    },  # no torch.nn, no diffusers
     {
         "config",
         "kmeans",
         "hub_errors",
         "terminal",
         "entropy_coding",
+        "casts",
     },  # settings; one codebook; failures; what commands share
     {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
     {"coded_layers"},  # the other kind of packed layer

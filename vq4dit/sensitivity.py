@@ -28,11 +28,11 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from vq4dit.surroundings import evaluating
 from vq4dit.zero_data import (
     ROUNDS,
     STEPS,
     TeacherStep,
-    evaluating,
     guide,
     is_large,
     new_scheduler,
