@@ -7,7 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"errors", "progress", "randomness", "locks", "pipeline_files", "printable"},  # no torch.nn, no diffusers
+    {
+        "errors",
+        "progress",
+        "randomness",
+        "locks",
+        "pipeline_files",
+        "printable",
+        "lazy_weight",
+        "adapters",
+        "surroundings",
+    },  # no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
     {
@@ -21,6 +31,7 @@ LADDER = [
         "entropy_coding",
         "json_files",
         "memory",
+        "casts",
     },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
         "layers",

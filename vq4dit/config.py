@@ -72,6 +72,12 @@ class VQ4DiTConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "quant_method": QuantMethod.VQ4DIT.value}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and what a file must say anyway; `to_json_string` asks for it."""
+        default = type(self)().to_dict()
+        told = {"quant_method", "format_version"}
+        return {name: value for name, value in self.to_dict().items() if name in told or value != default[name]}
+
 
 def _check_types(values: dict[str, Any]) -> None:
     """Raise `FormatError` unless the entries that loading reads are what they must be."""

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
-from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.diffusers_quantizer import packed_layers, parts_of
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
+from vq4dit.surroundings import evaluating, ordinary_torch
 from vq4dit.zero_data import (
     NULL_CLASS,
     TeacherStep,
@@ -68,6 +69,7 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     ]
 
 
+@ordinary_torch()
 @torch.no_grad()
 def noise_nmse(
     original: DiTPipeline,
@@ -92,7 +94,8 @@ def noise_nmse(
     )
     error = power = 0.0
     for done, step in enumerate(steps):
-        student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+        with evaluating(quantized.transformer):
+            student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
         wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
         error += exact(wanted - found).square().sum().item()
         power += exact(wanted).square().sum().item()
@@ -153,13 +156,14 @@ def sample(
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output = pipeline(
-            list(labels[part]),
-            guidance_scale=guidance_scale,
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        )
+        with evaluating(*parts_of(pipeline)):
+            output = pipeline(
+                list(labels[part]),
+                guidance_scale=guidance_scale,
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                output_type="np",
+            )
         images.extend(output.images)
         on_progress(Progress("sample", len(images), len(labels)))
     return np.stack(images)

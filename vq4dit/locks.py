@@ -8,7 +8,6 @@ locks nothing: then nobody else should work on the folder.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
