@@ -132,11 +132,11 @@ class Job:
         path = self._path(piece)
         try:
             with safe_open(path, "pt") as file:
-                _, seal = _sealed(file.metadata())
+                said = _sealed(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise JobError(f"{path} is damaged ({error}): delete this file and resume") from error
-        if seal != self._seal(piece, tensors):
+        if said != (piece, self._seal(piece, tensors)):
             raise JobError(
                 f"{path} is damaged, or belongs to another layer or another job (its checksum does not fit): delete this file "
                 "and resume"
