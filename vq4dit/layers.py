@@ -133,25 +133,27 @@ class PackedLinear(nn.Linear):
         self.written.append(Written(None if added is None else _sums(added)))
 
     def takes_back(self, amount: Tensor) -> bool:
-        """Whether subtracting `amount` undoes all that was written: then the packed weight is back, bit by bit.
+        """Subtract something that was added before; False, and nothing done, if it was not.
 
-        (w + δ) - δ is not w in floating point. So that a LoRA that was fused and is unfused leaves nothing behind, it is
-        known what was added.
+        (w + δ) - δ is not w in floating point. So that a LoRA that was fused and is unfused leaves nothing behind, it is known
+        what was added: once all of it is taken back the packed weight is there again, bit by bit.
         """
         if self.decoded_weight is None or not self.written:
             return False
-        undone = Written(_sums(amount))
+        dtype, undone = self.decoded_weight.dtype, Written(_sums(amount))
         if undone in self.written:
             self.written.remove(undone)
-        elif len(self.written) == 1 and torch.equal(self.decoded_weight, self.reconstruct(self.decoded_weight.dtype) + amount):
+        elif len(self.written) == 1 and torch.equal(self.decoded_weight, self.reconstruct(dtype) + amount):
             self.written.clear()
         else:
             return False
-        if not self.written and self.keeps_decoded:
-            self._keep_decoded(self.decoded_weight.dtype)
-        elif not self.written:
+        if self.written:
+            self.decoded_weight -= amount
+        elif self.keeps_decoded:
+            self._keep_decoded(dtype)
+        else:
             self.drop_decoded()
-        return not self.written
+        return True
 
     @property
     def is_changed(self) -> bool:
