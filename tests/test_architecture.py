@@ -25,8 +25,8 @@ LADDER = [
         "entropy_coding",
         "casts",
     },  # settings; one codebook; failures; what commands share
-    {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers"},  # the other kind of packed layer
+    {"packed_linear", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
+    {"layers", "coded_layers"},  # the two kinds of packed layers
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from coded_models import new_coded, new_vector_quantized
 from torch import Tensor, nn
 
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 
 ROWS, COLUMNS = 12, 16
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vq4dit.casts import as_bytes
 from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear, check_weight, frozen
+from vq4dit.packed_linear import PackedLinear, check_weight, frozen
 
 STEPS_PER_OCTAVE = 8
 STEP_OF_ONE = 128

@@ -27,7 +27,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.job import write_atomically
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.surroundings import evaluating, ordinary_torch
@@ -287,8 +287,9 @@ def high_water_mark(process: int | str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
+def write_comparison(folder: Path | str, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
     """`report.json`, every picture as PNG, and `pairs.png`: original, quantized and difference, row by row."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for pair in pairs:
         stem = f"{names.get(pair.label, str(pair.label)).replace(' ', '-').replace('/', '-')}-seed{pair.seed}"

@@ -13,12 +13,13 @@ from vq4dit.errors import JobError
 from vq4dit.job import sync_folder
 
 
-def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
+def save(pipeline: Any, folder: Path | str, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
     """Write a quantized pipeline to `folder`: whole, or not at all.
 
     Raises:
         JobError: if the folder is not empty and `overwrite` is false, or the disk is full.
     """
+    folder = Path(folder)
     check_output(folder, overwrite)
     partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
