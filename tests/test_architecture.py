@@ -34,13 +34,18 @@ LADDER = [
         "casts",
     },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
-        "layers",
+        "packed_linear",
         "dit",
         "job",
         "rate_allocation",
         "repository",
     },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
-    {"coded_layers", "origin", "skeleton"},  # the other kind of packed layer; where a model comes from; one without weights
+    {
+        "layers",
+        "coded_layers",
+        "origin",
+        "skeleton",
+    },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",

@@ -26,7 +26,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.surroundings import evaluating, ordinary_torch
