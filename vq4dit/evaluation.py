@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.diffusers_quantizer import packed_layers
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import BROKEN, UnsupportedModelError, brief
 from vq4dit.job import write_atomically
 from vq4dit.layers import PackedLinear
+from vq4dit.memory import is_out_of_memory
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.zero_data import (
@@ -147,20 +148,34 @@ def sample(
     """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch.
 
     Raises:
-        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
+        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them; if its parts do not
+            work together, or make no finite images.
     """
     _check_guidance(pipeline, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output = pipeline(
-            list(labels[part]),
-            guidance_scale=guidance_scale,
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        )
+        try:
+            output = pipeline(
+                list(labels[part]),
+                guidance_scale=guidance_scale,
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                output_type="np",
+            )
+        except BROKEN as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(
+                f"{type(pipeline).__name__} cannot make images with the settings of its parts ({brief(error)}): correct their "
+                "config.json, or download the model again"
+            ) from error
+        if not np.isfinite(output.images).all():
+            raise UnsupportedModelError(
+                "the images have values that are not finite (NaN or infinity): a weight or a setting of the model is damaged; "
+                "download it again"
+            )
         images.extend(output.images)
         on_progress(Progress("sample", len(images), len(labels)))
     return np.stack(images)

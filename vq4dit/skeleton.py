@@ -99,6 +99,8 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     if weights is UNKNOWN:
         bounded, elements = _Bounded(sys.maxsize, sys.maxsize), sys.maxsize
     check_numbers(plain, max(elements, LARGEST_NUMBER), path)
+    if misplaced := [name for name, value in plain.items() if _is_misplaced(kind, name, value)]:
+        raise FormatError(f"{path}: {misplaced[0]} cannot be {shown(plain[misplaced[0]])}: correct it, or {AGAIN}")
     try:
         with torch.device("meta"), bounded:
             model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(kind.config_class.from_dict(plain))
@@ -112,6 +114,13 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     if sum(p.numel() for p in model.parameters()) > max(2 * elements, LARGEST_TABLE):
         raise FormatError(_too_large(plain, weights, path))
     return model
+
+
+def _is_misplaced(kind: Any, name: str, value: Any) -> bool:
+    """Whether text or an object stands where a class takes a number, which it may find out late, or never."""
+    parameter = inspect.signature(kind.__init__).parameters.get(name)
+    is_number = parameter is not None and type(parameter.default) in (bool, int, float)
+    return is_number and isinstance(value, str | dict)
 
 
 def check_numbers(config: dict[str, Any], largest: int, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,11 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def model_name(text: str) -> str:
+    """A Hub id, or the path of a folder, in which a shell may have left the home directory for us."""
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def folder_path(text: str) -> Path:
