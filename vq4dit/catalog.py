@@ -136,16 +136,14 @@ class Catalog:
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)
         inspection = inspect(model, keep, recipe=recipe, revision=commit, token=token)
-        config = read_json(model, "transformer/config.json", commit, token)
-        pixels, patch = _largest(config.get("sample_size"), 32), _largest(config.get("patch_size"), 1)
         return ModelCard(
             inspection=inspection,
             pipeline=index.get("_class_name", ""),
             licence=_licence(info) if info else _licence_of_folder(Path(model)),
             gated=bool(info and info.gated),
             download_bytes=_download_bytes(info) if info else 0,
-            tokens=max(1, (pixels // patch) ** 2),
-            width=8 * pixels,
+            tokens=inspection.tokens,
+            width=inspection.width,
             commit=commit or "",
             labels=_labels(index.get("id2label") or {}),
         )
@@ -171,12 +169,6 @@ class Catalog:
                 f"{self.largest_download / 1e9:.0f} GB: use the command line on a machine of your own"
             )
         return info
-
-
-def _largest(length: Any, otherwise: int) -> int:
-    """A length that a config gives as a number, or as one for each dimension, or not at all."""
-    given = length if isinstance(length, list) else [length]
-    return max((int(number) for number in given if isinstance(number, int | float) and number >= 1), default=otherwise)
 
 
 @lru_cache(maxsize=512)  # every key pressed is a search, by every visitor

@@ -140,8 +140,8 @@ def check_size(layers: dict[str, PackedLinear], num_bytes: int) -> None:
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     if weights > max(WEIGHTS_PER_BYTE * num_bytes, LARGEST_TABLE):
         raise FormatError(
-            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the files "
-            f"do not belong together; {AGAIN}"
+            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the "
+            f"files do not belong together; {AGAIN}"
         )
 
 

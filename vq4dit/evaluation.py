@@ -25,7 +25,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import BROKEN, UnsupportedModelError, brief
+from vq4dit.memory import is_out_of_memory
 from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
@@ -149,24 +150,45 @@ def sample(
     """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch.
 
     Raises:
-        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
+        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them; if its parts do not
+            work together, or make no finite images.
     """
     _check_guidance(pipeline, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        images.extend(_drawn(pipeline, list(labels[part]), guidance_scale, generators, num_inference_steps))
+        on_progress(Progress("sample", len(images), len(labels)))
+    return np.stack(images)
+
+
+def _drawn(
+    pipeline: DiTPipeline, labels: list[int], guidance_scale: float, generators: list[torch.Generator], num_inference_steps: int
+) -> Float[np.ndarray, "n h w 3"]:
+    """One batch of images; what the pipeline's own code raises is told in our words."""
+    try:
         with evaluating(*parts_of(pipeline)):
-            output = pipeline(
-                list(labels[part]),
+            images = pipeline(
+                labels,
                 guidance_scale=guidance_scale,
                 generator=generators,
                 num_inference_steps=num_inference_steps,
                 output_type="np",
-            )
-        images.extend(output.images)
-        on_progress(Progress("sample", len(images), len(labels)))
-    return np.stack(images)
+            ).images
+    except BROKEN as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} cannot make images with the settings of its parts ({brief(error)}): correct their "
+            "config.json, or download the model again"
+        ) from error
+    if not np.isfinite(images).all():
+        raise UnsupportedModelError(
+            "the images have values that are not finite (NaN or infinity): a weight or a setting of the model is damaged; "
+            "download it again"
+        )
+    return images
 
 
 def _check_guidance(pipeline: DiTPipeline, guidance_scale: float) -> None:

@@ -18,7 +18,7 @@ from vq4dit.config import QuantMethod, VQ4DiTConfig
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.json_files import AGAIN, shown
-from vq4dit.memory import check_memory, is_out_of_memory
+from vq4dit.memory import check_memory, is_out_of_memory, out_of_memory
 from vq4dit.repository import STEM, SUPPORTED, located, read_header, read_json, snapshot, weights, weights_in
 from vq4dit.skeleton import (
     LARGEST_NUMBER_OF_A_SCHEDULER,
@@ -114,7 +114,7 @@ def other_transformers(index: dict[str, Any]) -> list[str]:
     """Parts of the transformer's kind besides `transformer`: the second stage of a model of two, say."""
     parts = parts_of(index)
     kind = parts.get("transformer")
-    return [name for name, part in parts.items() if name != "transformer" and ("transformer" in name or part == kind)]
+    return [name for name, part in parts.items() if name != "transformer" and part == kind]
 
 
 def check_files(folder: Path) -> None:
@@ -203,8 +203,5 @@ def _explained_load(error: BaseException, model: str) -> VQ4DiTError:
     if told.reason != "unknown":
         return told
     if is_out_of_memory(error):
-        return VQ4DiTError(
-            f"there is not enough memory to load {model}: close other programs, or take a machine with more memory or a "
-            "smaller model"
-        )
+        return VQ4DiTError(f"{model} cannot be loaded, {out_of_memory(error)}")
     return VQ4DiTError(f"{model} cannot be loaded ({brief(error)}): correct what this names, or {AGAIN}")

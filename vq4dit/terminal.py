@@ -57,6 +57,11 @@ def finite(text: str) -> float:
     return value
 
 
+def model_name(text: str) -> str:
+    """A Hub id, or the path of a folder, in which a shell may have left the home directory for us."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
 def folder_path(text: str) -> Path:
     try:
         text.encode()  # what is no text could not be shown either
