@@ -35,7 +35,12 @@ def workspace_folder() -> Path:
     """Where jobs live: VQ4DIT_WORKSPACE, else a Space's persistent disk, else the system's folder for temporary files."""
     if chosen := os.environ.get("VQ4DIT_WORKSPACE"):
         return Path(chosen)
-    return Path("/data/vq4dit") if os.access("/data", os.W_OK) else Path(tempfile.gettempdir()) / f"vq4dit-{os.getuid()}"
+    return Path("/data/vq4dit") if os.access("/data", os.W_OK) else Path(tempfile.gettempdir()) / f"vq4dit-{user_name()}"
+
+
+def user_name() -> str:
+    """A name for each user of this machine; without numbers (on Windows) everybody has a folder for temporary files."""
+    return str(os.getuid()) if hasattr(os, "getuid") else "home"
 
 
 def whose_login(args: argparse.Namespace) -> Literal["oauth", "own", "none"]:
@@ -51,11 +56,14 @@ def main() -> None:
     if login != "own":
         os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
-    from vq4dit.catalog import Catalog
-    from vq4dit.web.page import Page
-    from vq4dit.web.studio import Studio
-    from vq4dit.web.theme import HEAD, STYLE, new_theme
-    from vq4dit.workspace import Workspace
+    from vq4dit.extras import of_extra
+
+    with of_extra("app", "the app"):
+        from vq4dit.catalog import Catalog
+        from vq4dit.web.page import Page
+        from vq4dit.web.studio import Studio
+        from vq4dit.web.theme import HEAD, STYLE, new_theme
+        from vq4dit.workspace import Workspace
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
     page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"errors", "progress", "randomness", "locks"},  # no torch.nn, no diffusers
+    {"errors", "progress", "randomness", "locks", "extras", "version"},  # no torch.nn, no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
     {
         "config",
         "kmeans",
         "hub_errors",
+        "quiet",
         "terminal",
         "entropy_coding",
     },  # settings; one codebook; failures; what commands share

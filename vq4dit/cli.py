@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -30,7 +31,7 @@ from vq4dit.loading import load_pipeline, pinned
 from vq4dit.origin import origin_of, write_origin
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
-from vq4dit.terminal import finite, folder_path, picture_path, positive, progress_bars
+from vq4dit.terminal import add_device, chosen_device, finite, folder_path, picture_path, positive, progress_bars
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -50,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         args.command(args)
     except (VQ4DiTError, ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except torch.OutOfMemoryError:  # of a GPU
+        advice = "close what else uses it, load packed models with --decode forward, or work with --device cpu"
+        errors.print(f"[bold red]error:[/] the GPU's memory is not enough for this: {advice}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
@@ -86,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keep(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
+    add_device(sub)
     defaults = CalibrationConfig()
     of_paper = sub.add_argument_group("calibration, only of --recipe paper")
     of_paper.add_argument("--steps", type=positive, help=f"updates (default: {defaults.steps})")
@@ -131,6 +137,7 @@ def _add_keep(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    add_device(sub)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
     sub.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: 4)")
@@ -173,6 +180,7 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    device = chosen_device(args)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
     inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
@@ -180,7 +188,7 @@ def quantize_command(args: argparse.Namespace) -> None:
     folder = args.output.with_name(f"{args.output.name}.job")
     was_saved = args.resume and folder.exists() and is_result(args.output, settings)  # killed before cleaning up
     check_output(args.output, args.overwrite or was_saved)
-    pipeline = load_pipeline(args.model, revision=revision)
+    pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
     with Job.open(folder, settings, pipeline, resume=args.resume) as job:
         with progress_bars() as on_progress:
@@ -238,8 +246,9 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> None:
+    device = chosen_device(args)
     with decode_mode(args.decode):
-        pipeline = load_pipeline(args.model)
+        pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
     labels = label_ids(pipeline, [label.strip() for label in args.labels.split(",")])
     started = time.monotonic()

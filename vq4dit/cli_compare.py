@@ -17,14 +17,15 @@ from vq4dit.inspection import tensor_bytes
 from vq4dit.job import write_atomically
 from vq4dit.loading import load_pipeline
 from vq4dit.saving import check_output
-from vq4dit.terminal import progress_bars
+from vq4dit.terminal import chosen_device, progress_bars
 from vq4dit.zero_data import num_classes
 
 
 def compare_command(args: argparse.Namespace) -> None:
+    device = chosen_device(args)
     check_output(args.output, args.overwrite, contains="report.json")
     with decode_mode(args.decode):
-        original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
+        original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
     check_comparable(original, quantized)
     if args.labels:
         labels = label_ids(original, [label.strip() for label in args.labels.split(",")])

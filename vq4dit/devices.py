@@ -53,7 +53,7 @@ def _why_not(device: torch.device) -> str:
         return "" if torch.backends.mps.is_built() else " (this build of torch has no MPS)"
     if torch.cuda.is_available():
         return ""  # there are others
-    return " (torch finds no GPU or no driver for it)" if torch.backends.cuda.is_built() else " (this build of torch has no CUDA)"
+    return " (torch finds no GPU, or no driver for it)" if torch.version.cuda else " (this build of torch has no CUDA)"
 
 
 def exact_device(device: torch.device) -> torch.device:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
 from vq4dit.hub_errors import FAILURES, ask, explained
+from vq4dit.quiet import quiet_loading
 
 SUPPORTED = "vq4dit quantizes pipelines with a diffusion transformer, such as facebook/DiT-XL-2-256"
 
@@ -123,7 +124,10 @@ def load_pipeline(
     if Path(model).is_dir():
         check_files(Path(model))
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, revision=revision, token=token)
+        with quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, revision=revision, token=token
+            )
     except (OSError, ValueError) as error:
         told = explained(error, f"download {model}", model)
         if told.reason != "unknown":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from huggingface_hub import ModelCard
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.job import write_atomically
+from vq4dit.version import VERSION
 
 FILENAME = "vq4dit.json"
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base's card to ours
@@ -45,15 +45,8 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
         revision="" if is_folder else revision or "",
         metadata=folder_metadata(Path(model)) if is_folder else {},
         settings=settings.to_dict(),
-        versions={"vq4dit": own_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions={"vq4dit": VERSION, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
-
-
-def own_version() -> str:
-    try:
-        return version("vq4dit")
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed as a package"
 
 
 def folder_metadata(folder: Path) -> dict[str, Any]:
