@@ -202,5 +202,5 @@ def _licence(info: ModelInfo) -> str:
 
 def _licence_of_folder(folder: Path) -> str:
     readme = folder / "README.md"
-    match = LICENCE_LINE.search(readme.read_text()[:2000]) if readme.is_file() else None
+    match = LICENCE_LINE.search(readme.read_text(encoding="utf-8")[:2000]) if readme.is_file() else None
     return match.group(1) if match else ""

@@ -52,7 +52,7 @@ def push_command(args: argparse.Namespace) -> None:
     kmeans = read_report(args.kmeans_report) if args.kmeans_report else None
     card = model_card(args.folder, repo_id, base, report, kmeans)
     if args.card:
-        args.card.write_text(card)
+        args.card.write_text(card, encoding="utf-8")
         Console(stderr=True).print(f"the card of {escape(repo_id)} is in {escape(str(args.card))}; nothing was sent")
         return
     private, reason = default_visibility(base) if args.private is None else (args.private, "as you said")

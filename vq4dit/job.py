@@ -191,7 +191,7 @@ def _lock(folder: Path) -> IO[str]:
 
 def _read_description(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise JobError(f"{path} is damaged ({error}): delete the folder and start again") from error
     return found if isinstance(found, dict) else {}

@@ -43,7 +43,7 @@ def read_json(model: str, filename: str, revision: str | None = None, token: str
     else:
         path = Path(_download(model, filename, revision, token))
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({error}): download the model again") from error
 

@@ -69,7 +69,7 @@ def read_report(folder: Path) -> Comparison:
         HubError: if there are none, or they are of another version.
     """
     try:
-        return Comparison(**json.loads((folder / "report.json").read_text()))
+        return Comparison(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise HubError(
             f"{folder} has no report.json that can be read ({error}): make one with `python -m vq4dit compare`", "card"

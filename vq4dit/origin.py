@@ -73,6 +73,6 @@ def read_origin(folder: Path) -> Origin:
     if not path.is_file():
         return Origin()
     try:
-        return Origin(**json.loads(path.read_text()))
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error

@@ -48,10 +48,10 @@ def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size
 
 def _forget_local_paths(path: Path) -> None:
     """diffusers notes where a model was loaded from: a Hub id is worth keeping, a folder of this machine is not."""
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     if (origin := values.get("_name_or_path")) and Path(origin).exists():
         del values["_name_or_path"]
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_output(folder: Path, overwrite: bool, contains: str = "model_index.json") -> None:
@@ -72,6 +72,6 @@ def check_output(folder: Path, overwrite: bool, contains: str = "model_index.jso
 def is_result(folder: Path, settings: QuantizationSettings) -> bool:
     """Whether `folder` already is what these settings make: a process may be killed between saving and cleaning up."""
     path = folder / "transformer" / "config.json"
-    made = json.loads(path.read_text()).get("quantization_config", {}) if path.is_file() else {}
+    made = json.loads(path.read_text(encoding="utf-8")).get("quantization_config", {}) if path.is_file() else {}
     wanted = {"quant_method": "vq4dit", "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
     return wanted.items() <= made.items()
