@@ -37,7 +37,12 @@ def workspace_folder() -> Path:
         return Path(chosen)
     if IS_SPACE and os.access("/data", os.W_OK):
         return Path("/data/vq4dit")
-    return Path(tempfile.gettempdir()) / f"vq4dit-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"vq4dit-{user_name()}"
+
+
+def user_name() -> str:
+    """A name for each user of this machine; without numbers (on Windows) everybody has a folder for temporary files."""
+    return str(os.getuid()) if hasattr(os, "getuid") else "home"
 
 
 def whose_login(args: argparse.Namespace) -> Literal["oauth", "own", "none"]:
@@ -58,12 +63,15 @@ def main() -> None:
     if login != "own":
         os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
-    from vq4dit.catalog import Catalog
-    from vq4dit.web.gate import gates
-    from vq4dit.web.page import Page
-    from vq4dit.web.studio import Studio
-    from vq4dit.web.theme import HEAD, STYLE, new_theme
-    from vq4dit.workspace import Workspace
+    from vq4dit.extras import of_extra
+
+    with of_extra("app", "the app"):
+        from vq4dit.catalog import Catalog
+        from vq4dit.web.gate import gates
+        from vq4dit.web.page import Page
+        from vq4dit.web.studio import Studio
+        from vq4dit.web.theme import HEAD, STYLE, new_theme
+        from vq4dit.workspace import Workspace
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
     page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)

@@ -8,7 +8,7 @@ compare same-seed images and say how much a person sees. Always measured on the 
 from __future__ import annotations
 
 import re
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from diffusers import DiTPipeline
 from jaxtyping import Float
@@ -297,12 +298,24 @@ def compare(
 def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # where the system does not tell: getrusage, which also counts whoever started this process
-    return high_water_mark("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return high_water_mark("self") or _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    """The largest resident memory of this process where there is no /proc, in bytes; what it is now if nobody tells more."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # it also counts whoever started this process
 
 
 def high_water_mark(process: int | str) -> int:
     """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
     status = Path(f"/proc/{process}/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0

@@ -19,6 +19,7 @@ from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTErro
 from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.json_files import AGAIN, shown
 from vq4dit.memory import check_memory, is_out_of_memory, out_of_memory
+from vq4dit.quiet import quiet_loading
 from vq4dit.repository import STEM, SUPPORTED, located, read_header, read_json, snapshot, weights, weights_in
 from vq4dit.skeleton import (
     LARGEST_NUMBER_OF_A_SCHEDULER,
@@ -186,7 +187,8 @@ def load_pipeline(
             options["revision"] = folder.name  # what is looked at now is what is loaded
         check_weights(folder, read_json(str(folder), "model_index.json"))
         options["variant"] = check_parts(folder, dtype)
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
+        with quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
     except (*FAILURES, *BROKEN, SafetensorError) as error:
         raise _explained_load(error, model) from error
     for name, part in pipeline.components.items():
