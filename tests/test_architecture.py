@@ -7,17 +7,48 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness", "pipeline_files"},  # no torch.nn, no diffusers
+    {
+        "errors",
+        "progress",
+        "randomness",
+        "locks",
+        "extras",
+        "version",
+        "pipeline_files",
+        "printable",
+        "lazy_weight",
+        "adapters",
+        "surroundings",
+    },  # no diffusers
+    {"devices"},  # where the work is done
+    {"codebook", "packing"},
     {
         "files",
         "config",
         "kmeans",
         "hub_errors",
+        "quiet",
+        "trust",
+        "markdown",
         "terminal",
         "entropy_coding",
-    },  # settings; one codebook; failures; what commands share
-    {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers", "origin"},  # the other kind of packed layer; where a model comes from
+        "json_files",
+        "memory",
+        "casts",
+    },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
+    {
+        "packed_linear",
+        "dit",
+        "job",
+        "rate_allocation",
+        "repository",
+    },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
+    {
+        "layers",
+        "coded_layers",
+        "origin",
+        "skeleton",
+    },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",
@@ -47,7 +78,7 @@ LADDER = [
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
-    {"web.words", "web.theme", "web.gpu"},  # the door in the browser: words, looks, lent GPUs
+    {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
     {"web.pictures", "web.push_parts"},  # comparisons; what is said of publishing
     {"web.answers", "web.push_answers"},  # event handlers
@@ -113,6 +144,38 @@ def test_the_package_imports_itself_in_one_form_only(source):
 @pytest.mark.parametrize("source", [path for path in SOURCES if path.stem not in DOORS], ids=module_name)
 def test_the_library_never_prints(source):
     assert prints(source.read_text()) == []
+
+
+def text_of_unsaid_encoding(source: str) -> list[int]:
+    """Line numbers where a text file is read or written in whatever encoding the system prefers: not UTF-8 on Windows."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        named = {keyword.arg for keyword in call.keywords}
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+            of_a_distribution = call.func.attr == "read_text" and call.args
+            found += [] if of_a_distribution or "encoding" in named else [call.lineno]
+        elif isinstance(call.func, ast.Name) and call.func.id == "open":
+            mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'"
+            found += [] if "b" in mode or "encoding" in named else [call.lineno]
+    return found
+
+
+@every_module
+def test_text_is_utf_8_on_every_system(source):
+    assert text_of_unsaid_encoding(source.read_text()) == []
+
+
+def test_text_of_unsaid_encoding_is_noticed():
+    lines = [
+        "path.read_text()",
+        "path.write_text(text)",
+        "open(path)",
+        "open(path, 'a')",
+        "open(path, 'rb')",
+        "d.read_text('x')",
+    ]
+    assert text_of_unsaid_encoding("\n".join(lines)) == [1, 2, 3, 4]
+    assert text_of_unsaid_encoding("path.read_text(encoding='utf-8')\nopen(path, 'a', encoding='utf-8')") == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from vq4dit.account import look_up_base, sign_in
@@ -18,7 +17,7 @@ from vq4dit.hub import Existing, Target, push, same_image
 from vq4dit.loading import check_pipeline
 from vq4dit.model_card import default_name, default_visibility, model_card, read_report
 from vq4dit.origin import read_origin
-from vq4dit.terminal import folder_path, progress_bars
+from vq4dit.terminal import Console, folder_path, progress_bars
 
 
 def add_push_arguments(sub: argparse.ArgumentParser) -> None:

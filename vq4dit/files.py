@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 from vq4dit.errors import JobError
 
 TEMPORARY = re.compile(r"\.vq4dit-[0-9a-f]{16}\.partial")
+WINDOWS = os.name == "nt"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FULL_WORDS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")  # safetensors' errors have no number
 SHOWN = 5  # names in a message
@@ -73,13 +75,24 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _rename(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if is_full(error):
             raise JobError(f"the disk is full: {path} needs {amount(len(content))}. Free some space and {advice}") from error
         raise
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Put a file where it belongs. Windows refuses while somebody reads the one that is there, which takes a moment."""
+    for seconds in (0.01, 0.1, 1.0) if WINDOWS else ():
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    temporary.replace(path)
 
 
 @contextmanager
@@ -203,7 +216,7 @@ def _sync_all(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            with open(path, "rb") as file:
+            with open(path, "rb+" if WINDOWS else "rb") as file:  # Windows flushes what may be written
                 os.fsync(file.fileno())
     sync_folder(folder)
 
@@ -211,7 +224,7 @@ def _sync_all(folder: Path) -> None:
 def _take_place(partial: Path, folder: Path) -> Path | None:
     """Put a finished folder where another is; returns where that one is now (None if there was nothing in it)."""
     if not folder.exists() or not any(folder.iterdir()):
-        if os.name == "nt" and folder.exists():  # elsewhere an empty folder is replaced in the same step
+        if WINDOWS and folder.exists():  # elsewhere an empty folder is replaced in the same step
             folder.rmdir()
         partial.rename(folder)
         return None

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +33,8 @@ from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
-from vq4dit.files import TEMPORARY, listed, told, unknown_names, write_atomically
+from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_atomically
+from vq4dit.locks import lock, unlock
 
 VERSION = 10  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
@@ -79,13 +79,14 @@ class Job:
         self.folder, self.settings, self._lock, self._description = folder, settings, lock, description
 
     @classmethod
-    def open(cls, folder: Path, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
+    def open(cls, folder: Path | str, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
         """Start a new job, or with `resume` go on with the one in `folder` (start one if there is none).
 
         Raises:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
                 these files or another model, or another process works on it, or the folder holds anything but a job.
         """
+        folder = Path(folder)
         check_job_folder(folder)
         path = folder / "job.json"
         if path.exists() and not resume:
@@ -150,7 +151,7 @@ class Job:
         write_atomically(self._path(piece), sealed, advice)
 
     def close(self) -> None:
-        self._lock.close()
+        unlock(self._lock)
 
     def remove(self) -> None:
         """Delete the job's own files, and the folder if nothing else is in it: the result is safe elsewhere.
@@ -161,7 +162,7 @@ class Job:
         with suppress(OSError):  # somebody else's files are in it: they stay
             (self.folder / "layers").rmdir()
         (self.folder / "job.json").unlink()
-        if os.name == "nt":  # where open files cannot be deleted
+        if WINDOWS:  # where open files cannot be deleted
             self.close()
         (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):
@@ -248,17 +249,10 @@ def _sealed(metadata: dict[str, str] | None) -> tuple[str, str]:
 
 
 def _lock(folder: Path) -> IO[str]:
-    lock = open(folder / "lock", "w")
-    if os.name != "posix":  # no advisory locks: nobody else should work on the folder
-        return lock
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise JobError(f"another process is working on {folder}: wait for it, or stop it first") from error
-    return lock
+    found = lock(folder / "lock")
+    if found is None:
+        raise JobError(f"another process is working on {folder}: wait for it, or stop it first")
+    return found
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -25,9 +25,11 @@ from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation import LayerError, layer_errors
 from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
-from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.layers import VQLinear
 from vq4dit.loader import Loader
+from vq4dit.memory import is_out_of_memory
 from vq4dit.origin import origin_of
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.quantization import check, run
 from vq4dit.saving import save
@@ -119,7 +121,7 @@ def failure(error: Exception, seconds: float = 0.0) -> Status:
         return Status("failed", why, advice, seconds=seconds)
     if isinstance(error, (VQ4DiTError, ValueError)):
         return Status("failed", str(error), seconds=seconds)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return Status(
             "failed",
             "The memory was not enough for this model.",

@@ -54,6 +54,10 @@ class Loader:
     def original_bytes(self, project: Project) -> int:
         return tensor_bytes(self.catalog.locate(project.model), project.revision or None, self._token)
 
+    def forget(self) -> None:
+        """Give the memory of pipelines back that nobody works with."""
+        self._kept.clear()
+
     def _load(self, model: str, revision: str | None) -> Any:
         key = f"{model}@{revision}"
         if key not in self._kept:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,25 @@ import diffusers
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.files import write_atomically
-from vq4dit.job import VERSION
+from vq4dit.job import VERSION as VERSION_OF_RECIPES
+from vq4dit.version import VERSION
 
 FILENAME = "vq4dit.json"
-COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base's card to ours
+# From the base's card to ours, if they look like what they should be: the card of a stranger may say anything.
+COPIED = {
+    "license": re.compile(r"[\w.+-]{1,50}", re.ASCII),
+    "license_name": re.compile(r"[\w .,+()/-]{1,100}"),
+    "license_link": re.compile(r"(https?://[\w.-]+(:\d+)?/)?[\w.~%+-]+(/[\w.~%+-]+)*/?", re.ASCII),
+    "language": re.compile(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]{2,8})*"),
+    "pipeline_tag": re.compile(r"[a-z0-9-]{1,50}"),
+}
+REVISION = re.compile(r"\w[\w./-]{0,99}", re.ASCII)  # a commit, branch or tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,21 @@ class Origin:
     settings_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries, and the commit of vq4dit where it is known
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if something is not what it is called: the record of a stranger may say anything."""
+        for name, kind in (("model", str), ("revision", str), ("metadata", dict), ("settings", dict), ("versions", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r:.100}")
+        keep, calibration = self.settings.get("keep", []), self.settings.get("calibration", {})
+        if not isinstance(keep, list | tuple) or not all(isinstance(pattern, str) for pattern in keep):
+            raise ValueError(f"keep must be patterns of layer names, got {keep!r:.100}")
+        if not isinstance(calibration, dict):
+            raise ValueError(f"calibration must be settings by their names, got {calibration!r:.100}")
+        if self.model and not is_hub_id(self.model):
+            raise ValueError(f"the base must be a Hub id, which looks like owner/name, got {self.model!r:.100}")
+        if self.revision and not REVISION.fullmatch(self.revision):
+            raise ValueError(f"revision must be a commit, branch or tag, got {self.revision!r:.100}")
+
 
 def origin_of(model: str, revision: str | None, settings: QuantizationSettings) -> Origin:
     """The origin of what is quantized now, from a folder, or from a Hub id at a commit (see `loading.pinned`)."""
@@ -51,7 +78,7 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
         model="" if is_folder else model,
         revision="" if is_folder else revision or "",
         metadata=folder_metadata(Path(model)) if is_folder else {},
-        recipe={"name": settings.recipe, "version": VERSION},
+        recipe={"name": settings.recipe, "version": VERSION_OF_RECIPES},
         settings=settings.to_dict(),
         settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
         versions=versions(),
@@ -60,15 +87,8 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
 
 def versions() -> dict[str, str]:
     """Of the libraries that make the numbers, and the commit of vq4dit if it was installed from one."""
-    found = {"vq4dit": own_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {"vq4dit": VERSION, "torch": torch.__version__, "diffusers": diffusers.__version__}
     return found | ({"vq4dit_commit": commit} if (commit := own_commit()) else {})
-
-
-def own_version() -> str:
-    try:
-        return version("vq4dit")
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed as a package"
 
 
 def own_commit() -> str:
@@ -90,12 +110,22 @@ def folder_metadata(folder: Path) -> dict[str, Any]:
 
 
 def copied(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The COPIED fields that are text, or lists of it: YAML knows dates and more."""
-    return {key: metadata[key] for key in COPIED if metadata.get(key) and _is_text(metadata[key])}
+    """Of a card's metadata, what goes into ours."""
+    return {key: metadata[key] for key, shape in COPIED.items() if _fits(metadata.get(key), shape)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+def _fits(value: Any, shape: re.Pattern[str]) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(word, str) and shape.fullmatch(word) for word in values)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be the name of a repository, "owner/name"."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.isascii() and "/" in name
 
 
 def write_origin(folder: Path, origin: Origin) -> None:

@@ -36,11 +36,13 @@ from typing import Any, Literal
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 from vq4dit.files import amount, write_atomically
+from vq4dit.locks import locked
 
 KEY = re.compile(r"[0-9a-f]{32}")
 LEAVING_SECONDS = 10.0
 READING_SECONDS = 120.0
 ABANDONED_SECONDS = 30 * 86400.0  # after which whoever drove a waiting project will not come back
+LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
 # "waiting" is between two turns: whoever drives the work goes on with the next one.
 Phase = Literal["new", "running", "waiting", "paused", "done", "failed"]
 
@@ -82,7 +84,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        values = json.loads((folder / "project.json").read_text())
+        values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
         self.model: str = values["model"]
         self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
@@ -113,7 +115,7 @@ class Project:
 
     def forecast(self) -> Forecast:
         path = self.folder / "forecast.json"
-        return Forecast(**json.loads(path.read_text())) if path.exists() else Forecast()
+        return Forecast(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Forecast()
 
     def set_forecast(self, forecast: Forecast) -> None:
         write_atomically(self.folder / "forecast.json", json.dumps(asdict(forecast)).encode())
@@ -121,7 +123,7 @@ class Project:
     def status(self) -> Status:
         """The phase; a project said to be running that nobody works on was interrupted, and is paused."""
         path = self.folder / "status.json"
-        status = Status(**json.loads(path.read_text())) if path.exists() else Status()
+        status = Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Status()
         if status.phase == "running" and not self.is_busy():
             return Status("paused", "The work was interrupted: the server or its worker was stopped.", seconds=status.seconds)
         return status
@@ -137,17 +139,17 @@ class Project:
 
     def events(self) -> list[Event]:
         path = self.folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [Event(**values) for values in map(_parsed, lines) if values]
 
     def add_event(self, event: Event) -> None:
         """Append a line. Not flushed to disk: losing the last lines in a power cut costs a line in a log."""
-        with open(self.folder / "events.jsonl", "a") as file:
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
 
     def layers(self) -> list[dict[str, Any]]:
         path = self.folder / "layers.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def set_layers(self, layers: list[dict[str, Any]]) -> None:
         write_atomically(self.folder / "layers.json", json.dumps(layers).encode())
@@ -161,7 +163,7 @@ class Project:
         Raises:
             JobError: if somebody else holds it.
         """
-        with _locked(self.folder / "lock", shared=False, patience=LEAVING_SECONDS) as is_mine:
+        with locked(self.folder / "lock", LEAVING_SECONDS) as is_mine:
             if not is_mine:
                 raise JobError("this project is being worked on already, perhaps in another tab: wait for it, or stop it there")
             if not (self.folder / "project.json").exists():
@@ -176,13 +178,13 @@ class Project:
         Raises:
             JobError: if somebody else reads it for long.
         """
-        with _locked(self.folder / "held", shared=False, patience=READING_SECONDS) as is_mine:
+        with locked(self.folder / "held", READING_SECONDS) as is_mine:
             if not is_mine:
                 raise JobError("this project is being packed already, perhaps in another tab: try again when that is done")
             yield
 
     def is_busy(self) -> bool:
-        with _locked(self.folder / "lock", shared=True) as is_free:
+        with locked(self.folder / "lock", LOOKING_SECONDS) as is_free:
             return not is_free
 
     def ask_to_stop(self) -> None:
@@ -259,7 +261,7 @@ class Workspace:
 
 def _removed(project: Project, age: float) -> bool:
     """Remove a project unless it is at work; whether that was done."""
-    lock, held = (_locked(project.folder / name, shared=False) for name in ("lock", "held"))
+    lock, held = (locked(project.folder / name) for name in ("lock", "held"))
     with lock as is_free, held as is_unread:
         if not (is_free and is_unread) or (project.status().phase == "waiting" and age < ABANDONED_SECONDS):
             return False
@@ -306,31 +308,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-@contextmanager
-def _locked(path: Path, *, shared: bool, patience: float = 0.0) -> Iterator[bool]:
-    """Lock a file for a while; yields whether that worked within `patience` seconds.
-
-    Unlocked explicitly: closing is not enough when the process was forked meanwhile and the child has the file open too.
-    """
-    if os.name != "posix":  # no advisory locks: one server per workspace
-        yield True
-        return
-    import fcntl
-
-    end = time.monotonic() + patience
-    with open(path, "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    yield False
-                    return
-                time.sleep(0.05)  # somebody may just be asking whether it is free
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
