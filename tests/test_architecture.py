@@ -7,13 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"codebook", "packing", "errors", "progress", "randomness", "printable"},  # no torch.nn, no diffusers
+    {
+        "codebook",
+        "packing",
+        "errors",
+        "progress",
+        "randomness",
+        "printable",
+        "interrupts",
+        "revisions",
+    },  # no torch.nn, no diffusers
     {
         "config",
         "kmeans",
         "hub_errors",
         "trust",
         "markdown",
+        "page_words",
         "terminal",
         "entropy_coding",
     },  # settings; one codebook; failures; what may be loaded; what commands share

@@ -3,6 +3,13 @@
 Importing it teaches diffusers to load packed models: `DiTPipeline.from_pretrained(folder)` then just works.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # `python -m vq4dit`: the imports below take seconds in which Ctrl-C finds nothing to keep
+    from vq4dit.interrupts import leave_at_once
+
+    leave_at_once()
+
 from vq4dit.config import CalibrationConfig, QuantizationSettings, VQ4DiTConfig
 from vq4dit.diffusers_quantizer import decode_mode, dequantize, register, set_decode_mode
 from vq4dit.errors import (

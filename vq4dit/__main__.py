@@ -2,6 +2,16 @@
 
 import sys
 
-from vq4dit.cli import main
+from vq4dit.interrupts import CODE, leave_at_once, raise_once
 
-sys.exit(main())
+leave_at_once()
+from vq4dit.cli import main  # noqa: E402  slow
+
+try:
+    raise_once()
+    code = main()
+except KeyboardInterrupt:  # before a command began
+    code = CODE
+finally:
+    leave_at_once()
+sys.exit(code)

@@ -16,10 +16,11 @@ from huggingface_hub import HfApi, ModelInfo
 
 from vq4dit.config import Recipe
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.hub_errors import FAILURES, explained
+from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.inspection import WEIGHTS, Inspection, inspect
 from vq4dit.loading import check_access, read_json
 from vq4dit.printable import printable
+from vq4dit.revisions import content_revision
 
 BUNDLED = "assets/emoji-dit"
 FOLDER = "folder:"
@@ -49,7 +50,7 @@ class ModelCard:
     download_bytes: int  # 0 for a folder
     tokens: int  # positions of one image in the transformer
     width: int  # pixels, 0 if unknown
-    commit: str = ""
+    commit: str = ""  # of a folder: see `revisions.content_revision`
     labels: dict[str, int] = field(default_factory=dict)  # classes by their first name, if it has any
 
 
@@ -87,7 +88,10 @@ class Catalog:
 
     def _folder(self, name: str) -> Path:
         if self.root is None:
-            raise VQ4DiTError("folders of this machine are not open: start the app with --root FOLDER to offer those below it")
+            raise VQ4DiTError(
+                "folders of this machine are not open: start the app with --root FOLDER to offer those below it",
+                page="folders of this server are not open to the page: pick a model from the list",
+            )
         folder = (self.root / name).resolve()
         if self.root.resolve() not in folder.parents or not (folder / "model_index.json").is_file():
             raise VQ4DiTError(f"there is no pipeline folder {name[:100]!r} below the root: pick one from the list")
@@ -122,6 +126,17 @@ class Catalog:
         """Raise `VQ4DiTError` unless whoever has this login may read the model now."""
         check_access(self.locate(name), token)
 
+    def revision(self, name: str, token: str | None = None) -> str:
+        """What stands for a model's content now: the newest commit of a repository, names and times of a folder's files.
+
+        Raises:
+            VQ4DiTError: as `locate`; HubError if the Hub cannot be asked.
+        """
+        model = self.locate(name)
+        if Path(model).is_dir():
+            return content_revision(Path(model))
+        return ask(f"look at {model}", lambda: HfApi(token=token).model_info(model), model).sha or ""
+
     def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
         """Look at a model without its weights, with the login that `token` belongs to.
 
@@ -131,6 +146,7 @@ class Catalog:
         """
         self.check_access(name, token)
         model = self.locate(name)
+        revision = self.revision(name) if Path(model).is_dir() else ""
         info = None if Path(model).is_dir() else self._info(model, token)
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)
@@ -147,7 +163,7 @@ class Catalog:
             download_bytes=_download_bytes(info) if info else 0,
             tokens=max(1, (pixels // patch) ** 2),
             width=8 * pixels,
-            commit=commit or "",
+            commit=commit or revision,
             labels=_labels(index.get("id2label") or {}),
         )
 

@@ -123,4 +123,7 @@ def read_origin(folder: Path) -> Origin:
     try:
         return Origin(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
+        raise FormatError(
+            f"{path} is damaged ({error}): delete it, and name the base with --base",
+            page=f"the record of where this model comes from is damaged ({error}): quantize it again",
+        ) from error
