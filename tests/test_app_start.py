@@ -71,9 +71,15 @@ def test_a_folder_that_somebody_else_laid_there_is_not_used(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [([], "127.0.0.1"), (["--host", "box.lan"], "box.lan"), (["--host", "0.0.0.0"], None), (["--host", "::"], None), (["--share"], None)],
+    [
+        ([], "127.0.0.1"),
+        (["--host", "box.lan"], "box.lan"),
+        (["--host", "0.0.0.0"], None),
+        (["--host", "::"], None),
+        (["--share"], None),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_requests_must_be_to_the_address_that_its_user_named(arguments, name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
     app = functions_of_the_app(monkeypatch)

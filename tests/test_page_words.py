@@ -1,4 +1,4 @@
-"""What the page says is for its reader: no options of a command, no folders of this machine, and still a cause and a next step."""
+"""What the page says is for its reader: no options of a command, no folders of this machine, still a cause and a next step."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ from vq4dit.workspace import Workspace
 
 KINDS = (VQ4DiTError, UnsupportedModelError, FormatError, CalibrationDivergedError, JobError, HubError, ValueError)
 PACKAGE = HOME / "vq4dit"
-PLACE = "/srv/jobs/0a1b/my-model.safetensors"  # stands where a message has a value
+PLACE = " /srv/jobs/0a1b/my-model.safetensors"  # stands where a message has a value
 OPTION = re.compile(r"(?<![\w-])--\w")
 
 

@@ -7,6 +7,8 @@ below it. Nothing else of what is typed is ever used as a path.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -145,8 +147,21 @@ class Catalog:
                 kind that cannot be quantized.
         """
         self.check_access(name, token)
+        with self.named(name) as model:
+            return self._card(model, keep, recipe, token)
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[str]:
+        """What `load_pipeline` takes for a model's name; what a page says of a failure inside has the name again."""
         model = self.locate(name)
-        revision = self.revision(name) if Path(model).is_dir() else ""
+        try:
+            yield model
+        except VQ4DiTError as error:
+            error.page = error.page.replace(model, name.strip().removeprefix(FOLDER))
+            raise
+
+    def _card(self, model: str, keep: tuple[str, ...], recipe: Recipe, token: str | None) -> ModelCard:
+        revision = content_revision(Path(model)) if Path(model).is_dir() else ""
         info = None if Path(model).is_dir() else self._info(model, token)
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)

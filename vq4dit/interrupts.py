@@ -1,8 +1,8 @@
 """Ctrl-C: the first is an exception, which whoever works may answer; the next ends the process, at once and without a word.
 
 What is finished is on disk at any moment, so nothing is lost by that. While the slow imports run, and while the interpreter
-shuts down, nobody works: there the first one ends it too. A command that is started deaf to Ctrl-C, as shells start what runs in
-the background, stays deaf.
+shuts down, nobody works: there the first one ends it too. A command that is started deaf to Ctrl-C, as shells start what
+runs in the background, stays deaf.
 """
 
 from __future__ import annotations

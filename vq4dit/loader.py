@@ -42,7 +42,10 @@ class Loader:
         Raises:
             VQ4DiTError: if this login may not read it (any more), or it cannot be loaded; JobError if it is another one now.
         """
-        model = self.catalog.locate(project.model)
+        with self.catalog.named(project.model) as model:
+            return self._original(project, model)
+
+    def _original(self, project: Project, model: str) -> Any:
         check_access(model, self._token)
         if Path(model).is_dir() and project.revision not in ("", content_revision(Path(model))):
             raise JobError(

@@ -15,9 +15,9 @@ from vq4dit.errors import VQ4DiTError
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 ASIDE = re.compile(r" ?\([^()]*(?<![\w-])--[a-z][^()]*\)")  # "(--resume)"
-CLAUSE = re.compile(r"(?:^|[:;,.])[^:;,]*?(?<![\w-])--[a-z][^:;,.]*")  # ": run it again with --resume"
+CLAUSE = re.compile(r"(?:^|[:;,]|\.(?= ))(?:(?!\. )[^:;,])*?(?<![\w-])--[a-z][^:;,.]*")  # ": run it again with --resume"
 NAME = r"[^\s'\"`:,;()<>/\\]+"
-PATH = re.compile(rf"(?:file://)?(?<![\w.:/~-])/(?:{NAME}/)*({NAME})/?")
+PATH = re.compile(rf"(?:file://|(?<![\w.:/~]))/(?:{NAME}/)*({NAME})/?")
 WINDOWS_PATH = re.compile(rf"\b[A-Za-z]:[\\/](?:{NAME}[\\/])*({NAME})")
 
 
@@ -36,6 +36,6 @@ def without_options(text: str) -> str:
 def without_paths(text: str) -> str:
     """The text with every path of this machine shortened to the name at its end. Addresses of the web stay."""
     for folder in (os.environ.get("VQ4DIT_WORKSPACE"), os.getcwd(), str(Path.home()), tempfile.gettempdir()):
-        if folder and len(folder) > 1:  # these may have spaces in them
-            text = text.replace(f"{folder.rstrip(os.sep)}{os.sep}", "")
+        if folder and " " in folder:  # where a path with spaces ends can only be seen of one that is known
+            text = text.replace(folder, "")
     return WINDOWS_PATH.sub(r"\1", PATH.sub(r"\1", text))
