@@ -81,7 +81,7 @@ def main() -> None:
         os.environ["GRADIO_TEMP_DIR"] = str(own_temporary_folder("vq4dit-{}-served"))
 
     from vq4dit.catalog import Catalog
-    from vq4dit.interrupts import CODE, leave_at_once, raise_once, was_pressed
+    from vq4dit.interrupts import leave, leave_at_once, raise_once, was_pressed
     from vq4dit.web.gate import gates
     from vq4dit.web.page import Page
     from vq4dit.web.studio import Studio
@@ -108,12 +108,12 @@ def main() -> None:
             max_file_size=0,
         )
     except KeyboardInterrupt:  # before the server ran; afterwards Gradio closes it, and returns
-        sys.exit(CODE)
+        leave()
     finally:
         pressed = was_pressed()
         leave_at_once()
     if pressed:
-        sys.exit(CODE)
+        leave()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from vq4dit.interrupts import CODE, leave_at_once, raise_once
+from vq4dit.interrupts import CODE, leave, leave_at_once, raise_once
 
 leave_at_once()
 from vq4dit.cli import main  # noqa: E402  slow
@@ -14,4 +14,6 @@ except KeyboardInterrupt:  # before a command began
     code = CODE
 finally:
     leave_at_once()
+if code == CODE:
+    leave()
 sys.exit(code)
