@@ -52,7 +52,9 @@ def some_of_each_group(cases: Sequence[Case], count: int, seed: int) -> list[Cas
         groups.setdefault(case.group, []).append(case)
     for name, group in groups.items():
         seeded(seed, name).shuffle(group)
-    in_turn = [case for rank in zip_longest(*groups.values()) for case in rank if case]
+    order = list(groups.values())
+    seeded(seed, "groups").shuffle(order)
+    in_turn = [case for rank in zip_longest(*order) for case in rank if case]
     return in_turn[:count]
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 from campaign import Case
 from worker import Complaint, Worker
 
@@ -21,11 +22,11 @@ SHORT = 40
 BASE_BYTES = 96e6  # that a command on the tiny model may take in all
 DEEP = 100_000
 
-INSPECT = "inspect model --recipe kmeans".split()
-QUANTIZE = "quantize model --recipe kmeans --output out".split()
-SAMPLE = "sample kmeans --labels 0 --steps 1 --output a.png".split()
+INSPECT = commands.INSPECT.split()
+QUANTIZE = [*commands.QUANTIZE["kmeans"].split(), "--output", "out"]
+SAMPLE = [*commands.SAMPLE.replace("cat", "0").split(), "--output", "a.png"]
 RESUME = [*QUANTIZE, "--resume"]
-COMPARE = "compare model kmeans --labels 0 --steps 1 --output comparison --overwrite".split()
+COMPARE = [*commands.COMPARE.split(), "--output", "comparison", "--overwrite"]
 
 READERS: dict[str, tuple[list[str], ...]] = {  # of each file, what reads it
     "model/model_index.json": (INSPECT, QUANTIZE),
@@ -120,8 +121,8 @@ SHARDS: dict[str, list[Any]] = {
 }  # fmt: skip
 RECORD: dict[str, list[Any]] = {
     "base": [[], "x", None, {"model": 1}], "settings": [None, [], "x", {"calibration": 1}, {"calibration": None}, {"keep": 1}],
-    "versions": [[], None, "x"], "metadata": [[], None, "x", {"license": [1]}, {"license_name": "a\n# b"}], "model": [1, None, []],
-    "revision": [1, None], "unknown": [1],
+    "versions": [[], None, "x"], "metadata": [[], None, "x", {"license": [1]}, {"license_name": "a\n# b"}], "unknown": [1],
+    "model": [1, None, []], "revision": [1, None],
 }  # fmt: skip
 JOB: dict[str, list[Any]] = {
     "version": [None, "9", 10**9, []], "settings": [None, [], {}, "x", {"calibration": 1}], "fingerprint": [None, 1, "", []],

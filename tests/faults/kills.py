@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from campaign import Case, Snapshot, lost, seeded, snapshot
+from commands import COMPARE, QUANTIZE, SAMPLE
 from output_paths import Of, Ours, Tree, plant
 from worker import Complaint, Outcome, Worker, environment
 
@@ -100,13 +101,12 @@ def whole(path: Path) -> Snapshot:
 
 
 def quantize(recipe: str, options: str = "") -> str:
-    more = " --steps 6 --trajectories 1" if recipe == "paper" else ""
-    return f"quantize model --output out --recipe {recipe}{more}{options}"
+    return f"{QUANTIZE[recipe]} --output out{options}"
 
 
 OLD: Tree = {"out": Ours("paper")}
 KMEANS: Tree = {"kmeans": Of("kmeans")}
-COMPARE = "compare model kmeans --labels cat,dog --steps 1 --output out"
+COMPARING, SAMPLING = f"{COMPARE} --output out", f"{SAMPLE} --output a.png"
 COMMANDS: dict[str, tuple[int, Killed]] = {  # and how many times at moments
     "kmeans": (8, Killed(quantize("kmeans"), "kmeans", quantize("kmeans", " --resume"))),
     "best": (6, Killed(quantize("best"), "best", quantize("best", " --resume"))),
@@ -114,9 +114,9 @@ COMMANDS: dict[str, tuple[int, Killed]] = {  # and how many times at moments
     "overwrite": (8, Killed(quantize("kmeans", " --overwrite"), "kmeans", quantize("kmeans", " --overwrite --resume"), OLD)),
     "save": (5, Killed("save model out", "saved")),
     "save over": (5, Killed("save model out overwrite", "saved", "", OLD)),
-    "compare": (5, Killed(COMPARE, "comparison", "", KMEANS)),
-    "compare over": (5, Killed(f"{COMPARE} --overwrite", "comparison", "", {**KMEANS, "out": Ours("comparison of best")})),
-    "sample": (3, Killed("sample kmeans --labels 0 --steps 1 --output a.png", "sample.png", "", KMEANS, "a.png")),
+    "compare": (5, Killed(COMPARING, "comparison", "", KMEANS)),
+    "compare over": (5, Killed(f"{COMPARING} --overwrite", "comparison", "", {**KMEANS, "out": Ours("comparison of best")})),
+    "sample": (3, Killed(SAMPLING, "sample.png", "", KMEANS, "a.png")),
 }
 
 

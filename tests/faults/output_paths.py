@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 from campaign import Case, lost, snapshot
 from worker import Complaint, Worker
 
 TITLE, COUNTED, SHORT = "output-path cases", ("user files lost", "tracebacks", "leftovers"), 20
-QUANTIZE = "quantize model --recipe kmeans --output"
-COMPARE = "compare model kmeans --labels cat,dog --steps 1 --output"
+QUANTIZE, COMPARE = f"{commands.QUANTIZE['kmeans']} --output", f"{commands.COMPARE} --output"
 SAMPLE = "sample model --labels cat --steps 1 --output"
 
 
@@ -109,6 +109,10 @@ LAYER = "layers/transformer_blocks.0.attn1.to_q.safetensors"
 EITHER, DONE, REFUSED, MISUSED = (0, 1), (0,), (1,), (1, 2)
 
 
+def of_another(model: str, output: str) -> str:
+    return QUANTIZE.replace("quantize model", f"quantize {model}") + f" {output}"
+
+
 def into_jobs() -> dict[str, PathCase]:
     """`quantize --output out` where something stands at out.job."""
     resume = f"{QUANTIZE} out --resume"
@@ -119,16 +123,14 @@ def into_jobs() -> dict[str, PathCase]:
         "a job.json of mine": PathCase(resume, {"out.job/job.json": "{}", "out.job/a": MINE}),
         "an empty folder": PathCase(f"{QUANTIZE} out", {"out.job": None}, EITHER),
         "a file": PathCase(f"{QUANTIZE} out", {"out.job": MINE}),
-        "the model": PathCase("quantize m.job --recipe kmeans --output m", {"m.job": Of("other")}),
-        "the model inside": PathCase("quantize m.job/model --recipe kmeans --output m", {"m.job/model": Of("other")}),
+        "the model": PathCase(of_another("m.job", "m"), {"m.job": Of("other")}),
+        "the model inside": PathCase(of_another("m.job/model", "m"), {"m.job/model": Of("other")}),
         "another model": PathCase(f"{QUANTIZE} out", {"out.job": Of("other")}),
         "a link to scratch": PathCase(f"{QUANTIZE} out", {"scratch/a/b.safetensors": MINE, "out.job": Link("scratch")}),
         "a link to an empty folder": PathCase(f"{QUANTIZE} out", {"scratch": None, "out.job": Link("scratch")}, EITHER),
         "a dangling link": PathCase(f"{QUANTIZE} out", {"out.job": Link("nowhere")}, EITHER),
         "a link loop": PathCase(f"{QUANTIZE} out", {"out.job": Link("out.job")}),
-        "a job of another model": PathCase(
-            "quantize other --recipe kmeans --output out --resume", {"other": Of("other"), **JOB}
-        ),
+        "a job of another model": PathCase(of_another("other", "out --resume"), {"other": Of("other"), **JOB}),
         "a job of another recipe": PathCase(resume, {"out.job": Of("best.job")}),
         "a job, not resumed": PathCase(f"{QUANTIZE} out", {"out.job": Of("kmeans.job")}, names="--resume"),
         "a job and a file of mine": PathCase(resume, {**JOB, "out.job/notes.txt": MINE}, EITHER, makes="out"),
@@ -182,7 +184,7 @@ def over_something() -> dict[str, PathCase]:
         )
     moved: Tree = {**RESULT, "far": Of("model"), "out/vae": Link("../far/vae")}
     finished: Tree = {"other": Of("other"), "out": Of("kmeans")}
-    foreign = "quantize other --recipe kmeans --output out --resume"
+    foreign = of_another("other", "out --resume")
     return cases | {
         "a result": PathCase(f"{QUANTIZE} out", {"out": Of("kmeans")}, names="--overwrite"),
         "a result, overwritten": PathCase(overwrite, RESULT, DONE, makes="out"),
@@ -231,7 +233,7 @@ def odd_outputs() -> dict[str, PathCase]:
     names = ["ünï 模型", "a\nb", "[red]x[/]", "%s{0}", " ", "a\tb", "'\"`$(x)", "a.", "\x1b[31mred", "\u202egnp", "~"]
     for name in [*names, os.fsdecode(b"\xff\xfe")]:
         out = f"--output={shlex.quote(name)}"
-        cases[f"named {ascii(name)}"] = PathCase(f"quantize model --recipe kmeans {out}", {}, EITHER)
+        cases[f"named {ascii(name)}"] = PathCase(f"{commands.QUANTIZE['kmeans']} {out}", {}, EITHER)
     return cases
 
 

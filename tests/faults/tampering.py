@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from campaign import Case, seeded, snapshot
+from commands import QUANTIZE
 from worker import Complaint, Worker
 
 TITLE, COUNTED, SHORT = "job tamperings", ("wrong bytes", "tracebacks"), 8
-OPTIONS = {"kmeans": [], "best": [], "paper": ["--steps", "6", "--trajectories", "1"]}
 Tampering = Callable[[Path, random.Random, Path], None]  # job, randomness, the folder of all models
 
 
@@ -144,7 +144,8 @@ TAMPERINGS: tuple[Tampering, ...] = (
 def check(recipe: str, tamper: Tampering, seed: int, name: str, worker: Worker, home: Path) -> Iterator[Complaint]:
     shutil.copytree(worker.folder / f"{recipe}.job", home / "out.job")
     tamper(home / "out.job", seeded(seed, name), worker.folder)
-    command = ["quantize", worker.folder / "model", "--output", "out", "--recipe", recipe, *OPTIONS[recipe], "--resume"]
+    shutil.copytree(worker.folder / "model", home / "model")
+    command = [*QUANTIZE[recipe].split(), "--output", "out", "--resume"]
     outcome = worker.run(home, "cli", *command, seconds=60)
     yield from outcome.complaints()
     if outcome.code == 0 and snapshot(home / "out") != snapshot(worker.folder / recipe):
@@ -155,7 +156,7 @@ def check(recipe: str, tamper: Tampering, seed: int, name: str, worker: Worker, 
 
 def cases(seed: int) -> list[Case]:
     found = []
-    for recipe in OPTIONS:
+    for recipe in QUANTIZE:
         for tampering in TAMPERINGS:
             name = f"tampering/{recipe}/{tampering.__name__}"
             found.append(Case(name, partial(check, recipe, tampering, seed, name)))

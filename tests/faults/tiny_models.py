@@ -10,11 +10,13 @@ golden-*           the golden files as something that `from_pretrained` loads
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from commands import COMPARE, QUANTIZE, SAMPLE
 from conftest import new_pipeline
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -28,41 +30,40 @@ from vq4dit.loading import load_pipeline
 from vq4dit.model_card import Base, model_card, read_report
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-OPTIONS = {"kmeans": [], "best": [], "paper": ["--steps", "6", "--trajectories", "1"]}
-COMPARING = ["--labels", "cat,dog", "--steps", "1"]
 
 
 def make_models(folder: Path) -> None:
     torch.set_num_threads(1)
-    new_pipeline().save_pretrained(folder / "model")
-    other = new_pipeline()
+    os.chdir(folder)
+    new_pipeline(attention_head_dim=16).save_pretrained("model")
+    other = new_pipeline(attention_head_dim=16)
     with torch.no_grad():
         for parameter in other.transformer.parameters():
             parameter += 0.01
-    other.save_pretrained(folder / "other")
-    for recipe in OPTIONS:
-        make_quantized(folder, recipe)
-    settings = vq4dit.QuantizationSettings(recipe="kmeans", seed=7)
-    pipeline = load_pipeline(str(folder / "model"))
-    with vq4dit.Job.open(folder / "seed7.job", settings, pipeline, resume=False) as job:
-        vq4dit.run(job, pipeline)
-    assert save(str(folder / "model"), str(folder / "saved")) == 0
+    other.save_pretrained("other")
+    for recipe in QUANTIZE:
+        make_quantized(recipe)
+    make_job(["--seed", "7"], "kmeans", Path("seed7.job"))
+    assert save("model", "saved") == 0
     for recipe, name in {"kmeans": "comparison", "best": "comparison of best"}.items():
-        assert cli("compare", folder / "model", folder / recipe, "--output", folder / name, *COMPARING) == 0
-    assert cli("sample", folder / "kmeans", "--labels", "0", "--steps", "1", "--output", folder / "sample.png") == 0
+        assert cli(*COMPARE.replace("kmeans", recipe).split(), "--output", name) == 0
+    assert cli(*SAMPLE.split(), "--output", "sample.png") == 0
     make_golden(folder)
 
 
-def make_quantized(folder: Path, recipe: str) -> None:
+def make_quantized(recipe: str) -> None:
     """A finished job of `model`, and what becomes of it."""
-    arguments = ["quantize", str(folder / "model"), "--output", str(folder / recipe), "--recipe", recipe, *OPTIONS[recipe]]
-    args = build_parser().parse_args(arguments)
+    make_job([], recipe, Path(f"{recipe}.job"))
+    shutil.copytree(f"{recipe}.job", "kept")
+    assert cli(*QUANTIZE[recipe].split(), "--output", recipe, "--resume") == 0
+    Path("kept").rename(f"{recipe}.job")
+
+
+def make_job(more: list[str], recipe: str, folder: Path) -> None:
+    args = build_parser().parse_args([*QUANTIZE[recipe].split(), "--output", "x", *more])
     pipeline = load_pipeline(args.model)
-    with vq4dit.Job.open(folder / f"{recipe}.job", settings_of(args), pipeline, resume=False) as job:
+    with vq4dit.Job.open(folder, settings_of(args), pipeline, resume=False) as job:
         assert vq4dit.run(job, pipeline) is not None
-    shutil.copytree(folder / f"{recipe}.job", folder / "kept")
-    assert cli(*arguments, "--resume") == 0
-    (folder / "kept").rename(folder / f"{recipe}.job")
 
 
 class GoldenLayers(ModelMixin, ConfigMixin):
@@ -118,7 +119,9 @@ def load(folder: str, mode: str = "load") -> int:
 def save(model: str, output: str, overwrite: bool = False) -> int:
     """The library's own way: load, quantize, `vq4dit.save`."""
     try:
-        quantized = vq4dit.quantize(load_pipeline(model), vq4dit.QuantizationSettings(recipe="kmeans"))
+        quantized = vq4dit.quantize(
+            load_pipeline(model), vq4dit.QuantizationSettings(recipe="kmeans", bits=3, keep=("*.ff.*",))
+        )
         vq4dit.save(quantized, Path(output), overwrite=overwrite)
     except vq4dit.VQ4DiTError as error:
         print(f"error: {error}")
