@@ -14,8 +14,9 @@ import torch
 from conftest import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit import Job, JobError, job, saving
-from vq4dit.job import TimeBudget, fingerprint, write_atomically
+from vq4dit import Job, JobError, files, job
+from vq4dit.files import write_atomically
+from vq4dit.job import TimeBudget, fingerprint
 
 RUNNER = Path(__file__).with_name("job_runner.py")
 LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
@@ -174,8 +175,8 @@ def test_a_full_disk_is_told_and_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(job.os, "fsync", full)
-    with pytest.raises(JobError, match="the disk is full.*--resume"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(JobError, match="the disk is full: .*piece.safetensors needs 7 bytes. Free some space and try again"):
         write_atomically(tmp_path / "piece.safetensors", b"content")
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +261,7 @@ def test_a_save_that_fails_leaves_the_old_result(tmp_path, pipeline, monkeypatch
     def fail(*args, **kwargs):
         raise OSError("I/O error")
 
-    monkeypatch.setattr(saving.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="I/O error"):
         vq4dit.save(quantized, tmp_path / "out", overwrite=True)
     assert saved_bytes(tmp_path / "out") == before
@@ -291,7 +292,7 @@ def test_a_save_killed_between_its_two_renames_loses_nothing(tmp_path, pipeline,
         vq4dit.save(quantized, out, overwrite=True)
     assert not out.exists()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
-        patch.setattr(saving.os, "fsync", fail)
+        patch.setattr(files.os, "fsync", fail)
         vq4dit.save(quantized, out)
     assert saved_bytes(out) == before
     vq4dit.save(quantized, out, overwrite=True)

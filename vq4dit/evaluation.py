@@ -7,12 +7,11 @@ compare same-seed images and say how much a person sees. Always measured on the 
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +23,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.devices import exact
+from vq4dit.diffusers_quantizer import packed_layers, parts_of
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.job import write_atomically
 from vq4dit.layers import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
+from vq4dit.surroundings import evaluating, ordinary_torch
 from vq4dit.zero_data import (
     NULL_CLASS,
     TeacherStep,
@@ -69,6 +69,7 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     ]
 
 
+@ordinary_torch()
 @torch.no_grad()
 def noise_nmse(
     original: DiTPipeline,
@@ -93,10 +94,11 @@ def noise_nmse(
     )
     error = power = 0.0
     for done, step in enumerate(steps):
-        student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+        with evaluating(quantized.transformer):
+            student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
         wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
-        error += (wanted - found).double().square().sum().item()
-        power += wanted.double().square().sum().item()
+        error += exact(wanted - found).square().sum().item()
+        power += exact(wanted).square().sum().item()
         on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": error / power}))
     return error / power
 
@@ -154,13 +156,14 @@ def sample(
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output = pipeline(
-            list(labels[part]),
-            guidance_scale=guidance_scale,
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        )
+        with evaluating(*parts_of(pipeline)):
+            output = pipeline(
+                list(labels[part]),
+                guidance_scale=guidance_scale,
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                output_type="np",
+            )
         images.extend(output.images)
         on_progress(Progress("sample", len(images), len(labels)))
     return np.stack(images)
@@ -281,15 +284,3 @@ def high_water_mark(process: int | str) -> int:
     status = Path(f"/proc/{process}/status")
     found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
-
-
-def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
-    """`report.json`, every picture as PNG, and `pairs.png`: original, quantized and difference, row by row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pair in pairs:
-        stem = f"{names.get(pair.label, str(pair.label)).replace(' ', '-').replace('/', '-')}-seed{pair.seed}"
-        for kind in ("original", "quantized", "difference"):
-            as_image(getattr(pair, kind)).save(folder / f"{stem}-{kind}.png")
-    rows = [getattr(pair, kind) for kind in ("original", "quantized", "difference") for pair in pairs]
-    grid(rows, columns=len(pairs)).save(folder / "pairs.png")
-    write_atomically(folder / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())

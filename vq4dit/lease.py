@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,7 @@ from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
 from vq4dit.layers import PackedLinear, VQLinear
 from vq4dit.loader import Loader
-from vq4dit.origin import origin_of, write_origin
+from vq4dit.origin import origin_of
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.quantization import check, run
 from vq4dit.saving import save
@@ -142,6 +142,7 @@ def _quantize(
 ) -> None:
     pipeline = loader.original(project)
     targets = check(pipeline, project.settings)
+    origin = origin_of(loader.catalog.locate(project.model), project.revision, project.settings)
     layers = project.layers()
     measured = {layer["name"] for layer in layers}
     reached: dict[str, int] = {}
@@ -165,8 +166,9 @@ def _quantize(
         if quantized is None:
             project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
             return
-        save(quantized, project.result, overwrite=True)
-        write_origin(project.result, origin_of(loader.catalog.locate(project.model), project.revision, project.settings))
+        origin = replace(origin, fingerprint=job.fingerprint)
+        source = loader.source(project)
+        save(quantized, project.result, overwrite=True, source=source, origin=origin, scratch=project.work)
         project.set_layers([asdict(layer) for layer in layer_errors(pipeline.transformer, quantized.transformer)])
         project.set_status(Status("done", seconds=spent()))
         job.remove()

@@ -9,8 +9,7 @@ as sampling does. Teacher and student both see those latents, so the student's e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks, recorded_outputs
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.surroundings import evaluating
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
 STEPS = 10  # denoising steps of a walk that `best` takes statistics of
@@ -131,17 +131,6 @@ def image_weights(scheduler: Any) -> list[float]:
     position = torch.cat([((1 - alphas) / alphas).sqrt().asinh(), torch.zeros(1, dtype=torch.float64)])
     weights = (position[:-1] - position[1:]).abs()  # some schedules go back for a moment
     return (weights / weights.mean()).tolist()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: in training mode DiT drops class labels at random."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def teacher_steps(
