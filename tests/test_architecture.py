@@ -19,6 +19,8 @@ LADDER = [
         "lazy_weight",
         "adapters",
         "surroundings",
+        "interrupts",
+        "revisions",
     },  # no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
@@ -30,6 +32,7 @@ LADDER = [
         "quiet",
         "trust",
         "markdown",
+        "page_words",
         "terminal",
         "entropy_coding",
         "json_files",

@@ -3,7 +3,13 @@
 Importing it teaches diffusers to load packed models: `DiTPipeline.from_pretrained(folder)` then just works.
 """
 
+import sys
 import warnings
+
+if sys.argv[:1] == ["-m"]:  # `python -m vq4dit`: the imports below take seconds in which Ctrl-C finds nothing to keep
+    from vq4dit.interrupts import leave_at_once
+
+    leave_at_once()
 
 with warnings.catch_warnings():  # what torch says of somebody else's package, where that is installed
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)

@@ -147,6 +147,9 @@ def read_origin(folder: Path) -> Origin:
         known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
         if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
             raise TypeError(f"{wrong[0]} is of another kind")
+        return Origin(**known)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
-    return Origin(**known)
+        raise FormatError(
+            f"{path} is damaged ({error}): delete it, and name the base with --base",
+            page=f"the record of where this model comes from is damaged ({error}): quantize it again",
+        ) from error

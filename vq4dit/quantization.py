@@ -141,8 +141,10 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     for name, linear in targets.items():
         for p in linear.parameters():
             if p.abs().max() > torch.finfo(torch.float16).max:
+                found = f"{name} has values above 65504, the largest that fp16 holds"
                 raise UnsupportedModelError(
-                    f"{name} has values above 65504, the largest that fp16 holds: leave it in 16 bit with --keep {name}"
+                    f"{found}: leave it in 16 bit with --keep {name}",
+                    page=f"{found}: name it under the layers to keep in 16 bit",
                 )
     return targets
 

@@ -15,7 +15,8 @@ folder, so a reloaded page, a second tab or a restarted server shows the same.
     ROOT/VISITOR/PROJECT/held             held by whoever packs it up to be taken home
     ROOT/VISITOR/PROJECT/stop             asks that worker to stop
 
-VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps.
+VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps. All folders are closed to other users
+of the machine.
 """
 
 from __future__ import annotations
@@ -208,6 +209,12 @@ class Workspace:
     def __init__(self, root: Path):
         self.root = root
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        inside = list(root.iterdir())
+        visitors = [path for path in inside if KEY.fullmatch(path.name) and not path.is_symlink()]
+        # Earlier versions left visitors' folders open, and the names in the root are their keys. A root in which something else
+        # lies too is somebody's own, and stays as it is.
+        for folder in [*visitors, *([root] if len(visitors) == len(inside) else [])]:
+            folder.chmod(0o700)
 
     def visitor(self, key: object) -> str:
         """The visitor's own key if it is one of ours, else a new one. Nothing else of a browser's input becomes a path."""
@@ -230,7 +237,8 @@ class Workspace:
         key = hashlib.sha256(f"{visitor} {content}".encode()).hexdigest()[:32]
         folder = self.root / self._checked(visitor) / key
         if not (folder / "project.json").exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for closed in (folder.parent, folder):  # a mode is for the last folder only
+                closed.mkdir(exist_ok=True, mode=0o700)
             write_atomically(folder / "project.json", content.encode())
         return Project(folder)
 

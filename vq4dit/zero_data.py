@@ -43,15 +43,23 @@ class TeacherStep(NamedTuple):
 def check_supported(pipeline: Any) -> None:
     """Raise `UnsupportedModelError` unless trajectories of this pipeline can be made."""
     if not isinstance(pipeline, DiTPipeline):
+        made_for = (
+            "sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
+            f"{type(pipeline).__name__}"
+        )
         raise UnsupportedModelError(
-            f"sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
-            f"{type(pipeline).__name__}; only quantizing with --recipe kmeans needs none"
+            f"{made_for}; only quantizing with --recipe kmeans needs none",
+            page=f"{made_for}: choose the recipe kmeans, which needs none",
         )
     scheduler = pipeline.scheduler
     if not hasattr(scheduler, "alphas_cumprod"):
+        made_by = (
+            "trajectories are made by schedulers that tell how much noise each timestep has (alphas_cumprod), such as DDIM; "
+            f"{type(scheduler).__name__} does not"
+        )
         raise UnsupportedModelError(
-            f"trajectories are made by schedulers that tell how much noise each timestep has (alphas_cumprod), such as DDIM; "
-            f"{type(scheduler).__name__} does not: choose another one in scheduler/scheduler_config.json, or --recipe kmeans"
+            f"{made_by}: choose another one in scheduler/scheduler_config.json, or --recipe kmeans",
+            page=f"{made_by}: choose the recipe kmeans, or another model",
         )
     classes = pipeline.transformer.config.num_embeds_ada_norm
     if num_classes(pipeline) > classes:

@@ -66,12 +66,11 @@ class Studio:
         Raises:
             VQ4DiTError: as `Catalog.card`.
         """
-        key = name, keep, recipe
-        if key in self._cards:
-            self.catalog.check_access(name, token)
-        elif len(self._cards) >= CARDS_KEPT:
-            self._cards.clear()
+        self.catalog.check_access(name, token)
+        key = name, self.catalog.revision(name, token), keep, recipe  # the same name may hold another model now
         if key not in self._cards:
+            if len(self._cards) >= CARDS_KEPT:
+                self._cards.clear()
             self._cards[key] = self.catalog.card(name, keep, recipe, token)
         return self._cards[key]
 
