@@ -32,6 +32,7 @@ from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.memory import is_out_of_memory, out_of_memory
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
+from vq4dit.repository import located
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import (
     Console,
@@ -243,7 +244,7 @@ def report_quantized(args: argparse.Namespace, revision: str | None, original: A
 
 def check_not_inside(model: str, output: Path) -> None:
     """Raise `JobError` if writing the output would replace the model itself or a folder around it."""
-    folder = Path(model).resolve()
+    folder = (located(model) or Path(model)).resolve()
     if output.exists() and any(part.exists() and output.samefile(part) for part in (folder, *folder.parents)):
         raise JobError(f"the output {output} is, or holds, the model {model} itself: choose another output")
 
