@@ -183,6 +183,16 @@ def test_resume_does_not_replace_the_finished_result_of_another_model(tmp_path, 
     assert beside != "a user's folder" or (tmp_path / "q.job" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("left", [(), ("lock",), ("lock", "layers/")], ids=str)
+def test_resuming_what_is_done_clears_what_is_left_of_its_job(tmp_path, model_folder, left):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    (tmp_path / "q.job").mkdir()
+    for name in left:
+        (tmp_path / "q.job" / name).mkdir() if name.endswith("/") else (tmp_path / "q.job" / name).touch()
+    assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
 def test_resuming_what_is_done_says_so_again_and_changes_nothing(tmp_path, model_folder, capsys):
     assert run(*quick(model_folder, tmp_path / "q", "--json")) == 0
     first = json.loads(capsys.readouterr().out)

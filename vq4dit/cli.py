@@ -211,7 +211,7 @@ def quantize_command(args: argparse.Namespace) -> None:
     check(pipeline, settings)
     if seems_done and is_result(args.output, settings, fingerprint(pipeline)):  # it was killed before it had cleaned up
         quantized = load_pipeline(str(args.output)).to(device)
-        if (folder / "job.json").exists():
+        if folder.exists():
             with Job.open(folder, settings, pipeline, resume=True) as job:
                 job.remove()
     else:

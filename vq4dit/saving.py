@@ -19,7 +19,7 @@ from vq4dit.errors import FormatError
 from vq4dit.files import check_free, whole_folder
 from vq4dit.json_files import read_object
 from vq4dit.origin import FILENAME, Origin, read_origin, versions, write_origin
-from vq4dit.pipeline_files import INDEX, part_files, pipeline_files, stays_inside, weight_files, without_variant
+from vq4dit.pipeline_files import CONFIGURATION, INDEX, part_files, pipeline_files, stays_inside, weight_files, without_variant
 
 
 def save(
@@ -67,7 +67,7 @@ def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path 
     else:
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     for path in folder.rglob("*.json"):
-        if path.parent.name not in copied:
+        if path.name in (INDEX, *CONFIGURATION) and path.parent.name not in copied:
             _change(path, _without_local_path)
 
 
@@ -103,9 +103,10 @@ def _without_local_path(values: dict[str, Any]) -> dict[str, Any]:
 
 def _origin_of(pipeline: Any) -> Origin:
     """What a quantized pipeline knows of how it was made, if nobody else says it."""
-    if origin := getattr(pipeline.transformer, "vq4dit_origin", None):  # it was made in this process
+    transformer = getattr(pipeline, "transformer", None)
+    if origin := getattr(transformer, "vq4dit_origin", None):  # it was made in this process
         return origin
-    made = dict(pipeline.transformer.config).get("quantization_config") or {}
+    made = dict(getattr(transformer, "config", {})).get("quantization_config") or {}
     values = made if isinstance(made, dict) else made.to_dict()
     return Origin(settings={name: values[name] for name in ("bits", "recipe", "seed") if name in values}, versions=versions())
 
