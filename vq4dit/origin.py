@@ -149,10 +149,9 @@ def read_origin(folder: Path) -> Origin:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         empty = asdict(Origin())
-        known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
-        if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
-            raise TypeError(f"{wrong[0]} is of another kind")
-        return Origin(**known)
+        if wrong := [name for name, value in values.items() if not isinstance(value, type(empty.get(name)))]:
+            raise TypeError(f"{wrong[0]:.50} is not known, or of another kind")
+        return Origin(**values)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"{path} is damaged ({error}): delete it, and name the base with --base",

@@ -73,7 +73,7 @@ def weight_files(part: Path) -> list[str]:
 def without_variant(name: str) -> str:
     """The name of a file of weights, or of an index, as it is loaded if nobody asks for a variant."""
     return re.sub(
-        rf"^({STEM}|{OF_TRANSFORMERS})(?:\.\w+)?\.safetensors(\.index)?(?:\.\w+)?(\.json)?$", r"\1.safetensors\2\3", name
+        rf"^({STEM}|{OF_TRANSFORMERS})(?:\.\w+)?\.safetensors(\.index)?(?:\.\w+)??(\.json)?$", r"\1.safetensors\2\3", name
     )
 
 

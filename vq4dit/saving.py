@@ -136,8 +136,8 @@ def _origin_of_result(folder: Path) -> Origin | None:
     """How a result of ours was made; None if the folder holds something else."""
     try:
         origin = read_origin(folder)
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = read_object(folder / "transformer" / "config.json")
         method = config["quantization_config"]["quant_method"]
-    except (FormatError, OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (FormatError, OSError, TypeError, KeyError):
         return None
     return origin if origin.versions and method == "vq4dit" else None
