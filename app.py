@@ -49,12 +49,15 @@ def workspace_folder() -> Path:
 def own_temporary_folder(name: str) -> Path:
     """A folder for temporary files that no other user of this machine may enter; `name` has a place for who this user is.
 
+    On Windows everybody has a folder for temporary files.
+
     Raises:
         SystemExit: if somebody else was there first.
     """
-    folder = Path(tempfile.gettempdir()) / name.format(os.getuid())
+    user = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / name.format("home" if user is None else user)
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    if folder.is_symlink() or (user is not None and folder.stat().st_uid != user):
         sys.exit(f"error: {folder} belongs to somebody else: name another folder in the variable VQ4DIT_WORKSPACE or TMPDIR")
     folder.chmod(0o700)
     return folder
@@ -80,13 +83,16 @@ def main() -> None:
     if not IS_SPACE and "GRADIO_TEMP_DIR" not in os.environ:  # Gradio's own choice is open to everybody here
         os.environ["GRADIO_TEMP_DIR"] = str(own_temporary_folder("vq4dit-{}-served"))
 
-    from vq4dit.catalog import Catalog
+    from vq4dit.extras import of_extra
     from vq4dit.interrupts import leave, leave_at_once, raise_once, was_pressed
-    from vq4dit.web.gate import gates
-    from vq4dit.web.page import Page
-    from vq4dit.web.studio import Studio
-    from vq4dit.web.theme import HEAD, STYLE, new_theme
-    from vq4dit.workspace import Workspace
+
+    with of_extra("app", "the app"):
+        from vq4dit.catalog import Catalog
+        from vq4dit.web.gate import gates
+        from vq4dit.web.page import Page
+        from vq4dit.web.studio import Studio
+        from vq4dit.web.theme import HEAD, STYLE, new_theme
+        from vq4dit.workspace import Workspace
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
     page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)

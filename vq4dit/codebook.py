@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from vq4dit.devices import exact, exact_device
+
 CHUNK_ELEMENTS = 2**19  # of the distance matrix held at a time: 2 MB, so that it stays in a core's cache
 
 
@@ -95,12 +97,12 @@ def reconstruct(
 
 
 def sum_by_codeword(values: Float[Tensor, "n d"], assignments: Integer[Tensor, " n"], count: int) -> Float[Tensor, "k d"]:
-    """Sum the rows of `values` that share an assignment, in float64: S[a] = Σ_{i: A_i = a} values_i.
+    """Sum the rows of `values` that share an assignment, in float64: S[a] = Σ_{i: A_i = a} values_i, on `exact_device`.
 
     On a CPU the additions happen in a fixed order. On CUDA they do not: the last bits may differ between runs.
     """
-    index = assignments.int()
-    columns = [torch.bincount(index, weights=column.double(), minlength=count) for column in values.T]
+    index = assignments.int().to(exact_device(values.device))
+    columns = [torch.bincount(index, weights=exact(column), minlength=count) for column in values.T]
     return torch.stack(columns, dim=1)
 
 

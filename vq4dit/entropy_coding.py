@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
+from vq4dit.devices import exact
 from vq4dit.errors import FormatError
 
 AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical  # no packages to import from
@@ -102,15 +103,15 @@ def estimate_levels(
 
     Starts where row and column mean squares agree with σ, and then moves each level a step or two where that saves bits.
     """
-    squares = integers.double().square()
-    column = torch.ones(integers.shape[1], dtype=torch.float64, device=integers.device)
+    squares = exact(integers).square()
+    column = torch.ones(integers.shape[1], dtype=torch.float64, device=squares.device)
     for _ in range(5):
         row = (squares / column).mean(1) + 0.02
         column = (squares / row.unsqueeze(1)).mean(0) + 1e-3
     middle = column.log2().mean()  # so that both levels lie near 16
 
     def level(power: Tensor) -> Tensor:
-        return (LEVELS_PER_OCTAVE / 2 * power + LEVEL_OF_ONE / 2).round().clamp(0, 255).int()
+        return (LEVELS_PER_OCTAVE / 2 * power + LEVEL_OF_ONE / 2).round().clamp(0, 255).int().to(integers.device)
 
     row_level, column_level = level(row.log2() + middle), level(column.log2() - middle)
     for _ in range(2):

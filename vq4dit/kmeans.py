@@ -52,13 +52,16 @@ def fit_codebook(
 def seed_codebook(
     points: Float[Tensor, "n d"], num_codewords: int, generator: torch.Generator
 ) -> Float[Tensor, "{num_codewords} d"]:
-    """k-means++: draw codewords one by one with probability ∝ D(w)², the squared distance to the nearest chosen one."""
-    points = points[
-        _random_part(len(points), max(SEEDING_POINTS_PER_CODEWORD * num_codewords, 4096), generator).to(points.device)
-    ]
-    draws = torch.rand(num_codewords, dtype=torch.float64, generator=generator).to(points.device)
-    chosen = torch.empty(num_codewords, points.shape[1], device=points.device)
-    nearest = torch.full((len(points),), torch.inf, device=points.device)
+    """k-means++: draw codewords one by one with probability ∝ D(w)², the squared distance to the nearest chosen one.
+
+    Always on the CPU: the points are few, and so are the operations of a step.
+    """
+    device = points.device
+    few = _random_part(len(points), max(SEEDING_POINTS_PER_CODEWORD * num_codewords, 4096), generator)
+    points = points[few.to(device)].cpu()
+    draws = torch.rand(num_codewords, dtype=torch.float64, generator=generator)
+    chosen = torch.empty(num_codewords, points.shape[1])
+    nearest = torch.full((len(points),), torch.inf)
     index = (draws[0] * len(points)).long()
     for i in range(num_codewords):
         chosen[i] = points[index]
@@ -66,7 +69,7 @@ def seed_codebook(
         cumulative = nearest.double().cumsum(0)
         if i + 1 < num_codewords:
             index = torch.searchsorted(cumulative, draws[i + 1] * cumulative[-1], right=True).clamp_(max=len(points) - 1)
-    return chosen
+    return chosen.to(device)
 
 
 def move_codewords(
@@ -78,8 +81,8 @@ def move_codewords(
     """Lloyd's update c(a) = mean of the sub-vectors assigned to a; empty ones go where the error is largest."""
     sums = sum_by_codeword(points, assignments, len(codebook))
     counts = sum_by_codeword(torch.ones_like(points[:, :1]), assignments, len(codebook))
-    moved = (sums / counts.clamp(min=torch.finfo(torch.float64).tiny)).float()
-    empty = torch.nonzero(counts[:, 0] == 0)[:, 0]
+    moved = (sums / counts.clamp(min=torch.finfo(torch.float64).tiny)).float().to(points.device)
+    empty = torch.nonzero(counts[:, 0] == 0)[:, 0].to(points.device)
     if len(empty):
         worst = torch.sort(distances, descending=True, stable=True).indices[: len(empty)]
         moved[empty] = points[worst]

@@ -28,10 +28,12 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vq4dit.devices import exact, exact_device
 from vq4dit.dit import named_blocks
 from vq4dit.error_feedback import BEAM, ErrorFeedback, QuantizedWeight, damp, quantize_weight
 from vq4dit.rate_allocation import RateCurve
-from vq4dit.zero_data import STEPS, BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
+from vq4dit.surroundings import evaluating
+from vq4dit.zero_data import STEPS, BlockCall, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
 TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
@@ -46,6 +48,9 @@ class InputStatistics(NamedTuple):
     drift: Float[Tensor, "columns columns"]  # Cov(x - x̃, x̃)
     teacher_mean: Float[Tensor, " columns"]
     student_mean: Float[Tensor, " columns"]
+
+    def to(self, device: torch.device) -> InputStatistics:
+        return InputStatistics(*(values.to(device) for values in self))
 
     def about_zero(self) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, "columns columns"]]:
         """E[x̃ x̃ᵀ] and E[(x - x̃) x̃ᵀ]: what counts where no bias makes a mean error good."""
@@ -121,8 +126,10 @@ def rate_curve(
     linear: nn.Linear, statistics: InputStatistics, sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"]
 ) -> RateCurve:
     """How many bits this linear takes at each cost of an error."""
+    device = exact_device(linear.weight.device)  # that of all error feedback
+    statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
     moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
-    return ErrorFeedback(moments, sensitivity).rate_curve(linear.weight.detach().float())
+    return ErrorFeedback(moments, sensitivity.to(device)).rate_curve(weight)
 
 
 def fit_layer(
@@ -138,15 +145,16 @@ def fit_layer(
         sensitivity: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
         bits: what its integers may take, all together.
     """
-    weight = linear.weight.detach().float()
+    device = exact_device(linear.weight.device)
+    statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
     moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
     correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
     corrected = weight + PREFIX_CORRECTION * correction
-    quantized = quantize_weight(corrected, moments, sensitivity, bits, beam=beam)
+    quantized = quantize_weight(corrected, moments, sensitivity.to(device), bits, beam=beam)
     if linear.bias is None:
         return quantized, None
     mean_error = weight @ statistics.teacher_mean - quantized.weight() @ statistics.student_mean
-    return quantized, linear.bias.detach().float() + mean_error
+    return quantized, linear.bias.detach().float().to(device) + mean_error
 
 
 def _inputs_of(
@@ -209,23 +217,23 @@ def _statistics(
 
     Means first, then products of what differs from them: a difference of large products would lose a small covariance.
     """
-    columns = student[0].shape[-1]
+    columns, device = student[0].shape[-1], student[0].device
     weights = [None] * len(student) if step_weights is None else step_weights
     shares = [_shares(x, of_step) for x, of_step in zip(student, weights, strict=True)]
     total = torch.stack([share.sum() for share in shares]).sum()
     if not total > 0:  # of these steps none counts
         return _statistics(teacher, student)
     teacher_mean, student_mean = (
-        (sum(share @ x.reshape(-1, columns).double() for share, x in zip(shares, steps, strict=True)) / total).float()
+        (sum(share @ exact(x.reshape(-1, columns)) for share, x in zip(shares, steps, strict=True)) / total).float().to(device)
         for steps in (teacher, student)
     )
-    covariance = torch.zeros(columns, columns, device=student[0].device)
+    covariance = torch.zeros(columns, columns, device=device)
     drift = covariance.clone()
     for share, *pair in zip(shares, teacher, student, strict=True):
         x, seen = (
             rows.reshape(-1, columns).float() - mean for rows, mean in zip(pair, (teacher_mean, student_mean), strict=True)
         )
-        weighted = seen * (share / total).float().unsqueeze(1)
+        weighted = seen * (share / total).float().to(device).unsqueeze(1)
         covariance.addmm_(weighted.T, seen)
         if teacher is not student:
             drift.addmm_((x - seen).T, weighted)
@@ -233,8 +241,8 @@ def _statistics(
 
 
 def _shares(inputs: Tensor, weights: Float[Tensor, "2"] | None) -> Float[Tensor, " n"]:
-    """How much each row of a step's inputs counts; the first half of them has a class."""
-    count = inputs.numel() // inputs.shape[-1]
+    """How much each row of a step's inputs counts, in float64; the first half of them has a class."""
+    count, device = inputs.numel() // inputs.shape[-1], exact_device(inputs.device)
     if weights is None:
-        return torch.ones(count, dtype=torch.float64, device=inputs.device)
-    return weights.to(inputs.device, torch.float64).repeat_interleave(count // 2)
+        return torch.ones(count, dtype=torch.float64, device=device)
+    return weights.to(device).double().repeat_interleave(count // 2)

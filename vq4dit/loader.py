@@ -11,7 +11,7 @@ import torch
 from vq4dit.catalog import Catalog
 from vq4dit.errors import JobError
 from vq4dit.inspection import tensor_bytes
-from vq4dit.loading import check_access, load_pipeline
+from vq4dit.loading import check_access, load_pipeline, source_folder
 from vq4dit.revisions import content_revision
 from vq4dit.workspace import Project
 
@@ -54,11 +54,19 @@ class Loader:
             )
         return self._load(model, project.revision or None)
 
+    def source(self, project: Project) -> Path:
+        """Where the original's files lie."""
+        return source_folder(self.catalog.locate(project.model), project.revision or None, self._token)
+
     def quantized(self, project: Project) -> Any:
         return self._load(str(project.result), None)
 
     def original_bytes(self, project: Project) -> int:
         return tensor_bytes(self.catalog.locate(project.model), project.revision or None, self._token)
+
+    def forget(self) -> None:
+        """Give the memory of pipelines back that nobody works with."""
+        self._kept.clear()
 
     def _load(self, model: str, revision: str | None) -> Any:
         if Path(model).is_dir():

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, constants
-from safetensors import safe_open
 
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
 from vq4dit.errors import FormatError, HubError
 from vq4dit.evaluation import Comparison
-from vq4dit.inspection import WEIGHTS, empty_transformer, tensor_bytes
-from vq4dit.loading import check_pipeline, read_json
+from vq4dit.inspection import tensor_bytes
+from vq4dit.loading import check_pipeline
 from vq4dit.markdown import plain
 from vq4dit.origin import REVISION, Origin, copied, is_hub_id, read_origin
+from vq4dit.repository import read_json, weights_in
+from vq4dit.skeleton import empty_transformer
 
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|research|amlr")
 RECIPES = {"kmeans": "plain k-means", "paper": "VQ4DiT as in its paper", "best": "the one that measures best in vq4dit"}
@@ -270,22 +271,19 @@ def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> 
 def layer_codings(folder: Path) -> dict[str, str]:
     """How the weights of each quantized layer are held, from the files' headers."""
     found: dict[str, str] = {}
-    for path in sorted((folder / "transformer").iterdir()):
-        if WEIGHTS.fullmatch(f"transformer/{path.name}"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    layer, _, tensor = key.rpartition(".")
-                    if tensor == "codebook":
-                        k, d = _shape_of_codebook(path, key, file.get_slice(key).get_shape())
-                        found[layer] = f"{k} codewords of {d} weights"
-                    elif tensor == "coded_integers":
-                        found[layer] = "entropy-coded integers, with more bits where they matter,"
+    for key, tensor in weights_in(folder / "transformer").tensors.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "codebook":
+            k, d = _shape_of_codebook(folder, key, tensor.shape)
+            found[layer] = f"{k} codewords of {d} weights"
+        elif kind == "coded_integers":
+            found[layer] = "entropy-coded integers, with more bits where they matter,"
     return found
 
 
-def _shape_of_codebook(path: Path, key: str, shape: list[int]) -> tuple[int, int]:
+def _shape_of_codebook(folder: Path, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2:
-        raise FormatError(f"{key} in {path} must have 2 axes, and has {len(shape)}: quantize the original model again")
+        raise FormatError(f"{key} in {folder} must have 2 axes, and has {len(shape)}: quantize the original model again")
     return shape[0], shape[1]
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from vq4dit.evaluation import Comparison, SamplePair, as_image, noise_nmse, peak_memory, sample
+from vq4dit.files import write_atomically
 from vq4dit.inspection import tensor_bytes
-from vq4dit.job import write_atomically
 from vq4dit.lease import COMPUTING, Stopped, stream
 from vq4dit.loader import Loader
 from vq4dit.progress import OnProgress, Progress
@@ -62,13 +62,13 @@ class Pair:
 
 def drawn_pairs(project: Project) -> list[Pair]:
     path = project.report / "pairs.json"
-    return [Pair(**values) for values in json.loads(path.read_text())] if path.exists() else []
+    return [Pair(**values) for values in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
 def report(project: Project) -> dict[str, Any] | None:
     """The figures of a comparison that came to its end."""
     path = project.report / "report.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def draw(project: Project, loader: Loader, settings: PairSettings, seconds: float | None = None) -> Iterator[None]:

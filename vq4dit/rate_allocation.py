@@ -58,5 +58,5 @@ def log_t_for(curves: Iterable[RateCurve], bits: float) -> float:
 
 
 def _histogram(spread: Tensor) -> tuple[Tensor, Tensor]:
-    logarithm = spread.double().clamp(min=1e-30).log2().cpu()
+    logarithm = spread.cpu().double().clamp(min=1e-30).log2()
     return torch.unique((BINS_PER_OCTAVE * logarithm).round(), return_counts=True)

@@ -28,11 +28,12 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from vq4dit.devices import exact
+from vq4dit.surroundings import evaluating
 from vq4dit.zero_data import (
     ROUNDS,
     STEPS,
     TeacherStep,
-    evaluating,
     guide,
     is_large,
     new_scheduler,
@@ -75,7 +76,7 @@ def output_sensitivities(
             return
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large else rows.T @ rows
-        found[name] = found.get(name, 0) + total.double() * probe.weight / (probe.among if gradient.ndim == 2 else 1)
+        found[name] = found.get(name, 0) + exact(total) * probe.weight / (probe.among if gradient.ndim == 2 else 1)
 
     probe_outputs(
         pipeline,

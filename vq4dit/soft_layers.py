@@ -13,6 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from vq4dit.codebook import sum_by_codeword
+from vq4dit.devices import exact_device
 from vq4dit.layers import VQLinear
 
 MIX_CHUNK = 2**18  # sub-vectors mixed at a time
@@ -109,7 +110,7 @@ class MixCandidates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         codebook, logits, candidates = ctx.saved_tensors
-        codebook_gradient = torch.zeros(codebook.shape, dtype=torch.float64, device=codebook.device)
+        codebook_gradient = torch.zeros(codebook.shape, dtype=torch.float64, device=exact_device(codebook.device))
         logits_gradient = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
         parts = gradient if logits_gradient is None else logits_gradient
         for g, a, z, out in zip(
@@ -122,7 +123,7 @@ class MixCandidates(torch.autograd.Function):
                 alignment[:, m] = (g * codebook.index_select(0, a[:, m].int())).sum(1)
             if logits_gradient is not None:
                 out.copy_(ratios * (alignment - (ratios * alignment).sum(1, keepdim=True)))
-        return codebook_gradient.to(codebook.dtype), logits_gradient, None
+        return codebook_gradient.to(codebook.dtype).to(codebook.device), logits_gradient, None
 
 
 def start_logits(

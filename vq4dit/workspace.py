@@ -12,6 +12,7 @@ folder, so a reloaded page, a second tab or a restarted server shows the same.
     ROOT/VISITOR/PROJECT/result/NAME/     the packed model
     ROOT/VISITOR/PROJECT/report/          pictures and report.json
     ROOT/VISITOR/PROJECT/lock             held by whoever works on it; the system lets go of it when a process dies
+    ROOT/VISITOR/PROJECT/held             held by whoever packs it up to be taken home
     ROOT/VISITOR/PROJECT/stop             asks that worker to stop
 
 VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps. All folders are closed to other users
@@ -35,10 +36,14 @@ from typing import Any, Literal
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
-from vq4dit.job import write_atomically
+from vq4dit.files import amount, write_atomically
+from vq4dit.locks import locked
 
 KEY = re.compile(r"[0-9a-f]{32}")
 LEAVING_SECONDS = 10.0
+READING_SECONDS = 120.0
+ABANDONED_SECONDS = 30 * 86400.0  # after which whoever drove a waiting project will not come back
+LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
 # "waiting" is between two turns: whoever drives the work goes on with the next one.
 Phase = Literal["new", "running", "waiting", "paused", "done", "failed"]
 
@@ -80,7 +85,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        values = json.loads((folder / "project.json").read_text())
+        values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
         self.model: str = values["model"]
         self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
@@ -111,7 +116,7 @@ class Project:
 
     def forecast(self) -> Forecast:
         path = self.folder / "forecast.json"
-        return Forecast(**json.loads(path.read_text())) if path.exists() else Forecast()
+        return Forecast(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Forecast()
 
     def set_forecast(self, forecast: Forecast) -> None:
         write_atomically(self.folder / "forecast.json", json.dumps(asdict(forecast)).encode())
@@ -119,7 +124,7 @@ class Project:
     def status(self) -> Status:
         """The phase; a project said to be running that nobody works on was interrupted, and is paused."""
         path = self.folder / "status.json"
-        status = Status(**json.loads(path.read_text())) if path.exists() else Status()
+        status = Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Status()
         if status.phase == "running" and not self.is_busy():
             return Status("paused", "The work was interrupted: the server or its worker was stopped.", seconds=status.seconds)
         return status
@@ -135,17 +140,17 @@ class Project:
 
     def events(self) -> list[Event]:
         path = self.folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [Event(**values) for values in map(_parsed, lines) if values]
 
     def add_event(self, event: Event) -> None:
         """Append a line. Not flushed to disk: losing the last lines in a power cut costs a line in a log."""
-        with open(self.folder / "events.jsonl", "a") as file:
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
 
     def layers(self) -> list[dict[str, Any]]:
         path = self.folder / "layers.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def set_layers(self, layers: list[dict[str, Any]]) -> None:
         write_atomically(self.folder / "layers.json", json.dumps(layers).encode())
@@ -159,14 +164,28 @@ class Project:
         Raises:
             JobError: if somebody else holds it.
         """
-        with _locked(self.folder / "lock", shared=False, patience=LEAVING_SECONDS) as is_mine:
+        with locked(self.folder / "lock", LEAVING_SECONDS) as is_mine:
             if not is_mine:
                 raise JobError("this project is being worked on already, perhaps in another tab: wait for it, or stop it there")
+            if not (self.folder / "project.json").exists():
+                raise JobError("this project was removed to make room for others: choose the model again and press Quantize")
             os.utime(self.folder)
             yield
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the project from being swept while it is read; whoever works on it may go on.
+
+        Raises:
+            JobError: if somebody else reads it for long.
+        """
+        with locked(self.folder / "held", READING_SECONDS) as is_mine:
+            if not is_mine:
+                raise JobError("this project is being packed already, perhaps in another tab: try again when that is done")
+            yield
+
     def is_busy(self) -> bool:
-        with _locked(self.folder / "lock", shared=True) as is_free:
+        with locked(self.folder / "lock", LOOKING_SECONDS) as is_free:
             return not is_free
 
     def ask_to_stop(self) -> None:
@@ -224,18 +243,21 @@ class Workspace:
         return Project(folder)
 
     def sweep(self, *, max_age_seconds: float, max_bytes: int) -> list[Path]:
-        """Remove projects that were not used for long, then the oldest ones until all fit; never one that is worked on."""
+        """Remove projects that were not used for long, then the oldest ones until all fit; never one that is at work.
+
+        That is one that somebody works on or reads, or that waits for its next turn.
+        """
         folders = [path.parent for path in self.root.glob("*/*/project.json")]
         projects = [project for folder in folders if (project := _opened(folder))]
         ages = {project: time.time() - project.last_used() for project in projects}
         total = sum(folder_bytes(project.folder) for project in projects)
         removed = []
         for project in sorted(projects, key=lambda p: ages[p], reverse=True):
-            if (ages[project] > max_age_seconds or total > max_bytes) and not project.is_busy():
-                total -= folder_bytes(project.folder)
-                (project.folder / "project.json").unlink()  # first, so that half a removal is no project
-                shutil.rmtree(project.folder, ignore_errors=True)
-                removed.append(project.folder)
+            if ages[project] > max_age_seconds or total > max_bytes:
+                num_bytes = folder_bytes(project.folder)
+                if _removed(project, ages[project]):
+                    total -= num_bytes
+                    removed.append(project.folder)
         return removed
 
     @staticmethod
@@ -243,6 +265,17 @@ class Workspace:
         if not KEY.fullmatch(key):
             raise ValueError(f"a key has 32 hexadecimal digits, got {len(key)} characters")
         return key
+
+
+def _removed(project: Project, age: float) -> bool:
+    """Remove a project unless it is at work; whether that was done."""
+    lock, held = (locked(project.folder / name) for name in ("lock", "held"))
+    with lock as is_free, held as is_unread:
+        if not (is_free and is_unread) or (project.status().phase == "waiting" and age < ABANDONED_SECONDS):
+            return False
+        (project.folder / "project.json").unlink()  # first, so that half a removal is no project
+        shutil.rmtree(project.folder, ignore_errors=True)
+        return True
 
 
 def _opened(folder: Path) -> Project | None:
@@ -272,8 +305,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise JobError(
-            f"the disk has {free / 1e9:.1f} GB left and this needs {1.1 * needed / 1e9:.1f} GB: remove old results or choose a "
-            "smaller model"
+            f"the disk has {amount(free)} left and this needs {amount(1.1 * needed)}: remove old results or choose a smaller "
+            "model"
         )
 
 
@@ -283,31 +316,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-@contextmanager
-def _locked(path: Path, *, shared: bool, patience: float = 0.0) -> Iterator[bool]:
-    """Lock a file for a while; yields whether that worked within `patience` seconds.
-
-    Unlocked explicitly: closing is not enough when the process was forked meanwhile and the child has the file open too.
-    """
-    if os.name != "posix":  # no advisory locks: one server per workspace
-        yield True
-        return
-    import fcntl
-
-    end = time.monotonic() + patience
-    with open(path, "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    yield False
-                    return
-                time.sleep(0.05)  # somebody may just be asking whether it is free
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
