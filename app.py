@@ -35,7 +35,9 @@ def workspace_folder() -> Path:
     """Where jobs live: VQ4DIT_WORKSPACE, else a Space's persistent disk, else the system's folder for temporary files."""
     if chosen := os.environ.get("VQ4DIT_WORKSPACE"):
         return Path(chosen)
-    return Path("/data/vq4dit") if os.access("/data", os.W_OK) else Path(tempfile.gettempdir()) / f"vq4dit-{user_name()}"
+    if IS_SPACE and os.access("/data", os.W_OK):
+        return Path("/data/vq4dit")
+    return Path(tempfile.gettempdir()) / f"vq4dit-{user_name()}"
 
 
 def user_name() -> str:
@@ -50,6 +52,11 @@ def whose_login(args: argparse.Namespace) -> Literal["oauth", "own", "none"]:
     return "own" if args.host in ("127.0.0.1", "localhost", "::1") and not args.share else "none"
 
 
+def own_name(args: argparse.Namespace) -> str | None:
+    """The address that requests must be to; None where others give the page its name, or it listens on all addresses."""
+    return None if IS_SPACE or args.share or args.host in ("", "0.0.0.0", "::", "[::]") else args.host
+
+
 def main() -> None:
     args = parse()  # before the slow imports, so that --help answers at once
     login = whose_login(args)
@@ -60,6 +67,7 @@ def main() -> None:
 
     with of_extra("app", "the app"):
         from vq4dit.catalog import Catalog
+        from vq4dit.web.gate import gates
         from vq4dit.web.page import Page
         from vq4dit.web.studio import Studio
         from vq4dit.web.theme import HEAD, STYLE, new_theme
@@ -76,6 +84,11 @@ def main() -> None:
         head=HEAD,
         ssr_mode=False,
         footer_links=["api", "settings"],
+        app_kwargs={"middleware": gates(own_name(args))},
+        run_history=False,  # it would keep what visitors do
+        enable_monitoring=False,
+        num_workers=0,  # they would serve uploads at doors of their own
+        max_file_size=0,
     )
 
 

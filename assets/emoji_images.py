@@ -70,7 +70,7 @@ def render(folder: Path) -> Images:
     pixels: list[np.ndarray] = []
     names: list[str] = []
     styles: list[int] = []
-    name_of_code_point = _code_point_names(folder)
+    name_of_code_point = code_point_names(folder)
     for index, (package, version, _, _) in enumerate(STYLES.values()):
         with tarfile.open(archive(folder, package, version)) as tar:
             pairs = _raster(tar, name_of_code_point) if "3d" in package else _vector(tar)
@@ -85,28 +85,28 @@ def render(folder: Path) -> Images:
     return images
 
 
-def _code_point_names(folder: Path) -> dict[str, str]:
+def code_point_names(folder: Path) -> dict[str, str]:
     """'1f355' -> 'pizza', from the Noto package: the 3D images are named by code point only."""
     package, version, _, _ = STYLES["noto"]
     with tarfile.open(archive(folder, package, version)) as tar:
-        chars = json.load(_member(tar, "package/chars.json"))
-    return {_without_selector(code): name for code, name in chars.items()}
+        chars = json.load(member(tar, "package/chars.json"))
+    return {without_selector(code): name for code, name in chars.items()}
 
 
-def _without_selector(code_points: str) -> str:
+def without_selector(code_points: str) -> str:
     return "-".join(part for part in code_points.split("-") if part != "fe0f")
 
 
-def _member(tar: tarfile.TarFile, name: str) -> io.BufferedReader:
-    member = tar.extractfile(name)
-    if member is None:
+def member(tar: tarfile.TarFile, name: str) -> io.BufferedReader:
+    opened = tar.extractfile(name)
+    if opened is None:
         raise FileNotFoundError(f"{name} is not in {tar.name!r}: the package changed its layout; pin the version above")
-    return member
+    return opened
 
 
 def _vector(tar: tarfile.TarFile):
     """Yield (name, image) of an iconify package: `icons.json` holds SVG bodies and their view boxes."""
-    icons = json.load(_member(tar, "package/icons.json"))
+    icons = json.load(member(tar, "package/icons.json"))
     width, height = icons.get("width", 16), icons.get("height", icons.get("width", 16))
     for name, icon in icons["icons"].items():
         if icon.get("hidden") or SKIN_TONE.search(name) or name.startswith("flag"):
@@ -128,10 +128,10 @@ def _vector(tar: tarfile.TarFile):
 def _raster(tar: tarfile.TarFile, name_of_code_point: dict[str, str]):
     """Yield (name, image) of the 3D package: 256 x 256 webp with transparency, put on white."""
     for path in sorted(name for name in tar.getnames() if name.endswith(".webp")):
-        name = name_of_code_point.get(_without_selector(Path(path).stem))
+        name = name_of_code_point.get(without_selector(Path(path).stem))
         if name is None:
             continue
-        drawn = Image.open(_member(tar, path)).convert("RGBA")
+        drawn = Image.open(member(tar, path)).convert("RGBA")
         canvas = Image.new("RGBA", drawn.size, "white")
         canvas.alpha_composite(drawn)
         yield name, canvas.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)

@@ -98,9 +98,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_from: f
     return peak * min(1.0, (step + 1) / warmup) * (1 - 0.99 * tail)
 
 
-def train(trainer: Trainer, checkpoint: Checkpoint, steps: int, schedule, loss_of_batch, batch_size: int) -> Iterator[float]:
-    """Run to `steps`, yielding each loss; print one progress line every 50 steps; checkpoint now and then."""
-    started, first, saved, mean = time.time(), trainer.step, time.time(), None
+def train(
+    trainer: Trainer, checkpoint: Checkpoint, steps: int, schedule, loss_of_batch, batch_size: int, **numbers: float
+) -> Iterator[float]:
+    """Run to `steps`, yielding each loss; print one progress line every 50 steps; checkpoint, with `numbers`, now and then."""
+    started, begun_at, saved, mean = time.time(), trainer.step, time.time(), None
     while trainer.step < steps:
         loss = loss_of_batch()
         loss.backward()
@@ -108,9 +110,9 @@ def train(trainer: Trainer, checkpoint: Checkpoint, steps: int, schedule, loss_o
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         yield loss.item()
         if trainer.step % 50 == 0:
-            speed = (trainer.step - first) * batch_size / (time.time() - started)
+            speed = (trainer.step - begun_at) * batch_size / (time.time() - started)
             left = (steps - trainer.step) * batch_size / speed / 60
             print(f"step {trainer.step}/{steps}  loss {mean:.4f}  {speed:.0f} images/s  {left:.0f} min left", flush=True)
         if time.time() - saved > CHECKPOINT_SECONDS or trainer.step == steps:
-            checkpoint.save(trainer.tensors(), step=trainer.step)
+            checkpoint.save(trainer.tensors(), step=trainer.step, **numbers)
             saved = time.time()

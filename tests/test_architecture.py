@@ -7,19 +7,48 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 LADDER = [
-    {"errors", "progress", "randomness", "locks", "extras", "version"},  # no torch.nn, no diffusers
+    {
+        "errors",
+        "progress",
+        "randomness",
+        "locks",
+        "extras",
+        "version",
+        "pipeline_files",
+        "printable",
+        "lazy_weight",
+        "adapters",
+        "surroundings",
+    },  # no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
     {
+        "files",
         "config",
         "kmeans",
         "hub_errors",
         "quiet",
+        "trust",
+        "markdown",
         "terminal",
         "entropy_coding",
-    },  # settings; one codebook; failures; what commands share
-    {"layers", "dit", "job", "rate_allocation"},  # a packed layer; which layers and blocks; work on disk; where bits go
-    {"coded_layers"},  # the other kind of packed layer
+        "json_files",
+        "memory",
+        "casts",
+    },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
+    {
+        "packed_linear",
+        "dit",
+        "job",
+        "rate_allocation",
+        "repository",
+    },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
+    {
+        "layers",
+        "coded_layers",
+        "origin",
+        "skeleton",
+    },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",
@@ -34,8 +63,7 @@ LADDER = [
         "layer_by_layer",
         "sensitivity",
         "inspection",
-        "origin",
-    },  # learn; what would become of a model; where it comes from
+    },  # learn; what would become of a model
     {"best"},  # one recipe, piece by piece
     {"quantization", "catalog", "workspace"},  # the recipe; which models there are; visitors' folders
     {
@@ -45,12 +73,12 @@ LADDER = [
         "loader",
         "archive",
     },  # look at the result; what it will cost; pipelines in memory; one file
-    {"model_card", "lease"},  # tell what it is; work for a while
+    {"model_card", "lease", "comparisons"},  # tell what it is; work for a while; pictures and figures as files
     {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
-    {"web.words", "web.theme", "web.gpu"},  # the door in the browser: words, looks, lent GPUs
+    {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
     {"web.pictures", "web.push_parts"},  # comparisons; what is said of publishing
     {"web.answers", "web.push_answers"},  # event handlers

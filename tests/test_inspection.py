@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from vq4dit import quantize, save
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.inspection import empty_transformer, inspect, predict_size
+from vq4dit.inspection import inspect, predict_size
+from vq4dit.skeleton import empty_transformer
 
 DIT_XL_2 = {
     "_class_name": "DiTTransformer2DModel",

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import yaml
 from hub_fixtures import publish
+from test_printable import NASTY
 
 import vq4dit
 from vq4dit.account import look_up_base
 from vq4dit.cli import main
-from vq4dit.errors import HubError
+from vq4dit.errors import FormatError, HubError, VQ4DiTError
 from vq4dit.inspection import tensor_bytes
+from vq4dit.markdown import plain
 from vq4dit.model_card import Base, default_name, default_visibility, model_card, read_report, source
-from vq4dit.origin import Origin, folder_metadata, origin_of, write_origin
+from vq4dit.origin import COPIED, Origin, copied, folder_metadata, origin_of, read_origin, write_origin
 
 COMMIT = "0123456789" * 4
 BASE = Base(model="facebook/DiT-XL-2-256", revision=COMMIT, metadata={"license": "cc-by-nc-4.0", "language": "en"})
@@ -173,3 +175,142 @@ def test_the_snippet_of_the_card_runs_in_a_fresh_process(hub, ann, quantized_fol
     here = seeded.replace('"ann/tiny"', repr(str(quantized_folder))).replace("a.npy", "b.npy")
     exec(here, local)
     assert np.array_equal(image, np.load(tmp_path / "b.npy"))
+
+
+# --- a stranger's folder ---
+
+BAD = (
+    "x\n\n# Heading\n<script>alert(1)</script> | `rm -rf /` [a](javascript:x) ![b](http://evil.example/b) @everyone\n---\n"
+    "license: mit"
+)
+
+
+@pytest.fixture
+def stranger(quantized_folder, tmp_path):
+    """A packed folder to spoil."""
+    return Path(shutil.copytree(quantized_folder, tmp_path / "stranger"))
+
+
+def spoil(folder: Path, **changes) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def assert_harmless(card: str) -> None:
+    """Our own headings and code blocks and no others, our own metadata, and nothing that a browser would run or fetch."""
+    front, body = card.split("---\n", 2)[1:]
+    assert set(yaml.safe_load(front)) <= {"library_name", "tags", "base_model", "base_model_relation", *COPIED}
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert len(headings) == 7 and "# Heading" not in headings
+    assert body.count("```") == 4 and "<script" not in card and "](javascript" not in card
+    links = set(re.findall(r"(?<!\\)\]\(([^)]*)\)", body)) - {"https://arxiv.org/abs/2408.17131", "samples.png"}
+    assert all("evil" not in link for link in links)
+    snippet = re.search(r"```python\n(.*?)```", body, re.DOTALL)[1]
+    assert len(snippet.splitlines()) <= 5 and "rm -rf" not in snippet
+    compile(snippet, "card", "exec")
+
+
+@pytest.mark.parametrize("name", ["bits", "recipe", "seed"])
+@pytest.mark.parametrize("value", [BAD, None, [2], {"x": 1}, 2.5, True, "2 bits"], ids=repr)
+def test_what_stands_in_the_cards_code_and_tables_must_be_what_it_is_called(stranger, name, value):
+    spoil(stranger, **{name: value})
+    with pytest.raises(VQ4DiTError, match="quantize the original model again"):
+        model_card(stranger, "ann/tiny", BASE)
+
+
+@pytest.mark.parametrize("value", [BAD, "os; import os", ["pipeline", "Evil"], None, "DiffusionPipeline"], ids=repr)
+def test_the_snippet_names_only_a_pipeline_of_diffusers(stranger, value):
+    index = json.loads((stranger / "model_index.json").read_text())
+    (stranger / "model_index.json").write_text(json.dumps(index | {"_class_name": value}))
+    with pytest.raises(VQ4DiTError, match="is not in diffusers"):
+        model_card(stranger, "ann/tiny", BASE)
+
+
+@pytest.mark.parametrize("name", ["license", "license_name", "license_link", "language", "pipeline_tag"])
+@pytest.mark.parametrize(
+    "value", [BAD, [BAD], {"x": BAD}, 7, "javascript:alert(1)<script>"], ids=lambda value: type(value).__name__
+)
+def test_what_a_base_says_of_itself_is_copied_only_if_it_can_be_that(stranger, name, value):
+    base = dataclasses.replace(BASE, metadata={"license": "mit"} | {name: value})
+    card = model_card(stranger, "ann/tiny", base)
+    assert_harmless(card)
+    assert name not in metadata(card)
+    assert "<" not in default_visibility(base)[1]
+
+
+def test_licences_as_people_write_them_are_copied():
+    for told in (
+        {"license": "cc-by-nc-4.0", "language": ["en", "zh"], "pipeline_tag": "text-to-image"},
+        {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": "LICENSE.md"},
+        {"license": "other", "license_name": "Stability AI Community (2024)", "license_link": "https://stability.ai/license"},
+        {"license": "openrail++", "license_link": "https://huggingface.co/a/b-c/blob/main/LICENSE"},
+    ):
+        assert copied(told) == told
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        Origin(settings={"keep": ["*[!<script>alert(1)</script>|# x]*norm1.linear"], "recipe": BAD}),
+        Origin(versions={"torch": BAD, BAD: "2.13", f"<script>{NASTY}": "1"}),
+        Origin(settings={"calibration": {"guidance_scale": BAD, BAD: BAD, "steps": [BAD]}}),
+    ],
+    ids=["keep", "versions", "calibration"],
+)
+@pytest.mark.parametrize("recipe", ["best", "paper", "kmeans", "unheard-of"])
+def test_the_record_of_a_stranger_is_told_in_plain_words(stranger, origin, recipe):
+    write_origin(stranger, origin)
+    spoil(stranger, recipe=recipe)
+    assert_harmless(model_card(stranger, "ann/tiny", BASE))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"model": BAD},
+        {"model": "../../etc"},
+        {"model": "ann/x](javascript:y)"},
+        {"model": ["ann/x"]},
+        {"model": "ann/x", "revision": BAD},
+        {"revision": 7},
+        {"settings": []},
+        {"settings": {"keep": "x"}},
+        {"settings": {"keep": [1]}},
+        {"settings": {"calibration": [1]}},
+        {"versions": "x"},
+        {"metadata": [1]},
+        {"unheard": 1},
+        [],
+    ],
+    ids=lambda record: repr(record)[:40],
+)
+def test_a_record_that_cannot_be_is_damaged(stranger, record):
+    (stranger / "vq4dit.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match="is damaged"):
+        read_origin(stranger)
+
+
+@pytest.mark.parametrize("name", [BAD, "a b/c", "ann/x)", "ann", "ann/é", "../x"], ids=repr)
+def test_a_card_is_only_for_what_can_be_the_name_of_a_repository(quantized_folder, name):
+    with pytest.raises(HubError, match="cannot be the name of a repository"):
+        model_card(quantized_folder, name, BASE)
+
+
+@pytest.mark.parametrize("value", [BAD, None, [1], True, float("nan"), float("inf")], ids=repr)
+def test_a_report_holds_numbers(tmp_path, reports, value):
+    figures = json.loads((reports / "report.json").read_text())
+    for name in ("num_pairs", "psnr_db"):
+        (tmp_path / "report.json").write_text(json.dumps(figures | {name: value}))
+        with pytest.raises(HubError, match="no report.json that can be read .*is not a number"):
+            read_report(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(HubError, match="no report.json that can be read"):
+        read_report(tmp_path)
+
+
+def test_plain_words_stay_readable():
+    assert plain("kept by '*.0.ff.*'") == r"kept by '\*.0.ff.\*'"
+    assert plain("guidance_scale 4.0, 10^8 (a-b)") == "guidance_scale 4.0, 10^8 (a-b)"
+    assert plain("a\n\n# b") == r"a \# b" and len(plain("x" * 999)) == 200

@@ -87,7 +87,7 @@ def look_up_base(origin: Origin, token: str | None = None) -> Base:
         HubError: if the Hub cannot be reached.
     """
     if not origin.model:
-        return Base(metadata=origin.metadata)
+        return Base(metadata=copied(origin.metadata))
     try:
         info: ModelInfo = ask(f"look up {origin.model}", lambda: HfApi(token=token).model_info(origin.model), origin.model)
     except HubError as error:

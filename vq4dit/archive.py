@@ -17,6 +17,11 @@ def pack(project: Project, folder: Path) -> Path:
     """
     if not (project.result / "model_index.json").exists():
         raise JobError("there is nothing to download yet: quantize the model first")
+    with project.held():
+        return _packed(project, folder)
+
+
+def _packed(project: Project, folder: Path) -> Path:
     check_space(folder, folder_bytes(project.result) + (folder_bytes(project.report) if project.report.exists() else 0))
     path = folder / f"{project.name}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:

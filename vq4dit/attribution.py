@@ -17,10 +17,11 @@ from torch import Tensor
 
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.sensitivity import Probe, probe_outputs
+from vq4dit.surroundings import ordinary_torch, with_gradients
 from vq4dit.zero_data import num_trajectories_for
 
 TOKENS_TOGETHER = 2048  # whose activations are held for the backward pass
@@ -40,6 +41,7 @@ def check_comparable(original: DiTPipeline, quantized: DiTPipeline) -> None:
             )
 
 
+@ordinary_torch()
 @torch.no_grad()
 def layer_noise_errors(
     original: DiTPipeline,
@@ -57,6 +59,7 @@ def layer_noise_errors(
     at a time (`num_trajectories` in all), and it takes about twice as long as `noise_nmse` with the same numbers.
     """
     check_comparable(original, quantized)
+    original = with_gradients(original)
     changes = {name: _change(original, name, layer) for name, layer in packed_layers(quantized.transformer).items()}
     found = dict.fromkeys(changes, 0.0)
     if not found:

@@ -40,7 +40,7 @@ def quantize_best(
         return student
     guidance_scale = settings.calibration.guidance_scale
     begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
-    if not job.has("sensitivities-of-steps"):
+    if not (job.has("sensitivities") and job.has("sensitivities-of-steps")):
         started = time.monotonic()
         generator = named_generator(settings.seed, "sensitivities")
         found = output_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))

@@ -17,8 +17,10 @@ from huggingface_hub import HfApi, ModelInfo
 from vq4dit.config import Recipe
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.hub_errors import FAILURES, explained
-from vq4dit.inspection import WEIGHTS, Inspection, inspect
-from vq4dit.loading import check_access, read_json
+from vq4dit.inspection import Inspection, inspect
+from vq4dit.loading import check_access
+from vq4dit.printable import printable
+from vq4dit.repository import read_json
 
 BUNDLED = "assets/emoji-dit"
 FOLDER = "folder:"
@@ -102,7 +104,7 @@ class Catalog:
     def offered(self) -> list[tuple[str, str]]:
         """(what is shown, name) of everything that needs no search."""
         known = [(words if name == BUNDLED else f"{name} · {words}", name) for name, words in KNOWN.items()]
-        return known + [(name, name) for name in self.folders()]
+        return known + [(printable(name), name) for name in self.folders()]
 
     def search(self, text: str) -> list[tuple[str, str]]:
         """Models of the Hub for some words, the most downloaded first; what is offered anyway when the Hub is silent."""
@@ -134,18 +136,14 @@ class Catalog:
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)
         inspection = inspect(model, keep, recipe=recipe, revision=commit, token=token)
-        config = read_json(model, "transformer/config.json", commit, token)
-        size, patch = config.get("sample_size") or 32, config.get("patch_size") or 1
-        pixels = size if isinstance(size, int) else max(size)
-        patch = patch if isinstance(patch, int) else max(patch)
         return ModelCard(
             inspection=inspection,
             pipeline=index.get("_class_name", ""),
             licence=_licence(info) if info else _licence_of_folder(Path(model)),
             gated=bool(info and info.gated),
             download_bytes=_download_bytes(info) if info else 0,
-            tokens=max(1, (pixels // patch) ** 2),
-            width=8 * pixels,
+            tokens=inspection.tokens,
+            width=inspection.width,
             commit=commit or "",
             labels=_labels(index.get("id2label") or {}),
         )
@@ -159,7 +157,8 @@ class Catalog:
         names = {file.rfilename for file in info.siblings or ()}
         if "model_index.json" not in names:
             raise UnsupportedModelError(_no_pipeline(model, names))
-        if not any(WEIGHTS.fullmatch(name) for name in names) and any(name.startswith("transformer/") for name in names):
+        in_transformer = {name.removeprefix("transformer/") for name in names if name.startswith("transformer/")}
+        if in_transformer and not any(name.endswith(".safetensors") for name in in_transformer):
             raise UnsupportedModelError(
                 f"{model} has no safetensors in transformer/, and nothing else is loaded here because other formats can run "
                 "code: ask its author to convert it, or take another"
@@ -202,5 +201,11 @@ def _licence(info: ModelInfo) -> str:
 
 def _licence_of_folder(folder: Path) -> str:
     readme = folder / "README.md"
-    match = LICENCE_LINE.search(readme.read_text()[:2000]) if readme.is_file() else None
+    try:
+        if not readme.is_file():
+            return ""
+        with open(readme, "rb") as file:
+            match = LICENCE_LINE.search(file.read(2000).decode(errors="replace"))
+    except OSError:  # a card that cannot be read is no card
+        return ""
     return match.group(1) if match else ""

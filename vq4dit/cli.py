@@ -14,24 +14,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.cli_compare import compare_command
 from vq4dit.cli_push import add_push_arguments, push_command
+from vq4dit.comparisons import check_picture, write_picture
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
+from vq4dit.estimate import check_fits, estimate
 from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
+from vq4dit.files import check_place
 from vq4dit.inspection import inspect, tensor_bytes
-from vq4dit.job import Job
-from vq4dit.loading import load_pipeline, pinned
-from vq4dit.origin import origin_of, write_origin
+from vq4dit.job import Job, check_job_folder, fingerprint
+from vq4dit.loading import load_pipeline, pinned, source_folder
+from vq4dit.memory import is_out_of_memory, out_of_memory
+from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
-from vq4dit.terminal import add_device, chosen_device, finite, folder_path, picture_path, positive, progress_bars
+from vq4dit.terminal import (
+    Console,
+    Parser,
+    add_device,
+    chosen_device,
+    finite,
+    folder_path,
+    model_name,
+    picture_path,
+    positive,
+    progress_bars,
+)
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -49,12 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         args.command(args)
-    except (VQ4DiTError, ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except torch.OutOfMemoryError:  # of a GPU
-        advice = "close what else uses it, load packed models with --decode forward, or work with --device cpu"
-        errors.print(f"[bold red]error:[/] the GPU's memory is not enough for this: {advice}", highlight=False, soft_wrap=True)
+    except (VQ4DiTError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, VQ4DiTError) and is_out_of_memory(error):
+            error = VQ4DiTError(out_of_memory(error))
+        elif isinstance(error, RuntimeError):  # a fault of ours
+            raise
+        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
@@ -64,9 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1]
-    )
+    parser = Parser(prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="name", required=True)
 
     def add(name: str, command: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
@@ -78,12 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add(
         "inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only."
     )
-    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     _add_keep(sub)
 
     sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")
-    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--bits", type=int, default=2, choices=sorted(CODEBOOKS), help="bits per weight (default: 2)")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
@@ -112,14 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
     of_paper.add_argument("--ratio-start", choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}")
 
     sub = add("sample", sample_command, "Images from an original or a quantized model.")
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", type=model_name, metavar="MODEL")
     sub.add_argument("--labels", required=True, metavar="A,B", help="class names or numbers, separated by commas")
     _add_sampling(sub)
     sub.add_argument("--output", type=picture_path, required=True, metavar="PNG")
 
     sub = add("compare", compare_command, "Same-seed pictures and figures of an original and a quantized model.")
-    sub.add_argument("original", metavar="ORIGINAL")
-    sub.add_argument("quantized", metavar="QUANTIZED")
+    sub.add_argument("original", type=model_name, metavar="ORIGINAL")
+    sub.add_argument("quantized", type=model_name, metavar="QUANTIZED")
     sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
     sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
     _add_sampling(sub)
@@ -181,28 +192,46 @@ def inspect_command(args: argparse.Namespace) -> None:
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
     device = chosen_device(args)
+    check_place(args.output)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
-    inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
+    found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
     settings = settings_of(args)
+    cost = estimate(found.predictions[0], settings, parameters=found.parameters, tokens=found.tokens, device="cpu")
+    check_fits(cost, args.model, device)
     folder = args.output.with_name(f"{args.output.name}.job")
-    was_saved = args.resume and folder.exists() and is_result(args.output, settings)  # killed before cleaning up
-    check_output(args.output, args.overwrite or was_saved)
+    seems_done = args.resume and is_result(args.output, settings)
+    check_output(args.output, args.overwrite or seems_done)
+    check_place(folder)
+    check_job_folder(folder)
+    origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
-    with Job.open(folder, settings, pipeline, resume=args.resume) as job:
-        with progress_bars() as on_progress:
-            quantized = run(job, pipeline, on_progress=on_progress)
-            assert quantized is not None  # it had all the time it wanted
-        save(quantized, args.output, overwrite=args.overwrite or was_saved)
-        write_origin(args.output, origin_of(args.model, revision, settings))
-        job.remove()
-    layers = layer_errors(pipeline.transformer, quantized.transformer)
+    if seems_done and is_result(args.output, settings, fingerprint(pipeline)):  # it was killed before it had cleaned up
+        quantized = load_pipeline(str(args.output)).to(device)
+        if (folder / "job.json").exists():
+            with Job.open(folder, settings, pipeline, resume=True) as job:
+                job.remove()
+    else:
+        check_output(args.output, args.overwrite)
+        with Job.open(folder, settings, pipeline, resume=args.resume) as job:
+            with progress_bars() as on_progress:
+                quantized = run(job, pipeline, on_progress=on_progress)
+                assert quantized is not None  # it had all the time it wanted
+            origin = dataclasses.replace(origin, fingerprint=job.fingerprint)
+            source = source_folder(args.model, revision)
+            save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
+            job.remove()
+    report_quantized(args, revision, pipeline, quantized, time.monotonic() - started)
+
+
+def report_quantized(args: argparse.Namespace, revision: str | None, original: Any, quantized: Any, seconds: float) -> None:
+    layers = layer_errors(original.transformer, quantized.transformer)
     report = {
         "output": str(args.output),
         "transformer_bytes": tensor_bytes(str(args.output)),
         "original_bytes": tensor_bytes(args.model, revision),
-        "seconds": time.monotonic() - started,
+        "seconds": seconds,
         "layers": [dataclasses.asdict(layer) for layer in layers],
     }
     if args.json:
@@ -214,7 +243,7 @@ def quantize_command(args: argparse.Namespace) -> None:
 def check_not_inside(model: str, output: Path) -> None:
     """Raise `JobError` if writing the output would replace the model itself or a folder around it."""
     folder = Path(model).resolve()
-    if output == folder or output in folder.parents:
+    if output.exists() and any(part.exists() and output.samefile(part) for part in (folder, *folder.parents)):
         raise JobError(f"the output {output} is, or holds, the model {model} itself: choose another output")
 
 
@@ -247,6 +276,7 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
 
 def sample_command(args: argparse.Namespace) -> None:
     device = chosen_device(args)
+    check_picture(args.output)
     with decode_mode(args.decode):
         pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
@@ -262,7 +292,7 @@ def sample_command(args: argparse.Namespace) -> None:
             on_progress=on_progress,
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, columns=min(8, len(images))).save(args.output)
+    write_picture(args.output, grid(images, columns=min(8, len(images))))
     seconds = time.monotonic() - started
     if args.json:
         print(json.dumps({"output": str(args.output), "images": len(images), "seconds": seconds}))

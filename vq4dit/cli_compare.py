@@ -6,24 +6,22 @@ import argparse
 import dataclasses
 import json
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.attribution import check_comparable, layer_noise_errors
+from vq4dit.comparisons import check_comparison_output, write_comparison
 from vq4dit.diffusers_quantizer import decode_mode
-from vq4dit.evaluation import compare, label_ids, write_comparison
+from vq4dit.evaluation import compare, label_ids
 from vq4dit.inspection import tensor_bytes
-from vq4dit.job import write_atomically
 from vq4dit.loading import load_pipeline
-from vq4dit.saving import check_output
-from vq4dit.terminal import chosen_device, progress_bars
+from vq4dit.terminal import Console, chosen_device, progress_bars
 from vq4dit.zero_data import num_classes
 
 
 def compare_command(args: argparse.Namespace) -> None:
     device = chosen_device(args)
-    check_output(args.output, args.overwrite, contains="report.json")
+    check_comparison_output(args.output, args.overwrite)
     with decode_mode(args.decode):
         original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
     check_comparable(original, quantized)
@@ -44,14 +42,14 @@ def compare_command(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             on_progress=on_progress,
         )
-    write_comparison(args.output, report, pairs, {index: name for name, index in original.labels.items()})
     parts: dict[str, float] = {}
     if args.layers:
         with progress_bars() as on_progress:
             parts = layer_noise_errors(
                 original, quantized, guidance_scale=args.guidance, seed=args.seed, on_progress=on_progress
             )
-        write_atomically(args.output / "layers.json", (json.dumps(parts, indent=1) + "\n").encode())
+    names = {index: name for name, index in original.labels.items()}
+    write_comparison(args.output, report, pairs, names, parts, overwrite=args.overwrite)
     values = dataclasses.asdict(report)
     if args.json:
         print(json.dumps(values, indent=1))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from vq4dit.account import look_up_base, sign_in
-from vq4dit.errors import HubError
+from vq4dit.errors import HubError, JobError
+from vq4dit.files import told, write_atomically
 from vq4dit.hub import Existing, Target, push, same_image
 from vq4dit.loading import check_pipeline
 from vq4dit.model_card import default_name, default_visibility, model_card, read_report
 from vq4dit.origin import read_origin
-from vq4dit.terminal import folder_path, progress_bars
+from vq4dit.terminal import Console, folder_path, progress_bars
 
 
 def add_push_arguments(sub: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def push_command(args: argparse.Namespace) -> None:
     kmeans = read_report(args.kmeans_report) if args.kmeans_report else None
     card = model_card(args.folder, repo_id, base, report, kmeans)
     if args.card:
-        args.card.write_text(card)
+        write_card(args.card, card)
         Console(stderr=True).print(f"the card of {escape(repo_id)} is in {escape(str(args.card))}; nothing was sent")
         return
     private, reason = default_visibility(base) if args.private is None else (args.private, "as you said")
@@ -72,6 +73,15 @@ def push_command(args: argparse.Namespace) -> None:
     state = "was there already, nothing was sent" if pushed.was_there else f"{pushed.num_bytes / 1e6:.2f} MB"
     checked = f"checksums of {pushed.num_files} files verified" + (", one image is the same bit by bit" if same else "")
     Console().print(f"{escape(pushed.url)}: {state}; {checked}", highlight=False, soft_wrap=True)
+
+
+def write_card(path: Path, card: str) -> None:
+    """Raise `JobError` if there is a file already that says something else: it may be somebody's own."""
+    with told(path):
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == card.encode()):
+            raise JobError(f"{path} is there already and says something else: move it away, or name another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, card.encode())
 
 
 def evidence(report: Path | None, kmeans_report: Path | None) -> dict[str, Path]:

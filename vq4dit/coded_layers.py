@@ -11,14 +11,19 @@ that was wanted costs a quarter of a percent of the error, and half of the bytes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
+from vq4dit.casts import as_bytes
 from vq4dit.devices import exact
 from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear, frozen
+from vq4dit.packed_linear import PackedLinear, check_weight, frozen
 
 STEPS_PER_OCTAVE = 8
 STEP_OF_ONE = 128
@@ -45,6 +50,7 @@ class EntropyCodedLinear(PackedLinear):
     """
 
     EXACT = ()
+    BYTES = ("coded_integers", "side_models")
 
     def __init__(
         self,
@@ -88,38 +94,64 @@ class EntropyCodedLinear(PackedLinear):
     def from_tensors(
         cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
     ) -> EntropyCodedLinear:
-        """The layer of a state dict, of (rows, columns); its bias in `dtype`."""
+        """The layer of a state dict, of (rows, columns); its bias in `dtype`.
+
+        Raises:
+            FormatError: if its tensors are not those of such a layer.
+        """
         rows, columns = shape
-        stream = tensors["coded_integers"]
+        stream, models = tensors.get("coded_integers"), tensors.get("side_models")
+        if stream is None or models is None or stream.ndim != 1 or {stream.dtype, models.dtype} != {torch.uint8}:
+            raise FormatError("a layer of coded integers has bytes of them and of side_models: download or quantize it again")
         layer = cls(columns, rows, num_bytes=len(stream), bias="bias" in tensors, device=stream.device, dtype=dtype)
-        layer.load_state_dict(tensors)
+        try:
+            layer.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise FormatError(f"the tensors of a layer do not fit it ({error}): download or quantize it again") from error
         return layer
 
     @torch.compiler.disable
     def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
         """The integers, and the steps and levels of rows and columns."""
-        return decode(self.coded_integers, self.side_models, self.out_features, self.in_features)
+        stream, models = (as_bytes(getattr(self, name), name) for name in self.BYTES)
+        return decode(stream, models, self.out_features, self.in_features)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
         integers, sides = self.unpack()
         return (integers * step_size(sides.row_step).unsqueeze(1) * step_size(sides.column_step)).to(dtype)
 
-    def decode(self, dtype: torch.dtype, name: str = "a layer") -> None:
+    def decode(self, dtype: torch.dtype | None = None, name: str = "a layer") -> None:
         """Keep the decoded weight from now on; what decodes is not damaged."""
-        try:
-            self.decoded_weight = self.reconstruct(dtype)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
+        with _named(name):
+            self._keep_decoded(dtype)
+        check_weight(self.numbers(), name)
 
     def check(self, name: str) -> None:
         """Raise `FormatError` if the stream does not hold the layer's integers; costs as much as decoding, so that does too."""
         if self.decoded_weight is None:
-            self.decode(torch.float32, name)
-            self.drop_decoded()
+            with _named(name):
+                weight = self.numbers()
+            check_weight(weight, name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        """Streams of the same shape differ in length."""
+        stream = state_dict.get(f"{prefix}coded_integers")
+        if stream is not None and stream.ndim == 1 and len(stream) != len(self.coded_integers):
+            self.coded_integers = frozen(self.coded_integers.new_zeros(len(stream)))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bytes={len(self.coded_integers)}, bias={self.bias is not None}"
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Errors of a stream tell which layer's it is."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{layer}: {error}") from error
 
 
 def coded_layers(model: nn.Module) -> dict[str, EntropyCodedLinear]:

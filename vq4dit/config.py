@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from vq4dit.errors import FormatError
@@ -65,10 +66,32 @@ class VQ4DiTConfig(QuantizationConfigMixin):
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := config_dict.keys() - known:
             raise FormatError(f"quantization_config has no entry {sorted(unknown)[0]!r}: upgrade vq4dit")
+        _check_types(config_dict)
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "quant_method": QuantMethod.VQ4DIT.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and what a file must say anyway; `to_json_string` asks for it."""
+        default = type(self)().to_dict()
+        told = {"quant_method", "format_version"}
+        return {name: value for name, value in self.to_dict().items() if name in told or value != default[name]}
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raise `FormatError` unless the entries that loading reads are what they must be."""
+    shared, dtype = values.get("shared_embedders", []), values.get("dtype", "float16")
+    if not isinstance(shared, list) or not all(isinstance(path, str) for path in shared):
+        raise FormatError(
+            f"quantization_config: shared_embedders must be a list of names, got {shared!r:.60}: download it again"
+        )
+    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise FormatError(f"quantization_config: dtype must name a type of torch, got {dtype!r:.60}: download it again")
+    if not isinstance(bits := values.get("bits", 2), int) or not 1 <= bits <= 16:
+        raise FormatError(f"quantization_config: bits must be a number of bits per weight, got {bits!r:.60}: download it again")
+    if not isinstance(recipe := values.get("recipe", "best"), str):
+        raise FormatError(f"quantization_config: recipe must be a name, got {recipe!r:.60}: download it again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,24 +6,28 @@ the empty model must look like, which missing keys are fine, what to do when all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from vq4dit.adapters import adapter_layers, adapter_names
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear
-from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer
+from vq4dit.json_files import AGAIN
+from vq4dit.memory import available_memory
+from vq4dit.packed_linear import PackedLinear
+from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, check_finite, empty_layer, stored
+from vq4dit.repository import TensorHeader, read_header
+from vq4dit.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 
 DECODE_MODES = ("auto", "load", "forward")
 _decode_mode: ContextVar[str] = ContextVar("decode_mode", default="auto")
@@ -40,6 +44,8 @@ def decode_mode(mode: str) -> Iterator[None]:
 
     "load": once, at load; as fast as the original. "forward": in every forward pass; memory as small as the file.
     "auto" (the default): at load if the decoded weights fit in half of the memory that is free.
+
+    The choice holds in the thread that made it: a thread that is started here has the default, and chooses for itself.
     """
     _check_mode(mode)
     token = _decode_mode.set(mode)
@@ -54,65 +60,101 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def set_decode_mode(model: nn.Module, mode: str, dtype: torch.dtype | None = None) -> None:
+def set_decode_mode(model: Any, mode: str, dtype: torch.dtype | None = None) -> None:
     """Switch a loaded model between decoded (`"load"`) and packed (`"forward"`) layers; see `decode_mode`.
 
+    Whatever was written into weights (a merged LoRA) is forgotten: they are what the packed tensors say again.
+
+    Args:
+        model: a model, or a pipeline: then all of its parts.
+        dtype: of the decoded weights; None is that of each layer.
+
     Raises:
-        ValueError: if there is no such mode.
+        ValueError: if there is no such mode, or an adapter that is still attached is fused: it would be taken out again later.
     """
     _check_mode(mode)
-    layers = {name: layer for name, layer in packed_layers(model).items() if layer.device.type != "meta"}
-    if not layers:
-        return
-    if dtype is None:
-        dtype = next((layer.bias.dtype for layer in layers.values() if layer.bias is not None), torch.float32)
-    if mode == "auto":
-        needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-        mode = "load" if needed <= _free_memory(next(iter(layers.values())).device) / 2 else "forward"
-    for name, layer in layers.items():
-        if mode == "load":
-            layer.decode(dtype, name)
-        else:
-            layer.drop_decoded()
+    for part in parts_of(model):
+        layers = {name: layer for name, layer in packed_layers(part).items() if layer.device.type != "meta"}
+        if fused := sorted({adapter for wrapper in adapter_layers(part).values() for adapter in wrapper.merged_adapters}):
+            raise ValueError(
+                f"the adapter {', '.join(fused)} is fused into this model: take it out first (unfuse_lora, unmerge_adapter), "
+                "or keep it for good (unload_lora, merge_and_unload)"
+            )
+        decoded = mode == "load" or mode == "auto" and _fit_decoded(layers.values(), dtype)
+        for name, layer in layers.items():
+            if decoded:
+                layer.decode(dtype, name)
+            else:
+                layer.drop_decoded()
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def _fit_decoded(layers: Collection[PackedLinear], dtype: torch.dtype | None) -> bool:
+    """Whether the decoded weights fit in half of the memory that is free."""
+    needed = sum(layer.in_features * layer.out_features * (dtype or layer.dtype).itemsize for layer in layers)
+    return not layers or needed <= available_memory(next(iter(layers)).device) / 2
 
 
 def dequantize(model: Any) -> Any:
     """Turn a packed model, in place, into an ordinary one: `nn.Linear`s with decoded weights, nothing shared; returns it.
 
-    Weights that were changed after decoding (a merged LoRA) stay as they are now.
+    Weights that were changed after decoding (a merged LoRA) stay as they are now. A pipeline may be given: then each of its
+    packed parts becomes an ordinary one.
     """
-    unpack_layers(model)
-    if getattr(model, "hf_quantizer", None) is not None:
-        del model.hf_quantizer
-        model.is_quantized = False
+    for part in parts_of(model):
+        packed: list[Any] = [m for m in part.modules() if isinstance(vars(m).get("hf_quantizer"), VQ4DiTQuantizer)]
+        for module in packed:
+            module.dequantize()
+        if packed_layers(part):  # diffusers does not know that it is quantized
+            unpack_layers(part)
     return model
+
+
+def parts_of(model: Any) -> list[nn.Module]:
+    """The modules of a pipeline, or the one module that is given.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return [model]
+    if isinstance(parts := getattr(model, "components", None), dict):
+        return [part for part in parts.values() if isinstance(part, nn.Module)]
+    raise ValueError(f"a model or a pipeline is wanted, got a {type(model).__name__}")
 
 
 def unpack_layers(model: Any) -> None:
     """The work of `dequantize`, without diffusers' bookkeeping."""
     for name, layer in packed_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.weight.detach().clone())
+        linear.weight = nn.Parameter(layer.numbers().detach().clone())
         linear.bias = nn.Parameter(layer.bias.detach()) if layer.bias is not None else None
-        model.set_submodule(name, linear)
+        model.set_submodule(name, linear.train(layer.training))
     unshare_embedders(model)
-    remaining = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    forgotten = ("quantization_config", "_pre_quantization_dtype")
+    remaining = {key: value for key, value in model.config.items() if key not in forgotten}
     model._internal_dict = FrozenDict(remaining)  # diffusers has no public way to forget a config entry
+
+
+def check_size(layers: dict[str, PackedLinear], num_bytes: int) -> None:
+    """Raise `FormatError` if layers have far more weights than files of that size can mean: they may cost nothing each."""
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    if weights > max(WEIGHTS_PER_BYTE * num_bytes, LARGEST_TABLE):
+        raise FormatError(
+            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the "
+            f"files do not belong together; {AGAIN}"
+        )
 
 
 class VQ4DiTQuantizer(DiffusersQuantizer):
     """The answers to diffusers' questions about packed models."""
 
     requires_calibration = True  # from_pretrained loads packed files; making them is `vq4dit.quantize`
-    use_keep_in_fp32_modules = True
     quantization_config: VQ4DiTConfig
 
     def __init__(self, quantization_config: VQ4DiTConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self._headers: dict[str, TensorHeader] = {}
+        self._num_bytes = 0  # of the files
         self._shapes: dict[str, dict[str, list[int]]] = {}  # layer name -> tensor name -> shape, from the files
         self._duplicates: dict[str, str] = {}
         self._dtype: torch.dtype | None = None
@@ -125,16 +167,27 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str) -> list[str]:
-        """Read the shapes of packed layers from the headers of the files."""
+        """Read the shapes of packed layers from the headers of the files.
+
+        Raises:
+            FormatError: if there are none, or the files are no safetensors.
+        """
         for path in [checkpoint_files] if isinstance(checkpoint_files, str) else checkpoint_files:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    if key.endswith(PACKED_SUFFIXES):
-                        layer, _, tensor = key.rpartition(".")
-                        values = file.get_slice(key)
-                        if values.get_dtype() not in PACKED_TYPES[tensor]:
-                            raise FormatError(f"{key} must be of type {PACKED_TYPES[tensor][0]}, got {values.get_dtype()}")
-                        self._shapes.setdefault(layer, {})[tensor] = values.get_shape()
+            if not str(path).endswith(".safetensors"):
+                raise FormatError(f"packed models are read from safetensors only, not from {path}: quantize the model again")
+            self._headers |= read_header(Path(path))
+            self._num_bytes += Path(path).stat().st_size
+        for key, found in self._headers.items():
+            if key.endswith(PACKED_SUFFIXES):
+                layer, _, tensor = key.rpartition(".")
+                if found.dtype not in PACKED_TYPES[tensor]:
+                    raise FormatError(f"{key} must be of type {PACKED_TYPES[tensor][0]}, got {found.dtype}: {AGAIN}")
+                self._shapes.setdefault(layer, {})[tensor] = list(found.shape)
+        if not self._shapes:  # made by `from_config` of a packed model's config, and trained, perhaps
+            raise FormatError(
+                "config.json says that this model is packed (quantization_config), its files hold no packed layer: if it is an "
+                "ordinary model, delete quantization_config from config.json, otherwise download it again"
+            )
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -142,17 +195,29 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put empty packed layers where the files have packed tensors, and share the embedders that are stored once."""
         modules = dict(model.named_modules())
+        named: Any = model._keep_in_fp32_modules or []  # by the class, whatever type is loaded
+        in_fp32: list[str] = [named] if isinstance(named, str) else named
         for name, shapes in self._shapes.items():
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"the file has a packed layer {name}, the model's config has no linear layer of that name")
-            model.set_submodule(name, empty_layer(name, shapes, linear))
+            dtype = torch.float32 if set(name.split(".")) & set(in_fp32) else linear.weight.dtype
+            model.set_submodule(name, empty_layer(name, shapes, linear, dtype))
+        check_size(packed_layers(model), self._num_bytes)
+        for name, parameter in model.named_parameters():
+            if name in self._headers and self._headers[name].shape != tuple(parameter.shape):
+                raise FormatError(
+                    f"{name} has the shape {list(self._headers[name].shape)} in the file, and {list(parameter.shape)} by its "
+                    f"config.json: the files do not belong together; {AGAIN}"
+                )
         if unknown := set(self.quantization_config.shared_embedders) - set(block_embedders(model)):
             raise FormatError(f"config.json says that blocks share {sorted(unknown)[0]}, which this model's blocks do not have")
         share_embedders(model, self.quantization_config.shared_embedders)
         self._duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
-        if keep_in_fp32_modules is not None:  # codebooks and scales keep their bits whatever torch_dtype is
-            keep_in_fp32_modules.extend(SCALES - set(keep_in_fp32_modules))
+        # Codebooks and scales keep their bits whatever torch_dtype is. The list is this load's own: diffusers would hand us the
+        # class's if we had `use_keep_in_fp32_modules`.
+        if keep_in_fp32_modules is not None and keep_in_fp32_modules is not in_fp32:
+            keep_in_fp32_modules.extend([*in_fp32, *sorted(SCALES)])
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if missing := [key for key in missing_keys if key not in self._duplicates]:
@@ -162,14 +227,27 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         return []
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Offer the embedders stored once under every block's name, as offloading looks them up."""
+        """Offer the embedders stored once under every block's name, as offloading looks them up.
+
+        Here every number passes, wherever it is put afterwards, so here is where they are looked at.
+
+        Raises:
+            FormatError: if a tensor holds values that are not finite, or the load dtype cannot hold them.
+        """
+        for key, tensor in state_dict.items():
+            check_finite(key, tensor, None if key.endswith(PACKED_SUFFIXES) else self._dtype or torch.get_default_dtype())
+        if stored := sorted(self._duplicates.keys() & state_dict.keys()):
+            raise FormatError(
+                f"config.json says that all blocks have the embedder {stored[0]} in common, and the file holds one of its own "
+                "for a later block: it does not belong to this config.json. Download or quantize the model again"
+            )
         present = {key: state_dict[original] for key, original in self._duplicates.items() if original in state_dict}
         return {**state_dict, **present}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.model = model
         if not hasattr(model, "_hf_hook"):  # accelerate's offloading moves packed tensors only
-            set_decode_mode(model, _decode_mode.get(), self._dtype)
+            set_decode_mode(model, _decode_mode.get())
         for name, layer in packed_layers(model).items():
             if layer.device.type != "meta":
                 layer.check(name)
@@ -179,25 +257,40 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Drop the embedders' copies, and store every number in the 16 bits it came in.
+        """Drop the embedders' copies, and store every number in the 16 bits it came in, every byte as a byte.
 
         Raises:
-            FormatError: if a decoded weight was changed (a LoRA merged into it): packed tensors cannot hold that.
+            FormatError: if the file could not be read again, or would not hold what the model computes with.
         """
         assert self.model is not None  # set when loading, and by `attach`
-        for name, layer in packed_layers(self.model).items():
+        if not safe_serialization:
+            raise FormatError("packed models are saved as safetensors only: leave out safe_serialization=False")
+        self._check_saveable(self.model)
+        duplicates = duplicate_keys(self.model, self.quantization_config.shared_embedders)
+        packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
+        emptied = tuple(f"{name}.base_layer." for name in adapter_layers(self.model, empty=True))
+        dtype = getattr(torch, self.quantization_config.dtype)
+        return {
+            key.replace(".base_layer.", ".") if key.startswith(emptied) else key: stored(key, tensor, dtype)
+            for key, tensor in packed.items()
+        }, {}
+
+    def _check_saveable(self, model: nn.Module) -> None:
+        if attached := adapter_layers(model):
+            name, wrapper = next(iter(attached.items()))
+            adapters, fused = ", ".join(adapter_names(wrapper)), " and fused into it" if wrapper.merged_adapters else ""
+            raise FormatError(
+                f"the adapter {adapters} is attached to {name}{fused}, and a packed file has no place for it: save the adapter "
+                "by itself (save_lora_adapter, or save_pretrained of the PEFT model), and detach it (unload_lora, unload) "
+                "before saving the model"
+            )
+        for name, layer in packed_layers(model).items():
             if layer.is_changed:
                 raise FormatError(
-                    f"the weight of {name} was changed after decoding (a merged LoRA?) and does not fit its packed tensors "
-                    "any more: save the LoRA by itself and go back to the packed weights with vq4dit.set_decode_mode(model, "
-                    '"load"), or call vq4dit.dequantize(model) and save it unpacked'
+                    f"{layer.told_change(name)}, and packed tensors cannot hold that: save the LoRA by itself and go back to "
+                    'the packed weights with vq4dit.set_decode_mode(model, "load"), or call vq4dit.dequantize(model) and save '
+                    "it unpacked"
                 )
-        duplicates = duplicate_keys(self.model, self.quantization_config.shared_embedders)
-        target = getattr(torch, self.quantization_config.dtype)
-        packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
-        return {
-            key: _narrow(tensor, torch.float16 if key.endswith(PACKED_SUFFIXES) else target) for key, tensor in packed.items()
-        }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unpack_layers(model)
@@ -205,6 +298,9 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        """diffusers asks before it writes anything: a save that would lose something is refused before a file is touched."""
+        if self.model is not None:
+            self._check_saveable(self.model)
         return True
 
     @property
@@ -216,25 +312,15 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         return True
 
 
-def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 that holds nothing but values of a 16-bit type goes back to 16 bit."""
-    if tensor.dtype != torch.float32:
-        return tensor
-    for candidate in (dtype, torch.float16):
-        narrow = tensor.to(candidate)
-        if torch.equal(narrow.to(tensor.dtype), tensor):
-            return narrow
-    return tensor
-
-
 def attach(transformer: Any, config: VQ4DiTConfig) -> None:
     """Tell diffusers that this model, whose layers are packed already, is quantized: `save_pretrained` then works."""
     quantizer = VQ4DiTQuantizer(config, pre_quantized=True)
     quantizer.model = transformer
+    dtype = transformer.dtype
     transformer.hf_quantizer = quantizer
     transformer.is_quantized = True
     transformer.quantization_method = config.quant_method
-    transformer.register_to_config(quantization_config=config)
+    transformer.register_to_config(quantization_config=config, _pre_quantization_dtype=dtype)
 
 
 def register() -> None:

@@ -10,6 +10,26 @@
 Each message names what must hold, what was found, and what to do next. Misuse by a programmer stays a `ValueError`.
 """
 
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What other people's code raises over a description of the wrong kind: anything but what we raise, and what stops us."""
+
+
+def brief(error: BaseException) -> str:
+    """Another's exception on one line of a message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
 
 class VQ4DiTError(Exception):
     """Base of everything a person can mend."""

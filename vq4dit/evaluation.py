@@ -7,12 +7,11 @@ compare same-seed images and say how much a person sees. Always measured on the 
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +25,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
-from vq4dit.diffusers_quantizer import packed_layers
-from vq4dit.errors import UnsupportedModelError
-from vq4dit.job import write_atomically
-from vq4dit.layers import PackedLinear
+from vq4dit.diffusers_quantizer import packed_layers, parts_of
+from vq4dit.errors import BROKEN, UnsupportedModelError, brief
+from vq4dit.memory import is_out_of_memory
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
+from vq4dit.surroundings import evaluating, ordinary_torch
 from vq4dit.zero_data import (
     NULL_CLASS,
     TeacherStep,
@@ -71,6 +71,7 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     ]
 
 
+@ordinary_torch()
 @torch.no_grad()
 def noise_nmse(
     original: DiTPipeline,
@@ -95,7 +96,8 @@ def noise_nmse(
     )
     error = power = 0.0
     for done, step in enumerate(steps):
-        student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
+        with evaluating(quantized.transformer):
+            student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
         wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
         error += exact(wanted - found).square().sum().item()
         power += exact(wanted).square().sum().item()
@@ -149,23 +151,45 @@ def sample(
     """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch.
 
     Raises:
-        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
+        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them; if its parts do not
+            work together, or make no finite images.
     """
     _check_guidance(pipeline, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output = pipeline(
-            list(labels[part]),
-            guidance_scale=guidance_scale,
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        )
-        images.extend(output.images)
+        images.extend(_drawn(pipeline, list(labels[part]), guidance_scale, generators, num_inference_steps))
         on_progress(Progress("sample", len(images), len(labels)))
     return np.stack(images)
+
+
+def _drawn(
+    pipeline: DiTPipeline, labels: list[int], guidance_scale: float, generators: list[torch.Generator], num_inference_steps: int
+) -> Float[np.ndarray, "n h w 3"]:
+    """One batch of images; what the pipeline's own code raises is told in our words."""
+    try:
+        with evaluating(*parts_of(pipeline)):
+            images = pipeline(
+                labels,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                output_type="np",
+            ).images
+    except BROKEN as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} cannot make images with the settings of its parts ({brief(error)}): correct their "
+            "config.json, or download the model again"
+        ) from error
+    if not np.isfinite(images).all():
+        raise UnsupportedModelError(
+            "the images have values that are not finite (NaN or infinity): a weight or a setting of the model is damaged; "
+            "download it again"
+        )
+    return images
 
 
 def _check_guidance(pipeline: DiTPipeline, guidance_scale: float) -> None:
@@ -295,15 +319,3 @@ def high_water_mark(process: int | str) -> int:
     status = Path(f"/proc/{process}/status")
     found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
-
-
-def write_comparison(folder: Path, report: Comparison, pairs: Sequence[SamplePair], names: dict[int, str]) -> None:
-    """`report.json`, every picture as PNG, and `pairs.png`: original, quantized and difference, row by row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pair in pairs:
-        stem = f"{names.get(pair.label, str(pair.label)).replace(' ', '-').replace('/', '-')}-seed{pair.seed}"
-        for kind in ("original", "quantized", "difference"):
-            as_image(getattr(pair, kind)).save(folder / f"{stem}-{kind}.png")
-    rows = [getattr(pair, kind) for kind in ("original", "quantized", "difference") for pair in pairs]
-    grid(rows, columns=len(pairs)).save(folder / "pairs.png")
-    write_atomically(folder / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())

@@ -31,6 +31,7 @@ from vq4dit.evaluation import sample
 from vq4dit.hub_errors import FAILURES, ask, explained, listen, pause, watched
 from vq4dit.loading import check_files, load_pipeline, read_json
 from vq4dit.origin import FILENAME as ORIGIN
+from vq4dit.pipeline_files import pipeline_files, stays_inside
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.uploading import WatchedFile, store
 
@@ -105,17 +106,23 @@ def push(
 
 @contextmanager
 def _staged(folder: Path, card: str, extras: Mapping[str, Path]) -> Iterator[Path]:
-    """A temporary folder with links to exactly what will be published: nothing else that lies in `folder`."""
-    index = read_json(str(folder), "model_index.json")
+    """A temporary folder with links to exactly what will be published: what the index and configurations of `folder` name.
+
+    Raises:
+        HubError: if one of those is a link to somewhere else: what it leads to may not be meant for the public.
+    """
+    read_json(str(folder), "model_index.json")
     check_files(folder)
-    parts = [name for name in index if not name.startswith("_") and (folder / name).is_dir()]
-    files = [folder / "model_index.json", *(path for part in parts for path in sorted((folder / part).rglob("*")))]
-    if (folder / ORIGIN).is_file():
-        files.append(folder / ORIGIN)
+    names = pipeline_files(folder) + ([ORIGIN] if (folder / ORIGIN).is_file() else [])
+    if strange := [name for name in names if not stays_inside(folder / name, folder)]:
+        raise HubError(
+            f"{folder / strange[0]} is a link to a file outside of the model's folder, and such are not published: put a copy "
+            "of the file in its place",
+            "card",
+        )
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name).resolve()
-        published = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
-        for place, path in {**published, **extras}.items():
+        for place, path in {**{name: folder / name for name in names}, **extras}.items():
             (stage / place).parent.mkdir(parents=True, exist_ok=True)
             (stage / place).symlink_to(path.resolve())
         (stage / "README.md").write_text(card)

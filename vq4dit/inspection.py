@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from huggingface_hub import HfApi, parse_safetensors_file_metadata
 from torch import nn
 
 from vq4dit.codebook import assignment_bits
 from vq4dit.config import CODEBOOKS, Recipe
 from vq4dit.dit import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
-from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.hub_errors import FAILURES, explained
-from vq4dit.loading import check_files, check_pipeline
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.loading import check_pipeline, other_transformers
 from vq4dit.packing import packed_size
+from vq4dit.repository import read_json, weights
+from vq4dit.skeleton import check_tensors, empty_transformer
 
 HEADER_BYTES_PER_TENSOR = 110  # of safetensors' JSON: name, type, shape, offsets
-WEIGHTS = re.compile(r"transformer/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without variants such as .fp16
 
 
 @dataclass(frozen=True)
@@ -92,21 +87,8 @@ class Inspection:
     parameters: int
     file_bytes: int  # of the transformer now; 0 if unknown
     predictions: list[SizePrediction]
-
-
-def empty_transformer(config: dict[str, Any]) -> nn.Module:
-    """The transformer of a config on the meta device: all shapes, no weights.
-
-    Raises:
-        UnsupportedModelError: if diffusers has no class of that name.
-    """
-    name = config.get("_class_name", "")
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise UnsupportedModelError(f"the transformer's class {name!r} is not in diffusers {diffusers.__version__}: upgrade it")
-    model_class: Any = found
-    with torch.device("meta"):
-        return model_class.from_config(config)
+    tokens: int  # positions of one image in the transformer
+    width: int  # pixels of an image, about
 
 
 def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
@@ -158,37 +140,44 @@ def inspect(
         UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
     """
     config = check_pipeline(model, revision, token)
+    check_one_transformer(read_json(model, "model_index.json", revision, token), model)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
-    transformer = empty_transformer(config)
+    found = weights(model, "transformer", revision, token)
+    transformer = empty_transformer(config, found, f"{model}/transformer/config.json")
+    check_tensors(transformer, found.tensors, f"{model}/transformer")
+    pixels, patch = _largest(config.get("sample_size"), 32), _largest(config.get("patch_size"), 1)
     return Inspection(
         model=model,
         class_name=config["_class_name"],
         num_blocks=len(named_blocks(transformer)),
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
-        file_bytes=tensor_bytes(model, revision, token),
+        file_bytes=found.num_bytes,
         predictions=[predict_size(transformer, bits, keep, recipe) for bits in widths],
+        tokens=max(1, (pixels // patch) ** 2),
+        width=8 * pixels,
     )
 
 
+def _largest(length: Any, otherwise: int) -> int:
+    """A length that a config gives as a number, or as one for each dimension, or not at all."""
+    given = length if isinstance(length, list) else [length]
+    return max((int(number) for number in given if isinstance(number, int | float) and number >= 1), default=otherwise)
+
+
+def check_one_transformer(index: dict[str, Any], model: str) -> None:
+    """Raise `UnsupportedModelError` if a pipeline has a second transformer, which would stay as large as it is."""
+    if others := other_transformers(index):
+        raise UnsupportedModelError(
+            f"{model} has more than one transformer, and only the first would be quantized: {', '.join(others)} would stay as "
+            "large as it is. Two-stage models are not supported yet: pick one with a single transformer"
+        )
+
+
 def tensor_bytes(model: str, revision: str | None = None, token: str | None = None) -> int:
-    """Bytes of the transformer's safetensors, by their headers.
+    """Bytes of the transformer's safetensors, those that are loaded.
 
     Raises:
-        VQ4DiTError: if there are none, or one is damaged.
+        VQ4DiTError: if there are none; FormatError if one is damaged.
     """
-    if Path(model).is_dir():
-        check_files(Path(model) / "transformer")
-        names = [f"transformer/{path.name}" for path in (Path(model) / "transformer").iterdir()]
-        total = sum((Path(model) / name).stat().st_size for name in names if WEIGHTS.fullmatch(name))
-    else:
-        try:
-            files = HfApi(token=token).list_repo_files(model, revision=revision)
-            names = [name for name in files if WEIGHTS.fullmatch(name)]
-            metadata = [parse_safetensors_file_metadata(model, name, revision=revision, token=token) for name in names]
-        except FAILURES as error:
-            raise explained(error, f"read the headers of {model}", model) from error
-        total = sum(max(t.data_offsets[1] for t in m.tensors.values()) for m in metadata if m.tensors)
-    if not total:
-        raise VQ4DiTError(f"{model} has no safetensors in transformer/: vq4dit loads nothing else; convert it first")
-    return total
+    return weights(model, "transformer", revision, token).num_bytes

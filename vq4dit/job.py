@@ -3,7 +3,8 @@
 Quantizing is long, and processes die: leases end, people press Ctrl-C, machines lose power. So every finished piece (a
 layer's codebook and candidates or its integers, a calibration checkpoint) is written at once, under a temporary name, flushed,
 and renamed: a file that is there is whole. Whoever opens the folder again goes on after the last piece and ends in the same
-bytes.
+bytes. Each piece is sealed with a checksum over its content, its name and its job, so what was damaged, or belongs elsewhere,
+is noticed; and only what bears such a seal is ever deleted: other files in the folder are not ours.
 
     DIR.job/job.json                    settings and the fingerprint of the model's weights
     DIR.job/layers/NAME.safetensors     one clustered or fitted layer
@@ -16,85 +17,48 @@ bytes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
+from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_atomically
 from vq4dit.locks import lock, unlock
 
-VERSION = 9  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
-WINDOWS = os.name == "nt"
+VERSION = 10  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
 
 
 def fingerprint(pipeline: Any) -> str:
-    """SHA-256 over all that a result depends on: the transformer's tensors, the scheduler's settings, the labels."""
+    """SHA-256 over all that a result depends on: the transformer's tensors and settings, the scheduler's, the labels."""
     scheduler = getattr(pipeline, "scheduler", None)
-    settings = {key: value for key, value in dict(getattr(scheduler, "config", {})).items() if not key.startswith("_")}
-    described = [type(scheduler).__name__, settings, getattr(pipeline, "labels", {})]
+    settings = [_settings(part) for part in (scheduler, pipeline.transformer)]
+    described = [type(scheduler).__name__, *settings, getattr(pipeline, "labels", {})]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(pipeline.transformer.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    _update(digest, pipeline.transformer.state_dict())
     return digest.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system offers that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _settings(part: Any) -> dict[str, Any]:
+    """A part's configuration, without what diffusers notes for itself."""
+    return {key: value for key, value in dict(getattr(part, "config", {})).items() if not key.startswith("_")}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, fsync, rename.
-
-    Raises:
-        JobError: if the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial")  # nobody else's
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _rename(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise JobError(
-                f"the disk is full: {path} needs {len(content) / 1e6:.1f} MB. Free some space and run the same command with "
-                "--resume; finished pieces are kept"
-            ) from error
-        raise
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Put a file where it belongs. Windows refuses while somebody reads the one that is there, which takes a moment."""
-    for seconds in (0.01, 0.1, 1.0) if WINDOWS else ():
-        try:
-            temporary.replace(path)
-            return
-        except PermissionError:
-            time.sleep(seconds)
-    temporary.replace(path)
+def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 class TimeBudget:
@@ -111,66 +75,108 @@ class TimeBudget:
 class Job:
     """The folder of one quantization, locked while this object is open (use it in a `with`)."""
 
-    def __init__(self, folder: Path, settings: QuantizationSettings, lock: IO[str]):
-        self.folder, self.settings, self._lock = folder, settings, lock
+    def __init__(self, folder: Path, settings: QuantizationSettings, lock: IO[str], description: dict[str, Any]):
+        self.folder, self.settings, self._lock, self._description = folder, settings, lock, description
 
     @classmethod
-    def open(cls, folder: Path, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
+    def open(cls, folder: Path | str, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
         """Start a new job, or with `resume` go on with the one in `folder` (start one if there is none).
 
         Raises:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
-                these files or another model, or another process works on it.
+                these files or another model, or another process works on it, or the folder holds anything but a job.
         """
-        description = {"version": VERSION, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
+        folder = Path(folder)
+        check_job_folder(folder)
         path = folder / "job.json"
         if path.exists() and not resume:
             raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")
-        (folder / "layers").mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-        job = cls(folder, settings, lock)
+        description = {"version": VERSION, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
+        with told(folder):
+            (folder / "layers").mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        job = cls(folder, settings, lock, description)
         try:
             if path.exists():
                 _compare(_read_description(path), description, folder)
+                job._delete(TEMPORARY.fullmatch)  # a process was killed while it wrote them
             else:
-                job._clear()  # pieces without a description are left over from a removal that was interrupted
+                job._delete()  # of a job whose description is gone
                 write_atomically(path, json.dumps(description, indent=1, sort_keys=True).encode())
         except BaseException:
             job.close()
             raise
         return job
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that is quantized here."""
+        return self._description["fingerprint"]
+
     def has(self, piece: str) -> bool:
-        return self._path(piece).exists()
+        """Whether a piece is finished.
+
+        Raises:
+            JobError: if something else has its name.
+        """
+        path = self._path(piece)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise JobError(f"{path} is damaged (it is a link or a folder): remove it and resume")
+        return path.exists()
 
     def read(self, piece: str) -> dict[str, Tensor]:
         """The tensors of a finished piece, on the CPU.
 
         Raises:
-            JobError: if the file was damaged after it was written.
+            JobError: if the file was damaged after it was written, or is another piece or one of another job.
         """
+        path = self._path(piece)
         try:
-            return load_file(self._path(piece))
-        except SafetensorError as error:
-            raise JobError(f"{self._path(piece)} is damaged ({error}): delete this file and resume") from error
+            with safe_open(path, "pt") as file:
+                said = _sealed(file.metadata())
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise JobError(f"{path} is damaged ({error}): delete this file and resume") from error
+        if said != (piece, self._seal(piece, tensors)):
+            raise JobError(
+                f"{path} is damaged, or belongs to another layer or another job (its checksum does not fit): delete this file "
+                "and resume"
+            )
+        return tensors
 
     def write(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        write_atomically(self._path(piece), save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        sealed = save(content, {MARK: json.dumps([piece, self._seal(piece, content)])})
+        advice = "run the same command with --resume; finished pieces are kept"
+        write_atomically(self._path(piece), sealed, advice)
 
     def close(self) -> None:
         unlock(self._lock)
 
     def remove(self) -> None:
-        """Delete the folder: the result is safe elsewhere."""
-        (self.folder / "job.json").unlink()  # first, so that half a removal is no job
-        if WINDOWS:  # where open files cannot be removed
+        """Delete the job's own files, and the folder if nothing else is in it: the result is safe elsewhere.
+
+        The description goes last, so that half a removal is still a job of ours.
+        """
+        self._delete()
+        with suppress(OSError):  # somebody else's files are in it: they stay
+            (self.folder / "layers").rmdir()
+        (self.folder / "job.json").unlink()
+        if WINDOWS:  # where open files cannot be deleted
             self.close()
-        shutil.rmtree(self.folder)
+        (self.folder / "lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
         self.close()
 
-    def _clear(self) -> None:
-        for piece in self.folder.rglob("*.safetensors"):
-            piece.unlink()
+    def _delete(self, chosen: Callable[[str], Any] = bool) -> None:
+        """Delete pieces and what was left half written, also a whole result: those with a chosen name."""
+        for folder in (self.folder / "layers", self.folder):
+            for path in (folder / name for name in filter(chosen, _own_names(folder))):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def __enter__(self) -> Job:
         return self
@@ -181,6 +187,66 @@ class Job:
     def _path(self, piece: str) -> Path:
         return self.folder / f"{piece}.safetensors"
 
+    def _seal(self, piece: str, tensors: Mapping[str, Tensor]) -> str:
+        """SHA-256 over this job's description, the piece's name and all that is in it."""
+        digest = hashlib.sha256(json.dumps([self._description, piece], sort_keys=True).encode())
+        _update(digest, tensors)
+        return digest.hexdigest()
+
+
+def check_job_folder(folder: Path) -> None:
+    """Raise `JobError` unless a folder is missing, is a job of ours, or holds nothing but what such a job leaves behind."""
+    with told(folder):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise JobError(f"{folder} is a link or a file, and a job needs a folder of its own: move it away")
+        if not folder.exists():
+            return
+        for name, is_right in (("job.json", Path.is_file), ("lock", _is_empty_file), ("layers", Path.is_dir)):
+            path = folder / name
+            if path.is_symlink() or (path.exists() and not is_right(path)):
+                raise JobError(f"{path} is none of a job's files (a link, or of another kind): move {folder} away")
+        if (folder / "job.json").exists():
+            _read_description(folder / "job.json")
+            return
+        ours = {f"layers/{name}" for name in _own_names(folder / "layers")} | _own_names(folder) | {"lock"}
+        if unknown := [name for name in unknown_names(folder, ours) if name != "layers"]:
+            raise JobError(
+                f"{folder} is no job of ours: it has no job.json, and holds {listed(unknown)}. Quantizing would work in the "
+                "folder of that name: move it away, or choose another output"
+            )
+
+
+def _is_empty_file(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _own_names(folder: Path) -> set[str]:
+    """The names in a job's folder, or in its `layers`, of sealed pieces and of what was being written."""
+    if folder.is_symlink() or not folder.is_dir():
+        return set()
+    found = [path for path in folder.iterdir() if not path.is_symlink()]
+    return {path.name for path in found if TEMPORARY.fullmatch(path.name) or _is_piece(path)}
+
+
+def _is_piece(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            piece, _ = _sealed(file.metadata())
+    except (SafetensorError, OSError):
+        return False
+    return piece in (path.stem, f"layers/{path.stem}")
+
+
+def _sealed(metadata: dict[str, str] | None) -> tuple[str, str]:
+    """The piece's name and seal that a file says it has; empty if it says nothing."""
+    try:
+        piece, seal = json.loads((metadata or {}).get(MARK, ""))
+    except (ValueError, TypeError, RecursionError):
+        return "", ""
+    return str(piece), str(seal)
+
 
 def _lock(folder: Path) -> IO[str]:
     found = lock(folder / "lock")
@@ -189,22 +255,38 @@ def _lock(folder: Path) -> IO[str]:
     return found
 
 
-def _read_description(path: Path) -> dict:
+def _read_description(path: Path) -> dict[str, Any]:
+    """What a job says of itself.
+
+    Raises:
+        JobError: if it cannot be read, or is none of ours of this version.
+    """
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise JobError(f"{path} is damaged ({error}): delete the folder and start again") from error
-    return found if isinstance(found, dict) else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_job(path, f"it is damaged: {error}") from error
+    kinds = {"version": int, "settings": dict, "fingerprint": str}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise _no_job(path, "it describes no job, or is of another version of vq4dit")
+    if found["version"] != VERSION:
+        raise _no_job(path, "it is of another version of vq4dit")
+    return found
 
 
-def _compare(found: dict, wanted: dict, folder: Path) -> None:
-    if found.get("version") != wanted["version"] or not wanted.keys() <= found.keys():
-        raise JobError(f"{folder} was written by another version of vq4dit: delete the folder and start again")
+def _no_job(path: Path, reason: str) -> JobError:
+    return JobError(
+        f"{path} cannot be gone on with ({reason}): if nothing in {path.parent} is yours, delete the folder and start again, "
+        "or choose another output"
+    )
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     if found["fingerprint"] != wanted["fingerprint"]:
         raise JobError(
             f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it"
         )
     if found["settings"] != wanted["settings"]:
-        differing = [key for key, value in wanted["settings"].items() if found["settings"].get(key) != value]
-        told = ", ".join(f"{key}={found['settings'].get(key)!r} there, {wanted['settings'][key]!r} now" for key in differing)
-        raise JobError(f"{folder} was started with other settings ({told}): repeat those, or delete the folder")
+        there, now = found["settings"], wanted["settings"]
+        differing = [key for key in {**now, **there} if there.get(key) != now.get(key)]
+        shown = ", ".join(f"{key}={there.get(key)!r} there, {now.get(key)!r} now" for key in differing)
+        raise JobError(f"{folder} was started with other settings ({shown}): repeat those, or delete the folder")

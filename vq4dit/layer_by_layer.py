@@ -32,7 +32,8 @@ from vq4dit.devices import exact, exact_device
 from vq4dit.dit import named_blocks
 from vq4dit.error_feedback import BEAM, ErrorFeedback, QuantizedWeight, damp, quantize_weight
 from vq4dit.rate_allocation import RateCurve
-from vq4dit.zero_data import STEPS, BlockCall, evaluating, is_large, num_trajectories_for, record_block_calls
+from vq4dit.surroundings import evaluating
+from vq4dit.zero_data import STEPS, BlockCall, is_large, num_trajectories_for, record_block_calls
 
 PREFIX_CORRECTION = 0.5  # α
 TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,11 @@ from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation import LayerError, layer_errors
 from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
-from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.layers import VQLinear
 from vq4dit.loader import Loader
-from vq4dit.origin import origin_of, write_origin
+from vq4dit.memory import is_out_of_memory
+from vq4dit.origin import origin_of
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.quantization import check, run
 from vq4dit.saving import save
@@ -119,7 +121,7 @@ def failure(error: Exception, seconds: float = 0.0) -> Status:
         return Status("failed", why, advice, seconds=seconds)
     if isinstance(error, (VQ4DiTError, ValueError)):
         return Status("failed", str(error), seconds=seconds)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return Status(
             "failed",
             "The memory was not enough for this model.",
@@ -142,6 +144,7 @@ def _quantize(
 ) -> None:
     pipeline = loader.original(project)
     targets = check(pipeline, project.settings)
+    origin = origin_of(loader.catalog.locate(project.model), project.revision, project.settings)
     layers = project.layers()
     measured = {layer["name"] for layer in layers}
     reached: dict[str, int] = {}
@@ -165,8 +168,9 @@ def _quantize(
         if quantized is None:
             project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
             return
-        save(quantized, project.result, overwrite=True)
-        write_origin(project.result, origin_of(loader.catalog.locate(project.model), project.revision, project.settings))
+        origin = replace(origin, fingerprint=job.fingerprint)
+        source = loader.source(project)
+        save(quantized, project.result, overwrite=True, source=source, origin=origin, scratch=project.work)
         project.set_layers([asdict(layer) for layer in layer_errors(pipeline.transformer, quantized.transformer)])
         project.set_status(Status("done", seconds=spent()))
         job.remove()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vq4dit.catalog import Catalog
 from vq4dit.inspection import tensor_bytes
-from vq4dit.loading import check_access, load_pipeline
+from vq4dit.loading import check_access, load_pipeline, source_folder
 from vq4dit.workspace import Project
 
 KEPT_IN_MEMORY = 3
@@ -43,11 +44,19 @@ class Loader:
         check_access(model, self._token)
         return self._load(model, project.revision or None)
 
+    def source(self, project: Project) -> Path:
+        """Where the original's files lie."""
+        return source_folder(self.catalog.locate(project.model), project.revision or None, self._token)
+
     def quantized(self, project: Project) -> Any:
         return self._load(str(project.result), None)
 
     def original_bytes(self, project: Project) -> int:
         return tensor_bytes(self.catalog.locate(project.model), project.revision or None, self._token)
+
+    def forget(self) -> None:
+        """Give the memory of pipelines back that nobody works with."""
+        self._kept.clear()
 
     def _load(self, model: str, revision: str | None) -> Any:
         key = f"{model}@{revision}"

@@ -2,11 +2,14 @@
 
 The text follows from the folder, its origin and the reports of `compare` alone, so that the same push twice gives the same
 card. A figure that nobody measured is called "not measured"; figures of another file are refused.
+
+The folder may be a stranger's: what stands in code or in a table must be what it is called, the rest is told as plain words.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -16,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, constants
-from safetensors import safe_open
 
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
-from vq4dit.errors import HubError
+from vq4dit.errors import FormatError, HubError
 from vq4dit.evaluation import Comparison
-from vq4dit.inspection import WEIGHTS, empty_transformer, tensor_bytes
-from vq4dit.loading import check_pipeline, read_json
-from vq4dit.origin import Origin, read_origin
+from vq4dit.inspection import tensor_bytes
+from vq4dit.loading import check_pipeline
+from vq4dit.markdown import plain
+from vq4dit.origin import Origin, copied, is_hub_id, read_origin
+from vq4dit.repository import read_json, weights_in
+from vq4dit.skeleton import empty_transformer
 
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|research|amlr")
 RECIPES = {"kmeans": "plain k-means", "paper": "VQ4DiT as in its paper", "best": "the one that measures best in vq4dit"}
@@ -46,7 +51,7 @@ class Base:
 
 def default_visibility(base: Base) -> tuple[bool, str]:
     """Whether a quantized model should be private at first, and why."""
-    licence = str(base.metadata.get("license_name") or base.metadata.get("license") or "")
+    licence = licence_of(base)
     if base.restricted:
         return True, f"its base {base.model} is {base.restricted}"
     if licence.lower() in ("", "unknown", "other"):
@@ -56,9 +61,15 @@ def default_visibility(base: Base) -> tuple[bool, str]:
     return False, f"the licence of its base, {licence}, allows it"
 
 
+def licence_of(base: Base) -> str:
+    """Its name, "" if none is known."""
+    metadata = copied(base.metadata)
+    return str(metadata.get("license_name") or metadata.get("license") or "")
+
+
 def default_name(base: str, bits: int) -> str:
     """A repository name from the base's: "facebook/DiT-XL-2-256" at 2 bits -> "DiT-XL-2-256-vq4dit-2bit"."""
-    stem = re.sub(r"[^\w.-]+", "-", Path(base).name).strip("-.") or "model"
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(base).name).strip("-.") or "model"
     return f"{stem}-vq4dit-{bits}bit"
 
 
@@ -69,8 +80,12 @@ def read_report(folder: Path) -> Comparison:
         HubError: if there are none, or they are of another version.
     """
     try:
-        return Comparison(**json.loads((folder / "report.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        wrong = [name for name, value in values.items() if type(value) not in (int, float) or not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r:.100} is not a number")
+        return Comparison(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise HubError(
             f"{folder} has no report.json that can be read ({error}): make one with `python -m vq4dit compare`", "card"
         ) from error
@@ -86,12 +101,16 @@ def model_card(
         kmeans: of `compare`, the base against plain k-means at the same bits; None if nobody measured.
 
     Raises:
-        HubError: if a report is of another file, or the two were not measured alike.
+        HubError: if a report is of another file, or the two were not measured alike; FormatError if the folder's files say
+            what cannot be.
     """
     config = check_pipeline(str(folder))
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != "vq4dit":
         raise HubError(f"{folder} is no model quantized by vq4dit: quantize first, then push the output folder", "card")
+    _check_made(folder, quantization)
+    if not is_hub_id(repo_id):
+        raise HubError(f"{repo_id!r:.100} cannot be the name of a repository: use letters, digits, and - _ . between", "name")
     num_bytes = tensor_bytes(str(folder))
     _check_reports(num_bytes, report, kmeans)
     origin, codings = read_origin(folder), layer_codings(folder)
@@ -107,6 +126,22 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def _check_made(folder: Path, quantization: dict[str, Any]) -> None:
+    """Raise `FormatError` unless what the config says of its making can be so."""
+    bits, recipe, seed = (quantization.get(name) for name in ("bits", "recipe", "seed"))
+    told = {
+        "bits": type(bits) is int and bits in CODEBOOKS,
+        "recipe": isinstance(recipe, str) and re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", recipe),
+        "seed": type(seed) is int,
+    }
+    for name, fits in told.items():
+        if not fits:
+            raise FormatError(
+                f"the config of {folder} says {name} {quantization.get(name)!r:.100}, which vq4dit does not write: quantize "
+                "the original model again"
+            )
+
+
 def _check_reports(num_bytes: int, report: Comparison | None, kmeans: Comparison | None) -> None:
     if report and report.quantized_bytes != num_bytes:
         raise HubError(
@@ -119,14 +154,14 @@ def _check_reports(num_bytes: int, report: Comparison | None, kmeans: Comparison
 
 
 def _metadata(base: Base, bits: int) -> str:
-    copied = dict(base.metadata)
-    link = copied.get("license_link")
+    metadata = copied(base.metadata)
+    link = metadata.get("license_link")
     if link and "://" not in link and base.model:  # a file of the base's repository
-        copied["license_link"] = f"{constants.ENDPOINT}/{base.model}/blob/{base.revision or 'main'}/{link}"
+        metadata["license_link"] = f"{constants.ENDPOINT}/{base.model}/blob/{base.revision or 'main'}/{link}"
     if base.model:
-        copied |= {"base_model": base.model, "base_model_relation": "quantized"}
+        metadata |= {"base_model": base.model, "base_model_relation": "quantized"}
     tags = ["vq4dit", "quantization", f"{bits}-bit", "diffusion"]
-    return ModelCardData(library_name="diffusers", tags=tags, **copied).to_yaml().strip()
+    return ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml().strip()
 
 
 def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str:
@@ -204,9 +239,9 @@ def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str
     calibration = origin.settings.get("calibration", {})
     shown = {key: value for key, value in calibration.items() if _belongs(key, recipe)}
     if shown:
-        lines.append("- calibration: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+        lines.append("- calibration: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in shown.items()))
     if origin.versions:
-        lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in origin.versions.items()))
+        lines.append("- versions: " + ", ".join(f"{plain(name)} {plain(value)}" for name, value in origin.versions.items()))
     else:
         lines.append("- versions and calibration settings: not recorded")
     return "## How it was made\n\n" + "\n".join(lines)
@@ -219,12 +254,12 @@ def _belongs(constant: str, recipe: str) -> bool:
 
 
 def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    original = {key: value for key, value in config.items() if key != "quantization_config"}
     num_codewords, dim = CODEBOOKS[config["quantization_config"]["bits"]]
-    targets, kept = find_targets(empty_transformer(plain), dim, num_codewords, origin.settings.get("keep", ()))
+    targets, kept = find_targets(empty_transformer(original), dim, num_codewords, origin.settings.get("keep", ()))
     reasons = {layer.name: layer.reason for layer in kept} | dict.fromkeys(targets, "not quantized")
     groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), reasons[name]) for name in reasons if name not in quantized)
-    lines = [f"- `{name}` ({count} layers): {reason}" for (name, reason), count in groups.items()]
+    lines = [f"- `{name}` ({count} layers): {plain(reason)}" for (name, reason), count in groups.items()]
     lines.append("- everything outside the transformer blocks, all biases and norms")
     total = len(quantized)
     return f"## Layers kept in 16 bit\n\n{total} linear layers are quantized. The rest is not:\n\n" + "\n".join(lines)
@@ -233,17 +268,20 @@ def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> 
 def layer_codings(folder: Path) -> dict[str, str]:
     """How the weights of each quantized layer are held, from the files' headers."""
     found: dict[str, str] = {}
-    for path in sorted((folder / "transformer").iterdir()):
-        if WEIGHTS.fullmatch(f"transformer/{path.name}"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    layer, _, tensor = key.rpartition(".")
-                    if tensor == "codebook":
-                        k, d = file.get_slice(key).get_shape()
-                        found[layer] = f"{k} codewords of {d} weights"
-                    elif tensor == "coded_integers":
-                        found[layer] = "entropy-coded integers, with more bits where they matter,"
+    for key, tensor in weights_in(folder / "transformer").tensors.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "codebook":
+            k, d = _shape_of_codebook(folder, key, tensor.shape)
+            found[layer] = f"{k} codewords of {d} weights"
+        elif kind == "coded_integers":
+            found[layer] = "entropy-coded integers, with more bits where they matter,"
     return found
+
+
+def _shape_of_codebook(folder: Path, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise FormatError(f"{key} in {folder} must have 2 axes, and has {len(shape)}: quantize the original model again")
+    return shape[0], shape[1]
 
 
 def _limits(base: Base, report: Comparison | None) -> str:
@@ -253,6 +291,8 @@ def _limits(base: Base, report: Comparison | None) -> str:
         "- No FID and no human judgement was measured."
         + (f" The figures above rest on {report.num_pairs} pairs of images." if report else " No figure at all was measured."),
     ]
-    licence = base.metadata.get("license_name") or base.metadata.get("license")
-    told = f"{licence}, as of the base" if licence else "not known: ask the author of the base before you use or share it"
+    licence = licence_of(base)
+    told = (
+        f"{plain(licence)}, as of the base" if licence else "not known: ask the author of the base before you use or share it"
+    )
     return "## Limits\n\n" + "\n".join(lines) + f"\n\n## Licence\n\n{told}."

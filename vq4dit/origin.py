@@ -1,6 +1,7 @@
-"""Where a quantized model comes from: `vq4dit.json` beside its weights, written when it is made, read when it is published.
+"""Where a quantized model comes from and how it was made: `vq4dit.json` beside its weights, written and read with it.
 
-    {"base": {"model": "facebook/DiT-XL-2-256", "revision": "<commit>"}, "settings": {...}, "versions": {...}}
+    {"model": "facebook/DiT-XL-2-256", "revision": "<commit>", "fingerprint": "<of the original's weights>",
+     "recipe": {"name": "best", "version": 10}, "settings": {...}, "settings_hash": "<SHA-256>", "versions": {...}}
 
 A base that was a folder has no Hub id: `model` and `revision` are empty then, and `metadata` holds what the folder's own
 card says of licence, language and purpose. Paths of this machine are not written.
@@ -8,22 +9,37 @@ card says of licence, language and purpose. Paths of this machine are not writte
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
-from vq4dit.job import write_atomically
-from vq4dit.version import VERSION
+from vq4dit.files import write_atomically
+from vq4dit.job import VERSION
+from vq4dit.version import VERSION as OWN_VERSION
 
 FILENAME = "vq4dit.json"
-COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base's card to ours
+# From the base's card to ours, if they look like what they should be: the card of a stranger may say anything.
+COPIED = {
+    "license": re.compile(r"[\w.+-]{1,50}", re.ASCII),
+    "license_name": re.compile(r"[\w .,+()/-]{1,100}"),
+    "license_link": re.compile(r"(https?://[\w.-]+(:\d+)?/)?[\w.~%+-]+(/[\w.~%+-]+)*/?", re.ASCII),
+    "language": re.compile(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]{2,8})*"),
+    "pipeline_tag": re.compile(r"[a-z0-9-]{1,50}"),
+}
+REVISION = re.compile(r"\w[\w./-]{0,99}", re.ASCII)  # a commit, branch or tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +48,27 @@ class Origin:
 
     model: str = ""  # Hub id
     revision: str = ""  # commit
+    fingerprint: str = ""  # of the base: see `job.fingerprint`
     metadata: dict[str, Any] = field(default_factory=dict)  # COPIED fields of the base's card
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)  # name, and the version of vq4dit's recipes
+    settings: dict[str, Any] = field(default_factory=dict)  # all of them, those of other recipes too
+    settings_hash: str = ""
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries, and the commit of vq4dit where it is known
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if something is not what it is called: the record of a stranger may say anything."""
+        for name, kind in (("model", str), ("revision", str), ("metadata", dict), ("settings", dict), ("versions", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r:.100}")
+        keep, calibration = self.settings.get("keep", []), self.settings.get("calibration", {})
+        if not isinstance(keep, list | tuple) or not all(isinstance(pattern, str) for pattern in keep):
+            raise ValueError(f"keep must be patterns of layer names, got {keep!r:.100}")
+        if not isinstance(calibration, dict):
+            raise ValueError(f"calibration must be settings by their names, got {calibration!r:.100}")
+        if self.model and not is_hub_id(self.model):
+            raise ValueError(f"the base must be a Hub id, which looks like owner/name, got {self.model!r:.100}")
+        if self.revision and not REVISION.fullmatch(self.revision):
+            raise ValueError(f"revision must be a commit, branch or tag, got {self.revision!r:.100}")
 
 
 def origin_of(model: str, revision: str | None, settings: QuantizationSettings) -> Origin:
@@ -44,19 +78,54 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
         model="" if is_folder else model,
         revision="" if is_folder else revision or "",
         metadata=folder_metadata(Path(model)) if is_folder else {},
+        recipe={"name": settings.recipe, "version": VERSION},
         settings=settings.to_dict(),
-        versions={"vq4dit": VERSION, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
+        versions=versions(),
     )
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that make the numbers, and the commit of vq4dit if it was installed from one."""
+    found = {"vq4dit": OWN_VERSION, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return found | ({"vq4dit_commit": commit} if (commit := own_commit()) else {})
+
+
+def own_commit() -> str:
+    """As pip noted it, empty if it did not."""
+    try:
+        record = json.loads(distribution("vq4dit").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return ""
+    return str(record.get("vcs_info", {}).get("commit_id", ""))
+
+
 def folder_metadata(folder: Path) -> dict[str, Any]:
-    """The COPIED fields of a folder's own card, if it has one."""
+    """The COPIED fields of a folder's own card. A card that cannot be read is no card."""
     path = folder / "README.md"
-    return copied(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()) if path.is_file() else {}
+    try:
+        return copied(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}
 
 
 def copied(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {key: metadata[key] for key in COPIED if metadata.get(key)}
+    """Of a card's metadata, what goes into ours."""
+    return {key: metadata[key] for key, shape in COPIED.items() if _fits(metadata.get(key), shape)}
+
+
+def _fits(value: Any, shape: re.Pattern[str]) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(word, str) and shape.fullmatch(word) for word in values)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be the name of a repository, "owner/name"."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.isascii() and "/" in name
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -73,6 +142,11 @@ def read_origin(folder: Path) -> Origin:
     if not path.is_file():
         return Origin()
     try:
-        return Origin(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        empty = asdict(Origin())
+        known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
+        if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
+            raise TypeError(f"{wrong[0]} is of another kind")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
+    return Origin(**known)

@@ -16,13 +16,18 @@ or, from format version 3 on, entropy-coded integers:
 
 from __future__ import annotations
 
-from torch import nn
+import math
 
+import torch
+from torch import Tensor, nn
+
+from vq4dit.casts import as_bytes, as_scales
 from vq4dit.codebook import assignment_bits
 from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.entropy_coding import WORD_BYTES, Sides
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.layers import VQLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.packing import packed_size
 
 SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory
@@ -31,8 +36,8 @@ PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
-def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> PackedLinear:
-    """A packed layer on the meta device, in place of `linear`, for tensors of these shapes.
+def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """A packed layer on the meta device, in place of `linear`, for tensors of these shapes, to be decoded in `dtype`.
 
     Raises:
         FormatError: unless they fit each other and the model's config.
@@ -40,10 +45,11 @@ def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> P
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if "coded_integers" in shapes:
         _check_coded(name, shapes)
-        return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta")
+        return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta", dtype=dtype)
     _check_quantized(name, shapes, linear)
     k, d = shapes["codebook"]
-    return VQLinear(*size, num_codewords=k, subvector_dim=d, bias=bias, row_scale="row_scale" in shapes, device="meta")
+    scaled = "row_scale" in shapes
+    return VQLinear(*size, num_codewords=k, subvector_dim=d, bias=bias, row_scale=scaled, device="meta", dtype=dtype)
 
 
 def _check_present(name: str, wanted: set[str], shapes: dict[str, list[int]]) -> None:
@@ -81,3 +87,41 @@ def _check_coded(name: str, shapes: dict[str, list[int]]) -> None:
     stream = shapes["coded_integers"]
     if len(stream) != 1 or stream[0] % WORD_BYTES:
         raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")
+
+
+def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise `FormatError` if a tensor of a file holds NaN or infinity, or would once it is of the type it is loaded in."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    largest = float(tensor.float().abs().max())  # NaN if there is one
+    if not math.isfinite(largest):
+        raise FormatError(
+            f"{name} holds values that are not finite (NaN or infinity): the file is damaged, download or quantize it again"
+        )
+    if dtype is not None and dtype.is_floating_point and largest > torch.finfo(dtype).max:
+        raise FormatError(
+            f"{name} holds {largest:.6g}, more than {dtype} can: load the model with dtype=torch.bfloat16 or torch.float32"
+        )
+
+
+def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a model as its file holds it: bytes, fp16 values of codebooks and scales, the rest in `dtype` if it fits.
+
+    What was loaded in a larger type than it was stored in goes back to 16 bit, as does what layerwise casting keeps in fewer.
+
+    Raises:
+        FormatError: if a packed tensor was cast to a type that does not hold its values.
+    """
+    part = name.rpartition(".")[2]
+    if part in BYTES:
+        return as_bytes(tensor, name)
+    if part in SCALES:
+        tensor, dtype = as_scales(tensor, name), torch.float16
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 2:
+        return tensor
+    for candidate in (dtype, torch.float16, torch.float32):
+        narrow = tensor.to(candidate)
+        if candidate.itemsize < tensor.dtype.itemsize and not torch.equal(narrow.to(tensor.dtype), tensor):
+            continue
+        return narrow
+    return tensor

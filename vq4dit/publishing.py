@@ -21,8 +21,8 @@ from PIL import Image
 
 from vq4dit.account import Account, look_up_base
 from vq4dit.evaluation import Comparison, grid
+from vq4dit.files import write_atomically
 from vq4dit.hub import Pushed, Target, push, same_image
-from vq4dit.job import write_atomically
 from vq4dit.lease import Stopped, stream
 from vq4dit.model_card import default_name, default_visibility, model_card, read_report
 from vq4dit.origin import read_origin

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vq4dit.adapters import adapter_layers, adapter_names
 from vq4dit.best import quantize_best
 from vq4dit.calibration import Calibration
 from vq4dit.codebook import nearest_codewords, split_subvectors
@@ -34,6 +35,7 @@ from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.soft_layers import SoftVQLinear, start_logits
 from vq4dit.student import rest_dtype, student_with
+from vq4dit.surroundings import ordinary_torch, with_gradients
 from vq4dit.zero_data import check_supported
 
 CHECKPOINT_SECONDS = 15.0
@@ -60,6 +62,7 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
             return run(job, pipeline, on_progress=on_progress)
 
 
+@ordinary_torch()
 def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnProgress = ignore) -> Any | None:
     """Go on with a job until it is done, or until `seconds` are nearly over.
 
@@ -67,6 +70,7 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
         The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
     """
     budget = TimeBudget(seconds)
+    pipeline = with_gradients(pipeline)
     targets = check(pipeline, job.settings)
     if job.settings.recipe == "best":
         student = quantize_best(job, pipeline, targets, budget, on_progress)
@@ -90,8 +94,8 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
 
     Raises:
-        UnsupportedModelError: if the model is quantized already, has no blocks, its pipeline cannot make zero data for the
-            recipe, or a weight is not finite.
+        UnsupportedModelError: if the model is quantized already, carries an adapter, is offloaded, is stored in less than 16
+            bit or has no blocks, its pipeline cannot make zero data for the recipe, or a weight is not finite.
     """
     transformer = getattr(pipeline, "transformer", None)
     if not isinstance(transformer, nn.Module):
@@ -102,6 +106,28 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     if getattr(transformer, "is_quantized", False):
         raise UnsupportedModelError(
             f"this model is quantized already ({pipeline.transformer.quantization_method.value}): start from the original model"
+        )
+    if attached := adapter_layers(transformer):
+        name, wrapper = next(iter(attached.items()))
+        raise UnsupportedModelError(
+            f"the adapter {', '.join(adapter_names(wrapper))} is attached to {name}: merge it (pipeline.fuse_lora and then "
+            "pipeline.unload_lora_weights, or merge_and_unload of the PEFT model) or unload it before quantizing"
+        )
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} is not in memory (the model is offloaded, or was made on the meta device): load the pipeline without "
+                "device_map and offloading, it is quantized on the device where it lies"
+            )
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise UnsupportedModelError(
+                f"{name} is of type {tensor.dtype}, as layerwise casting stores it: quantize the model as it was loaded, in "
+                "fp32, fp16 or bf16"
+            )
+    if others := [name for name, part in pipeline.components.items() if name != "transformer" and _is_like(part, transformer)]:
+        raise UnsupportedModelError(
+            f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
+            "is: two-stage models are not supported yet, take one with a single transformer"
         )
     if settings.recipe != "kmeans":
         check_supported(pipeline)
@@ -119,6 +145,11 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
                     f"{name} has values above 65504, the largest that fp16 holds: leave it in 16 bit with --keep {name}"
                 )
     return targets
+
+
+def _is_like(part: Any, transformer: nn.Module) -> bool:
+    """Whether another part is a transformer as well, of the same class: the second stage of a model of two, say."""
+    return isinstance(part, nn.Module) and type(part) is type(transformer)
 
 
 def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:

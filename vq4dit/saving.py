@@ -1,77 +1,138 @@
-"""Write a quantized pipeline to a folder: whole, or not at all, and never over something that is not ours."""
+"""Write a quantized pipeline to a folder: whole, or not at all, and never over something that is not ours.
+
+What is quantized is written from memory. The other parts of the pipeline are copied as files from where the original lies, byte
+for byte: in memory they may be in another type, and twice as large. `vq4dit.json` says how it was made.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vq4dit.config import QuantizationSettings
-from vq4dit.errors import JobError
-from vq4dit.job import sync_folder
+from torch import nn
+
+from vq4dit.config import QuantizationSettings, QuantMethod
+from vq4dit.errors import FormatError
+from vq4dit.files import check_free, whole_folder
+from vq4dit.origin import FILENAME, Origin, read_origin, versions, write_origin
+from vq4dit.pipeline_files import INDEX, part_files, pipeline_files, read_object, stays_inside, weight_files
 
 
-def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
-    """Write a quantized pipeline to `folder`: whole, or not at all.
+def save(
+    pipeline: Any,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    source: str | Path | None = None,
+    origin: Origin | None = None,
+    scratch: Path | None = None,
+) -> None:
+    """Write a quantized pipeline to `folder` (or where a link of that name leads): whole, or not at all.
+
+    Args:
+        overwrite: replace a result of ours that is there; never anything else.
+        source: the original's folder. Parts that are not quantized are copied from it; without it they are written from
+            memory, in the type they have there.
+        origin: what `vq4dit.json` shall say; without it, as much as the model knows of itself.
+        scratch: a folder on the same disk where it is written first, such as a job's, which cleans up after a process that was
+            killed; by default the one around `folder`.
 
     Raises:
-        JobError: if the folder is not empty and `overwrite` is false, or the disk is full.
+        JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours, or the disk is
+            full.
     """
-    check_output(folder, overwrite)
-    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
-    if folder.exists() and any(folder.iterdir()):
-        shutil.rmtree(previous, ignore_errors=True)
-    elif previous.exists():  # it was killed between the two renames below: this is all there is
-        previous.rename(folder)
-    try:
-        pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
-        for path in sorted(partial.rglob("*")):
-            if path.suffix == ".json":
-                _forget_local_paths(path)
-            if path.is_file():
-                with open(path, "rb" if os.name == "posix" else "rb+") as file:  # Windows flushes what may be written
-                    os.fsync(file.fileno())
-    except BaseException as error:  # safetensors reports a full disk as an error of its own
-        shutil.rmtree(partial, ignore_errors=True)
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise JobError(f"the disk is full: {folder} could not be written. Free some space and use --resume") from error
-        raise
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    if not str(folder):
+        raise ValueError("the folder to save to must have a name, got an empty one")
+    with whole_folder(Path(folder).resolve(), overwrite, result_files, "use --resume", scratch) as partial:
+        _write_parts(pipeline, partial, max_shard_size, Path(source) if source else None)
+        write_origin(partial, origin or _origin_of(pipeline))
 
 
-def _forget_local_paths(path: Path) -> None:
+def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path | None) -> None:
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+    copied = [name for name, part in parts.items() if source and _copy_part(part, source / name, folder / name, source)]
+    if copied:
+        for name in parts.keys() - set(copied):
+            shards = {"max_shard_size": max_shard_size} if isinstance(parts[name], nn.Module) else {}
+            parts[name].save_pretrained(folder / name, **shards)
+        pipeline.save_config(folder)
+        named = read_object(source / INDEX) if source else {}
+        _change(folder / INDEX, lambda index: index | {name: named[name] for name in copied if name in named})
+    else:
+        pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    for path in folder.rglob("*.json"):
+        if path.parent.name not in copied:
+            _change(path, _without_local_path)
+
+
+def _copy_part(part: Any, source: Path, target: Path, root: Path) -> bool:
+    """Copy the files of a part that is not quantized; False if it has to be written from memory.
+
+    That is so for a part without safetensors, or one whose files are links to somewhere outside of the pipeline's folder: what
+    they lead to may be no part of it.
+    """
+    names = part_files(source)
+    is_ours = getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
+    if is_ours or not names or (isinstance(part, nn.Module) and not weight_files(source)):
+        return False
+    if not all(stays_inside(source / name, root) for name in names):
+        return False
+    target.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return True
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if (after := change(before)) != before:
+        path.write_text(json.dumps(after, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _without_local_path(values: dict[str, Any]) -> dict[str, Any]:
     """diffusers notes where a model was loaded from: a Hub id is worth keeping, a folder of this machine is not."""
-    values = json.loads(path.read_text())
-    if (origin := values.get("_name_or_path")) and Path(origin).exists():
-        del values["_name_or_path"]
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    is_local = bool(values.get("_name_or_path")) and Path(values["_name_or_path"]).exists()
+    return {name: value for name, value in values.items() if name != "_name_or_path" or not is_local}
 
 
-def check_output(folder: Path, overwrite: bool, contains: str = "model_index.json") -> None:
-    """Raise `JobError` if something would be lost by writing to `folder`.
+def _origin_of(pipeline: Any) -> Origin:
+    """What a quantized pipeline knows of how it was made, if nobody else says it."""
+    made = dict(pipeline.transformer.config).get("quantization_config") or {}
+    values = made if isinstance(made, dict) else made.to_dict()
+    return Origin(settings={name: values[name] for name in ("bits", "recipe", "seed") if name in values}, versions=versions())
 
-    Even with `overwrite` only a folder of the same kind is replaced: one that contains the file named `contains`.
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise `JobError` if something would be lost by saving to `folder`: see `check_free`."""
+    check_free(folder, overwrite, result_files)
+
+
+def result_files(folder: Path) -> set[str] | None:
+    """The names of the files of a quantized pipeline that we wrote; None if the folder is none of ours."""
+    return None if _origin_of_result(folder) is None else {FILENAME, *pipeline_files(folder)}
+
+
+def is_result(folder: Path, settings: QuantizationSettings, fingerprint: str = "") -> bool:
+    """Whether `folder` already is what these settings make of the model with this fingerprint (of some model, without one).
+
+    A process may be killed between saving and cleaning up.
     """
-    if folder.is_file():
-        raise JobError(f"{folder} is a file: choose another output")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise JobError(f"{folder} is not empty: choose another output, or pass --overwrite to replace it")
-    if not (folder / contains).is_file():
-        raise JobError(f"{folder} has no {contains}, so it is none of our results and is not replaced: choose another output")
+    origin = _origin_of_result(folder)
+    if origin is None or not origin.fingerprint or origin.settings != settings.to_dict():
+        return False
+    return fingerprint in ("", origin.fingerprint)
 
 
-def is_result(folder: Path, settings: QuantizationSettings) -> bool:
-    """Whether `folder` already is what these settings make: a process may be killed between saving and cleaning up."""
-    path = folder / "transformer" / "config.json"
-    made = json.loads(path.read_text()).get("quantization_config", {}) if path.is_file() else {}
-    wanted = {"quant_method": "vq4dit", "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
-    return wanted.items() <= made.items()
+def _origin_of_result(folder: Path) -> Origin | None:
+    """How a result of ours was made; None if the folder holds something else."""
+    try:
+        origin = read_origin(folder)
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        method = config["quantization_config"]["quant_method"]
+    except (FormatError, OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return origin if origin.versions and method == "vq4dit" else None

@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vq4dit.devices import exact
+from vq4dit.surroundings import evaluating
 from vq4dit.zero_data import (
     ROUNDS,
     STEPS,
     TeacherStep,
-    evaluating,
     guide,
     is_large,
     new_scheduler,

@@ -1,23 +1,28 @@
-"""What the commands share: types of arguments, the device, and what is seen of long work: bars, or lines where nobody looks."""
+"""What the commands share: types of arguments, the device, the door to the terminal, and what is seen of long work: bars, or
+lines where nobody looks."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
+import rich.console
 import torch
-from rich.console import Console
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
 
 from vq4dit.devices import DEVICE, describe, resolve
+from vq4dit.printable import printable
 from vq4dit.progress import OnProgress, Progress
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -29,6 +34,21 @@ VERBS = {
     "measure": "measuring the noise",
     "upload": "uploading",
 }
+
+
+class Console(rich.console.Console):
+    """The only door to the terminal: what strangers wrote is shown and never obeyed, whichever way it came here."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class Parser(argparse.ArgumentParser):
+    """Names of files come as arguments too, and what is wrong with one is told with the name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def positive(text: str) -> int:
@@ -44,13 +64,25 @@ def finite(text: str) -> float:
     return value
 
 
+def model_name(text: str) -> str:
+    """A Hub id, or the path of a folder, in which a shell may have left the home directory for us."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
 def folder_path(text: str) -> Path:
-    return Path(text).expanduser().resolve()
+    try:
+        text.encode()  # what is no text could not be shown either
+        path = Path(text).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder or file ({error})") from error
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be the name of a folder or file, got {text!r}")
+    return path
 
 
 def picture_path(text: str) -> Path:
     path = folder_path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if path.suffix.lower() != ".png" or os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
     return path
 

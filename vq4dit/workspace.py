@@ -12,6 +12,7 @@ folder, so a reloaded page, a second tab or a restarted server shows the same.
     ROOT/VISITOR/PROJECT/result/NAME/     the packed model
     ROOT/VISITOR/PROJECT/report/          pictures and report.json
     ROOT/VISITOR/PROJECT/lock             held by whoever works on it; the system lets go of it when a process dies
+    ROOT/VISITOR/PROJECT/held             held by whoever packs it up to be taken home
     ROOT/VISITOR/PROJECT/stop             asks that worker to stop
 
 VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps.
@@ -34,11 +35,13 @@ from typing import Any, Literal
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
-from vq4dit.job import write_atomically
+from vq4dit.files import amount, write_atomically
 from vq4dit.locks import locked
 
 KEY = re.compile(r"[0-9a-f]{32}")
 LEAVING_SECONDS = 10.0
+READING_SECONDS = 120.0
+ABANDONED_SECONDS = 30 * 86400.0  # after which whoever drove a waiting project will not come back
 LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
 # "waiting" is between two turns: whoever drives the work goes on with the next one.
 Phase = Literal["new", "running", "waiting", "paused", "done", "failed"]
@@ -163,7 +166,21 @@ class Project:
         with locked(self.folder / "lock", LEAVING_SECONDS) as is_mine:
             if not is_mine:
                 raise JobError("this project is being worked on already, perhaps in another tab: wait for it, or stop it there")
+            if not (self.folder / "project.json").exists():
+                raise JobError("this project was removed to make room for others: choose the model again and press Quantize")
             os.utime(self.folder)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the project from being swept while it is read; whoever works on it may go on.
+
+        Raises:
+            JobError: if somebody else reads it for long.
+        """
+        with locked(self.folder / "held", READING_SECONDS) as is_mine:
+            if not is_mine:
+                raise JobError("this project is being packed already, perhaps in another tab: try again when that is done")
             yield
 
     def is_busy(self) -> bool:
@@ -218,18 +235,21 @@ class Workspace:
         return Project(folder)
 
     def sweep(self, *, max_age_seconds: float, max_bytes: int) -> list[Path]:
-        """Remove projects that were not used for long, then the oldest ones until all fit; never one that is worked on."""
+        """Remove projects that were not used for long, then the oldest ones until all fit; never one that is at work.
+
+        That is one that somebody works on or reads, or that waits for its next turn.
+        """
         folders = [path.parent for path in self.root.glob("*/*/project.json")]
         projects = [project for folder in folders if (project := _opened(folder))]
         ages = {project: time.time() - project.last_used() for project in projects}
         total = sum(folder_bytes(project.folder) for project in projects)
         removed = []
         for project in sorted(projects, key=lambda p: ages[p], reverse=True):
-            if (ages[project] > max_age_seconds or total > max_bytes) and not project.is_busy():
-                total -= folder_bytes(project.folder)
-                (project.folder / "project.json").unlink()  # first, so that half a removal is no project
-                shutil.rmtree(project.folder, ignore_errors=True)
-                removed.append(project.folder)
+            if ages[project] > max_age_seconds or total > max_bytes:
+                num_bytes = folder_bytes(project.folder)
+                if _removed(project, ages[project]):
+                    total -= num_bytes
+                    removed.append(project.folder)
         return removed
 
     @staticmethod
@@ -237,6 +257,17 @@ class Workspace:
         if not KEY.fullmatch(key):
             raise ValueError(f"a key has 32 hexadecimal digits, got {len(key)} characters")
         return key
+
+
+def _removed(project: Project, age: float) -> bool:
+    """Remove a project unless it is at work; whether that was done."""
+    lock, held = (locked(project.folder / name) for name in ("lock", "held"))
+    with lock as is_free, held as is_unread:
+        if not (is_free and is_unread) or (project.status().phase == "waiting" and age < ABANDONED_SECONDS):
+            return False
+        (project.folder / "project.json").unlink()  # first, so that half a removal is no project
+        shutil.rmtree(project.folder, ignore_errors=True)
+        return True
 
 
 def _opened(folder: Path) -> Project | None:
@@ -266,8 +297,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise JobError(
-            f"the disk has {free / 1e9:.1f} GB left and this needs {1.1 * needed / 1e9:.1f} GB: remove old results or choose a "
-            "smaller model"
+            f"the disk has {amount(free)} left and this needs {amount(1.1 * needed)}: remove old results or choose a smaller "
+            "model"
         )
 
 

@@ -33,8 +33,9 @@ from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
 from vq4dit.error_feedback import damp
 from vq4dit.evaluation import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
+from vq4dit.files import write_atomically
 from vq4dit.inspection import tensor_bytes
-from vq4dit.job import fingerprint, write_atomically
+from vq4dit.job import fingerprint
 from vq4dit.layer_by_layer import calibration_walk, groups_in_turn
 from vq4dit.loading import load_pipeline
 from vq4dit.randomness import named_generator

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vq4dit.job import fingerprint, write_atomically
+from vq4dit.files import write_atomically
+from vq4dit.job import fingerprint
 from vq4dit.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]

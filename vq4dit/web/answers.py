@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from vq4dit.catalog import BUNDLED
+from vq4dit.printable import printable
 from vq4dit.web import parts
 from vq4dit.web.studio import Choice, Studio, default_labels
 from vq4dit.web.words import Trouble, explain, in_words, size
@@ -78,7 +79,8 @@ class Answers:
             names = {}
         asked = [label for label in classes_of(dict(request.query_params), model) if label in names.values()]
         value = asked or [names[label] for label in default_labels(names)]
-        return gr.Dropdown(choices=list(names.items()), value=value), model if names else ""
+        choices = [(printable(name), label) for name, label in names.items()]
+        return gr.Dropdown(choices=choices, value=value), model if names else ""
 
     # --- running ---
 

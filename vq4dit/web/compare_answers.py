@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import gradio as gr
 
 from vq4dit.pairs import Pair, PairSettings, drawn_pairs, report
+from vq4dit.printable import printable
 from vq4dit.web import parts, pictures
 from vq4dit.web.answers import secret
 from vq4dit.web.studio import Studio
@@ -76,7 +77,7 @@ class CompareAnswers:
         """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
         if not pairs:
             return gr.Radio(visible=False), "", "", "", ""
-        chips, first = [(f"{p.name} · {p.seed}", p.stem) for p in pairs], pairs[0]
+        chips, first = [(printable(f"{p.name} · {p.seed}"), p.stem) for p in pairs], pairs[0]
         chosen = gr.Radio(chips, value=first.stem, visible=True), pictures.slider(project, first)
         if on_page and all(pair in pairs for pair in on_page):
             chosen = gr.Radio(chips), gr.skip()

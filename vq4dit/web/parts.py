@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from vq4dit.catalog import ModelCard
 from vq4dit.config import QuantizationSettings
 from vq4dit.estimate import DAILY_GPU_SECONDS, Estimate
-from vq4dit.web.words import Trouble, clock, duration, size
+from vq4dit.web.words import Trouble, clock, duration, escape, size
 from vq4dit.workspace import Event, Project, Status
 
 LOG_LINES = 60

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from vq4dit.pairs import Pair, drawn_pairs
 from vq4dit.web.parts import data_uri, empty
-from vq4dit.web.words import size
+from vq4dit.web.words import escape, size
 from vq4dit.workspace import Project
 
 

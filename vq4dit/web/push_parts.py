@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from vq4dit.hub import Pushed
 from vq4dit.progress import Progress
 from vq4dit.web.parts import empty, note
-from vq4dit.web.words import duration, size
+from vq4dit.web.words import duration, escape, size
 
 SCOPES = {
     "contribute-repos": "it may create repositories for you and change only those it made itself",

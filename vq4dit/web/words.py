@@ -5,11 +5,13 @@ The library's messages follow one form, "what was found: what to do", so they sp
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass
 
 from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.lease import failure
+from vq4dit.printable import printable
 
 HEADLINES: list[tuple[type[Exception], str]] = [
     (UnsupportedModelError, "This model cannot be quantized"),
@@ -68,6 +70,11 @@ def in_words(headline: str, message: str, next_step: str = "", details: str = ""
     if next_step or not colon or not advice[:1].isalpha():
         why, advice = message, next_step or DEFAULT_NEXT
     return Trouble(headline, _sentence(why), _sentence(advice), details)
+
+
+def escape(text: str) -> str:
+    """Text that others wrote as HTML: shown, never obeyed."""
+    return html.escape(printable(text))
 
 
 def _sentence(text: str) -> str:

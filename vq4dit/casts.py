@@ -1,0 +1,49 @@
+"""What packed tensors say after somebody cast them.
+
+A model that is prepared for training has all its vectors cast to fp32, one that shall be small has its parameters cast to
+something else, and neither asks what a parameter holds. Bytes are still bytes in any type that has room for 256 of them, and
+fp16 values in any that has fp16's precision. In other types numbers are lost, and that is said instead of computed with.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vq4dit.errors import FormatError
+
+LARGEST_EPS_OF_BYTES = 2**-7  # bf16 still holds every integer from 0 to 256
+LARGEST_EPS_OF_SCALES = 2**-10  # fp16's own
+
+
+def as_bytes(values: Tensor, name: str) -> UInt8[Tensor, "..."]:
+    """Packed bytes as bytes again.
+
+    Raises:
+        FormatError: if they are of a type that does not hold every byte, or are no bytes any more.
+    """
+    if values.dtype == torch.uint8:
+        return values
+    if torch.finfo(values.dtype).eps <= LARGEST_EPS_OF_BYTES if values.is_floating_point() else values.dtype.itemsize > 1:
+        found = values.clamp(0, 255).to(torch.uint8)
+        if values.device.type == "meta" or torch.equal(found.to(values.dtype), values):
+            return found
+    raise FormatError(
+        f"{name} must hold bytes, and was cast to {values.dtype} or changed, which loses some of them: load the model again, "
+        "and leave packed tensors (those of type uint8) as they are"
+    )
+
+
+def as_scales(values: Tensor, name: str) -> Float[Tensor, "..."]:
+    """A codebook or scales in fp32.
+
+    Raises:
+        FormatError: if they are of a type that does not hold fp16 values.
+    """
+    if values.is_floating_point() and torch.finfo(values.dtype).eps <= LARGEST_EPS_OF_SCALES:
+        return values.float()
+    raise FormatError(
+        f"{name} must hold fp16 values, and was cast to {values.dtype}, which rounds them: load the model again, and choose "
+        "its type with `dtype` of from_pretrained"
+    )

@@ -1,0 +1,122 @@
+"""Pictures and comparisons as files.
+
+Every picture says in a text chunk of its PNG that we drew it, with a checksum of its pixels. So a picture of ours may be
+replaced by a new one, and what somebody else drew, or changed since, may not. A comparison is a folder that is written whole:
+
+    report.json                  all figures
+    layers.json                  what each layer adds to the error, if that was asked for
+    pairs.png                    original, quantized and difference, row by row
+    NAME-seedN-original.png      and -quantized.png, -difference.png: one pair
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from vq4dit.errors import JobError
+from vq4dit.evaluation import Comparison, SamplePair, as_image, grid
+from vq4dit.files import check_free, check_place, told, whole_folder, write_atomically
+
+KINDS = ("original", "quantized", "difference")
+CHUNK = "vq4dit"  # of our pictures: the checksum of their pixels
+NAME_BYTES = 100  # of a class in a file's name
+
+
+def write_picture(path: Path, image: Image.Image) -> None:
+    """Write a PNG, whole or not at all."""
+    content, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
+    chunks.add_text(CHUNK, _checksum(image))
+    image.save(content, "PNG", pnginfo=chunks)
+    write_atomically(path, content.getvalue())
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether we drew this picture, and nobody changed it since."""
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            with Image.open(path, formats=["PNG"]) as image:
+                return CHUNK in image.info and image.info[CHUNK] == _checksum(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
+
+
+def _checksum(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def check_picture(path: Path) -> None:
+    """Raise `JobError` unless a picture can be written to `path` without a loss."""
+    with told(path):
+        if path.exists() and not (path.is_file() and is_our_picture(path)):
+            raise JobError(f"{path} is there already and was not drawn by `sample`: move it away, or choose another output")
+    check_place(path)
+
+
+def check_comparison_output(folder: Path, overwrite: bool) -> None:
+    """Raise `JobError` unless a comparison can be written to `folder`; with `overwrite` only one of ours is replaced."""
+    check_free(folder, overwrite, comparison_files)
+    check_place(folder)
+
+
+def comparison_files(folder: Path) -> set[str] | None:
+    """The names of the files of a comparison that we wrote; None if the folder is no comparison of ours."""
+    try:
+        Comparison(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    pictures = {path.name for path in folder.glob("*.png") if path.is_file() and is_our_picture(path)}
+    return {"report.json", *pictures} | ({"layers.json"} if _is_table(folder / "layers.json") else set())
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file holds numbers by the names of layers."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and all(isinstance(value, float | int) for value in values.values())
+
+
+def write_comparison(
+    folder: Path,
+    report: Comparison,
+    pairs: Sequence[SamplePair],
+    names: Mapping[int, str],
+    layers: Mapping[str, float] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write all files of a comparison, or none.
+
+    Args:
+        names: of the classes.
+        layers: what each layer adds to the error.
+
+    Raises:
+        JobError: if something would be lost (see `check_comparison_output`), or the disk is full.
+    """
+    with whole_folder(folder, overwrite, comparison_files) as partial:
+        for pair in pairs:
+            stem = f"{file_stem(names.get(pair.label, ''), pair.label)}-seed{pair.seed}"
+            for kind in KINDS:
+                write_picture(partial / f"{stem}-{kind}.png", as_image(getattr(pair, kind)))
+        rows = [getattr(pair, kind) for kind in KINDS for pair in pairs]
+        write_picture(partial / "pairs.png", grid(rows, columns=len(pairs)))
+        if layers:
+            write_atomically(partial / "layers.json", (json.dumps(layers, indent=1) + "\n").encode())
+        write_atomically(partial / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
+
+
+def file_stem(name: str, label: int) -> str:
+    """A class in a file's name, on every file system: its words, or its number if it has none."""
+    words = re.sub(r"[^\w.,()']+", "-", name).strip("-. ")
+    return words.encode()[:NAME_BYTES].decode(errors="ignore") or str(label)
