@@ -146,6 +146,38 @@ def test_the_library_never_prints(source):
     assert prints(source.read_text()) == []
 
 
+def text_of_unsaid_encoding(source: str) -> list[int]:
+    """Line numbers where a text file is read or written in whatever encoding the system prefers: not UTF-8 on Windows."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        named = {keyword.arg for keyword in call.keywords}
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+            of_a_distribution = call.func.attr == "read_text" and call.args
+            found += [] if of_a_distribution or "encoding" in named else [call.lineno]
+        elif isinstance(call.func, ast.Name) and call.func.id == "open":
+            mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'"
+            found += [] if "b" in mode or "encoding" in named else [call.lineno]
+    return found
+
+
+@every_module
+def test_text_is_utf_8_on_every_system(source):
+    assert text_of_unsaid_encoding(source.read_text()) == []
+
+
+def test_text_of_unsaid_encoding_is_noticed():
+    lines = [
+        "path.read_text()",
+        "path.write_text(text)",
+        "open(path)",
+        "open(path, 'a')",
+        "open(path, 'rb')",
+        "d.read_text('x')",
+    ]
+    assert text_of_unsaid_encoding("\n".join(lines)) == [1, 2, 3, 4]
+    assert text_of_unsaid_encoding("path.read_text(encoding='utf-8')\nopen(path, 'a', encoding='utf-8')") == []
+
+
 @pytest.mark.parametrize(
     "line", ["import vq4dit", "import vq4dit.dit as d", "from vq4dit import dit", "from . import dit", "from .dit import x"]
 )

@@ -317,5 +317,5 @@ def _peak_elsewhere() -> int:
 def high_water_mark(process: int | str) -> int:
     """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
     status = Path(f"/proc/{process}/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0

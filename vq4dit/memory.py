@@ -73,7 +73,9 @@ def _limits() -> list[int]:
 def _left_of_cgroups() -> list[int]:
     """Limit minus use of our group and those around it; files that are only cached do not count as used."""
     try:
-        groups = [line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [
+            line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        ]
     except OSError:  # no Linux
         return []
     left = []
@@ -87,8 +89,8 @@ def _left_of_cgroups() -> list[int]:
 
 def _left(folder: Path, limit: str, used: str, cached: str) -> list[int]:
     try:
-        most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-        lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        most, taken = int((folder / limit).read_text(encoding="utf-8")), int((folder / used).read_text(encoding="utf-8"))
+        lines = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):  # not there, or "max"
         return []
     return [most - taken + int(lines.get(cached, 0))]

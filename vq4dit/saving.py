@@ -131,7 +131,7 @@ def _origin_of_result(folder: Path) -> Origin | None:
     """How a result of ours was made; None if the folder holds something else."""
     try:
         origin = read_origin(folder)
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
         method = config["quantization_config"]["quant_method"]
     except (FormatError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -84,7 +84,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        values = json.loads((folder / "project.json").read_text())
+        values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
         self.model: str = values["model"]
         self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
@@ -115,7 +115,7 @@ class Project:
 
     def forecast(self) -> Forecast:
         path = self.folder / "forecast.json"
-        return Forecast(**json.loads(path.read_text())) if path.exists() else Forecast()
+        return Forecast(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Forecast()
 
     def set_forecast(self, forecast: Forecast) -> None:
         write_atomically(self.folder / "forecast.json", json.dumps(asdict(forecast)).encode())
@@ -123,7 +123,7 @@ class Project:
     def status(self) -> Status:
         """The phase; a project said to be running that nobody works on was interrupted, and is paused."""
         path = self.folder / "status.json"
-        status = Status(**json.loads(path.read_text())) if path.exists() else Status()
+        status = Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Status()
         if status.phase == "running" and not self.is_busy():
             return Status("paused", "The work was interrupted: the server or its worker was stopped.", seconds=status.seconds)
         return status
@@ -139,17 +139,17 @@ class Project:
 
     def events(self) -> list[Event]:
         path = self.folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [Event(**values) for values in map(_parsed, lines) if values]
 
     def add_event(self, event: Event) -> None:
         """Append a line. Not flushed to disk: losing the last lines in a power cut costs a line in a log."""
-        with open(self.folder / "events.jsonl", "a") as file:
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
 
     def layers(self) -> list[dict[str, Any]]:
         path = self.folder / "layers.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def set_layers(self, layers: list[dict[str, Any]]) -> None:
         write_atomically(self.folder / "layers.json", json.dumps(layers).encode())
