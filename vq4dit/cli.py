@@ -192,8 +192,8 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    check_place(args.output)
     device = chosen_device(args)
+    check_place(args.output)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
     found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
@@ -277,8 +277,8 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> None:
-    check_picture(args.output)
     device = chosen_device(args)
+    check_picture(args.output)
     with decode_mode(args.decode):
         pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
