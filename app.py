@@ -3,8 +3,14 @@
 It only reads its arguments and opens the page; everything else is in `vq4dit`.
 """
 
-import argparse
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the slow imports run, Ctrl-C finds nothing to keep
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -37,7 +43,24 @@ def workspace_folder() -> Path:
         return Path(chosen)
     if IS_SPACE and os.access("/data", os.W_OK):
         return Path("/data/vq4dit")
-    return Path(tempfile.gettempdir()) / f"vq4dit-{os.getuid()}"
+    return own_temporary_folder("vq4dit-{}")
+
+
+def own_temporary_folder(name: str) -> Path:
+    """A folder for temporary files that no other user of this machine may enter; `name` has a place for who this user is.
+
+    On Windows everybody has a folder for temporary files.
+
+    Raises:
+        SystemExit: if somebody else was there first.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / name.format("home" if user is None else user)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (user is not None and folder.stat().st_uid != user):
+        sys.exit(f"error: {folder} belongs to somebody else: name another folder in the variable VQ4DIT_WORKSPACE or TMPDIR")
+    folder.chmod(0o700)
+    return folder
 
 
 def whose_login(args: argparse.Namespace) -> Literal["oauth", "own", "none"]:
@@ -57,31 +80,46 @@ def main() -> None:
     login = whose_login(args)
     if login != "own":
         os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+    if not IS_SPACE and "GRADIO_TEMP_DIR" not in os.environ:  # Gradio's own choice is open to everybody here
+        os.environ["GRADIO_TEMP_DIR"] = str(own_temporary_folder("vq4dit-{}-served"))
 
-    from vq4dit.catalog import Catalog
-    from vq4dit.web.gate import gates
-    from vq4dit.web.page import Page
-    from vq4dit.web.studio import Studio
-    from vq4dit.web.theme import HEAD, STYLE, new_theme
-    from vq4dit.workspace import Workspace
+    from vq4dit.extras import of_extra
+    from vq4dit.interrupts import leave, leave_at_once, raise_once, was_pressed
+
+    with of_extra("app", "the app"):
+        from vq4dit.catalog import Catalog
+        from vq4dit.web.gate import gates
+        from vq4dit.web.page import Page
+        from vq4dit.web.studio import Studio
+        from vq4dit.web.theme import HEAD, STYLE, new_theme
+        from vq4dit.workspace import Workspace
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
     page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)
-    page.blocks.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
-        theme=new_theme(),
-        css_paths=[STYLE],
-        head=HEAD,
-        ssr_mode=False,
-        footer_links=["api", "settings"],
-        app_kwargs={"middleware": gates(own_name(args))},
-        run_history=False,  # it would keep what visitors do
-        enable_monitoring=False,
-        num_workers=0,  # they would serve uploads at doors of their own
-        max_file_size=0,
-    )
+    raise_once()
+    try:
+        page.blocks.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=args.share,
+            theme=new_theme(),
+            css_paths=[STYLE],
+            head=HEAD,
+            ssr_mode=False,
+            footer_links=["api", "settings"],
+            app_kwargs={"middleware": gates(own_name(args))},
+            run_history=False,  # it would keep what visitors do
+            enable_monitoring=False,
+            num_workers=0,  # they would serve uploads at doors of their own
+            max_file_size=0,
+        )
+    except KeyboardInterrupt:  # before the server ran; afterwards Gradio closes it, and returns
+        leave()
+    finally:
+        pressed = was_pressed()
+        leave_at_once()
+    if pressed:
+        leave()
 
 
 if __name__ == "__main__":

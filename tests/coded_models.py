@@ -1,4 +1,4 @@
-"""Layers of entropy-coded integers, and models that have both kinds of packed layers, made without quantizing anything."""
+"""Layers of both kinds, and models that have both kinds of packed layers, made without quantizing anything."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import vq4dit
 from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.diffusers_quantizer import attach, packed_layers
+from vq4dit.layers import VQLinear
 
 
 def separable_integers(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +27,14 @@ def new_coded(
     row_scale, column_scale = (torch.rand(n, generator=generator) / 8 + 0.01 for n in (rows, columns))
     values = torch.randn(rows, generator=generator) if bias else None
     return EntropyCodedLinear.from_integers(integers, row_scale, column_scale, values, dtype)
+
+
+def new_vector_quantized(rows: int, columns: int, generator: torch.Generator) -> VQLinear:
+    codebook, assignments = (
+        torch.randn(16, 2, generator=generator),
+        torch.randint(16, (rows * columns // 2,), generator=generator),
+    )
+    return VQLinear.from_assignments(codebook, assignments, (rows, columns), torch.randn(rows, generator=generator))
 
 
 def new_mixed_pipeline():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 
 
 def check_decoding_changes_no_bit(layer: PackedLinear, x: torch.Tensor) -> None:

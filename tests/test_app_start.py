@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -23,6 +26,66 @@ def test_help_names_every_argument_and_comes_at_once():
     )
     for argument in ("--host", "--port", "--share", "--root"):
         assert argument in shown.stdout
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch, tmp_path):
+    """app.py listens for Ctrl-C and chooses where files are served from; here in the process of the tests."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def functions_of_the_app(monkeypatch, **environment) -> dict:
+    for name in ("SPACE_ID", "VQ4DIT_WORKSPACE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    return runpy.run_path(str(HOME / "app.py"))
+
+
+def test_the_workspace_is_on_the_persistent_disk_only_on_a_space(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: True)  # there is a /data that can be written to
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    at_home = functions_of_the_app(monkeypatch)["workspace_folder"]()
+    assert at_home.parent == tmp_path and at_home.stat().st_mode & 0o777 == 0o700
+    chosen = functions_of_the_app(monkeypatch, VQ4DIT_WORKSPACE=str(tmp_path / "mine"))["workspace_folder"]()
+    assert chosen == tmp_path / "mine"
+    on_a_space = functions_of_the_app(monkeypatch, SPACE_ID="ann/demo")["workspace_folder"]()
+    assert str(on_a_space) == "/data/vq4dit"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert functions_of_the_app(monkeypatch, SPACE_ID="ann/demo")["workspace_folder"]().parent == tmp_path
+
+
+def test_a_folder_that_somebody_else_laid_there_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = functions_of_the_app(monkeypatch)["workspace_folder"]()
+    own.rmdir()
+    (tmp_path / "theirs").mkdir()
+    own.symlink_to(tmp_path / "theirs")
+    with pytest.raises(SystemExit, match="belongs to somebody else: name another folder"):
+        functions_of_the_app(monkeypatch)["workspace_folder"]()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "127.0.0.1"),
+        (["--host", "box.lan"], "box.lan"),
+        (["--host", "0.0.0.0"], None),
+        (["--host", "::"], None),
+        (["--share"], None),
+    ],
+    ids=str,
+)
+def test_requests_must_be_to_the_address_that_its_user_named(arguments, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    app = functions_of_the_app(monkeypatch)
+    assert app["own_name"](app["parse"]()) == name
+    app = functions_of_the_app(monkeypatch, SPACE_ID="ann/demo")
+    assert app["own_name"](app["parse"]()) is None
 
 
 @pytest.mark.parametrize("arguments", [[], ["--share"], ["--host", "0.0.0.0", "--port", "7999"]], ids=" ".join)

@@ -12,11 +12,15 @@ LADDER = [
         "progress",
         "randomness",
         "locks",
+        "extras",
+        "version",
         "pipeline_files",
         "printable",
         "lazy_weight",
         "adapters",
         "surroundings",
+        "interrupts",
+        "revisions",
     },  # no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
@@ -25,8 +29,10 @@ LADDER = [
         "config",
         "kmeans",
         "hub_errors",
+        "quiet",
         "trust",
         "markdown",
+        "page_words",
         "terminal",
         "entropy_coding",
         "json_files",
@@ -34,13 +40,18 @@ LADDER = [
         "casts",
     },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
-        "layers",
+        "packed_linear",
         "dit",
         "job",
         "rate_allocation",
         "repository",
     },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
-    {"coded_layers", "origin", "skeleton"},  # the other kind of packed layer; where a model comes from; one without weights
+    {
+        "layers",
+        "coded_layers",
+        "origin",
+        "skeleton",
+    },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {
         "zero_data",
@@ -136,6 +147,38 @@ def test_the_package_imports_itself_in_one_form_only(source):
 @pytest.mark.parametrize("source", [path for path in SOURCES if path.stem not in DOORS], ids=module_name)
 def test_the_library_never_prints(source):
     assert prints(source.read_text()) == []
+
+
+def text_of_unsaid_encoding(source: str) -> list[int]:
+    """Line numbers where a text file is read or written in whatever encoding the system prefers: not UTF-8 on Windows."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        named = {keyword.arg for keyword in call.keywords}
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+            of_a_distribution = call.func.attr == "read_text" and call.args
+            found += [] if of_a_distribution or "encoding" in named else [call.lineno]
+        elif isinstance(call.func, ast.Name) and call.func.id == "open":
+            mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'"
+            found += [] if "b" in mode or "encoding" in named else [call.lineno]
+    return found
+
+
+@every_module
+def test_text_is_utf_8_on_every_system(source):
+    assert text_of_unsaid_encoding(source.read_text()) == []
+
+
+def test_text_of_unsaid_encoding_is_noticed():
+    lines = [
+        "path.read_text()",
+        "path.write_text(text)",
+        "open(path)",
+        "open(path, 'a')",
+        "open(path, 'rb')",
+        "d.read_text('x')",
+    ]
+    assert text_of_unsaid_encoding("\n".join(lines)) == [1, 2, 3, 4]
+    assert text_of_unsaid_encoding("path.read_text(encoding='utf-8')\nopen(path, 'a', encoding='utf-8')") == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The commands as a new user types them, and everything they can get wrong."""
 
+import errno
 import json
 import shutil
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import new_pipeline, new_transformer
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from vq4dit import CalibrationConfig, Job, QuantizationSettings, comparisons
 from vq4dit.cli import main
 
 
@@ -140,18 +142,165 @@ def test_a_full_output_folder_is_refused_before_any_work(tmp_path, model_folder,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_overwrite_replaces_the_output(tmp_path, model_folder):
-    (tmp_path / "q").mkdir()
-    (tmp_path / "q" / "model_index.json").write_text("{}")
-    (tmp_path / "q" / "old").write_text("old")
-    assert run(*quick(model_folder, tmp_path / "q", "--overwrite")) == 0
-    assert not (tmp_path / "q" / "old").exists() and (tmp_path / "q" / "model_index.json").exists()
+def test_overwrite_replaces_a_result_of_ours(tmp_path, model_folder):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    assert run(*quick(model_folder, tmp_path / "q", "--overwrite", "--bits", 3)) == 0
+    assert json.loads((tmp_path / "q" / "vq4dit.json").read_text())["settings"]["bits"] == 3
 
 
-def test_a_folder_that_is_no_result_is_never_replaced(tmp_path, model_folder, capsys):
-    (tmp_path / "precious.txt").write_text("mine")
+@pytest.mark.parametrize("theirs", ["precious.txt", "model_index.json"])
+def test_a_folder_that_is_no_result_is_never_replaced(tmp_path, model_folder, capsys, theirs):
+    (tmp_path / theirs).write_text("{}")
     said = failure(capsys, "quantize", model_folder, "--output", tmp_path, "--overwrite")
-    assert "none of our results" in said and (tmp_path / "precious.txt").exists()
+    assert "none of our results" in said and [path.name for path in tmp_path.iterdir()] == [theirs]
+
+
+@pytest.mark.parametrize("model", ["q.job", "q.job/model", "q.job/layers"])
+def test_a_model_in_the_folder_of_the_job_is_refused_and_stays(tmp_path, model_folder, capsys, model):
+    shutil.copytree(model_folder, tmp_path / model)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = failure(capsys, *quick(tmp_path / model, tmp_path / "q"))
+    assert "q.job is no job of ours" in said and "move it away, or choose another output" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("beside", ["nothing", "an empty job folder", "a user's folder", "a job"])
+def test_resume_does_not_replace_the_finished_result_of_another_model(tmp_path, model_folder, capsys, beside):
+    new_pipeline(num_layers=1).save_pretrained(tmp_path / "other")
+    assert run(*quick(tmp_path / "other", tmp_path / "q")) == 0
+    made = (tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    if beside != "nothing":
+        (tmp_path / "q.job").mkdir()
+    if beside == "a user's folder":
+        (tmp_path / "q.job" / "notes.txt").write_text("mine")
+    if beside == "a job":
+        settings = QuantizationSettings(recipe="paper", calibration=CalibrationConfig(steps=3))
+        Job.open(tmp_path / "q.job", settings, new_pipeline(), resume=False).close()
+    capsys.readouterr()
+    said = failure(capsys, *quick(model_folder, tmp_path / "q", "--resume"))
+    assert "q is not empty" in said or "q.job is no job of ours" in said
+    assert (tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == made
+    assert beside != "a user's folder" or (tmp_path / "q.job" / "notes.txt").read_text() == "mine"
+
+
+def test_resuming_what_is_done_says_so_again_and_changes_nothing(tmp_path, model_folder, capsys):
+    assert run(*quick(model_folder, tmp_path / "q", "--json")) == 0
+    first = json.loads(capsys.readouterr().out)
+    made = (tmp_path / "q" / "model_index.json").stat().st_ino
+    assert run(*quick(model_folder, tmp_path / "q", "--resume", "--json")) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["layers"] == first["layers"] and (tmp_path / "q" / "model_index.json").stat().st_ino == made
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: 2026-01-01\n---\n"], ids=repr)
+def test_a_base_whose_card_is_broken_can_be_quantized(tmp_path, model_folder, card):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / "README.md").write_text(card)
+    assert run(*quick(base, tmp_path / "q")) == 0
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "compare"])
+@pytest.mark.parametrize("output", ["", " ", "\udcff", "~nobody-of-that-name/x"], ids=repr)
+def test_an_output_without_a_name_is_wrong_usage(model_folder, capsys, command, output):
+    models = [model_folder] * (2 if command == "compare" else 1)
+    with pytest.raises(SystemExit) as stopped:
+        run(command, *models, "--labels" if command == "sample" else "--seed", 0, f"--output={output}")
+    assert stopped.value.code == 2 and "argument --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "compare"])
+@pytest.mark.parametrize(
+    "output", ["n" * 256, "d/" + "n" * 251 + ".png/q", "/proc/q", "/dev/null/q", "/"], ids=lambda name: name[:9]
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, model_folder, capsys, monkeypatch, command, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vq4dit.cli.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("vq4dit.cli_compare.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
+    models = [model_folder] * (2 if command == "compare" else 1)
+    name = f"{output}/x.png" if command == "sample" else output
+    said = failure(capsys, command, *models, "--labels" if command == "sample" else "--seed", 0, "--output", name)
+    assert "cannot be used (" in said or "where a disk is mounted" in said
+    assert "choose" in said and not list(tmp_path.iterdir())
+
+
+def test_a_job_folder_whose_name_is_too_long_is_told_before_the_work(tmp_path, model_folder, capsys):
+    assert "cannot be used (File name too long)" in failure(capsys, *quick(model_folder, tmp_path / ("n" * 252)))
+
+
+# --- pictures and comparisons ---
+
+
+def sample(model, output) -> list[object]:
+    return ["sample", model, "--labels", "cat", "--steps", 1, "--output", output]
+
+
+def test_a_picture_of_ours_is_replaced_and_no_other(tmp_path, model_folder, capsys):
+    assert run(*sample(model_folder, tmp_path / "a.png")) == 0
+    assert run(*sample(model_folder, tmp_path / "a.png"), "--seed", 1) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        changed = image.rotate(90)
+        changed.save(tmp_path / "b.png", pnginfo=PngInfo(image))
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
+    (tmp_path / "d.png").write_text("not a picture")
+    for name in "bcd":
+        before = (tmp_path / f"{name}.png").read_bytes()
+        assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / f"{name}.png"))
+        assert (tmp_path / f"{name}.png").read_bytes() == before
+
+
+class PngInfo(PngImagePlugin.PngInfo):
+    """The text chunks of a picture, as a program that changes it keeps them."""
+
+    def __init__(self, image):
+        super().__init__()
+        for key, value in image.text.items():
+            self.add_text(key, value)
+
+
+def compare(model, output, *more: object) -> list[object]:
+    return ["compare", model, model, "--steps", 1, "--output", output, *more]
+
+
+def test_a_comparison_of_ours_is_replaced_as_a_whole(tmp_path, model_folder):
+    assert run(*compare(model_folder, tmp_path / "c", "--layers", "--labels", "cat,dog")) == 0
+    assert run(*compare(model_folder, tmp_path / "c", "--overwrite", "--labels", "fox", "--seed", 5)) == 0
+    drawn = {f"fox-seed5-{kind}.png" for kind in ("original", "quantized", "difference")}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"report.json", "pairs.png", *drawn}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("theirs", ["report.json", "notes.txt", "cat-seed0-original.png", "pairs.png", "layers.json"])
+def test_a_comparison_with_somebody_elses_file_is_not_replaced(tmp_path, model_folder, capsys, theirs):
+    assert run(*compare(model_folder, tmp_path / "c", "--labels", "cat")) == 0
+    (tmp_path / "c" / theirs).write_text('{"figures": "mine"}')
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    said = failure(capsys, *compare(model_folder, tmp_path / "c", "--overwrite"))
+    assert "none of our results" in said if theirs == "report.json" else f"not ours and would be lost: {theirs}" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_a_disk_that_fills_up_leaves_no_half_a_comparison(tmp_path, model_folder, capsys, monkeypatch):
+    def full(path, image):
+        if path.name == "pairs.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, image)
+
+    write = comparisons.write_picture
+    with monkeypatch.context() as patched:
+        patched.setattr(comparisons, "write_picture", full)
+        said = failure(capsys, *compare(model_folder, tmp_path / "c"))
+        assert "the disk is full" in said and "0.0 MB" not in said and not list(tmp_path.iterdir())
+    assert run(*compare(model_folder, tmp_path / "c")) == 0
+
+
+def test_classes_whose_names_cannot_be_file_names_are_drawn(tmp_path, model_folder):
+    index = json.loads((Path(model_folder) / "model_index.json").read_text())
+    names = ["../up", "a\0b", "w" * 300, "猫" * 150, "con", ".", "/", "\ud800"]
+    named = shutil.copytree(model_folder, tmp_path / "model")
+    (named / "model_index.json").write_text(json.dumps(index | {"id2label": {str(i): name for i, name in enumerate(names)}}))
+    assert run(*compare(named, tmp_path / "c", "--labels", ",".join(map(str, range(8))))) == 0
+    assert len(list((tmp_path / "c").iterdir())) == 2 + 3 * 8 and {path.name for path in tmp_path.iterdir()} == {"c", "model"}
 
 
 @pytest.mark.parametrize("output", ["model", "model/", "model/../model", "."])

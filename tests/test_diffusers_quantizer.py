@@ -219,6 +219,67 @@ def test_an_assignment_out_of_range_is_refused(broken):
         load(broken)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{LAYER}.codebook",
+        f"{LAYER}.bias",
+        "pos_embed.proj.weight",
+        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
+        "proj_out_2.bias",
+    ],
+)
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_values_that_are_not_finite_are_refused_by_name(broken, key, value, mode):
+    def spoil(tensors):
+        tensors[key].view(-1)[-1] = value
+
+    change_tensors(broken, spoil)
+    with vq4dit.decode_mode(mode), pytest.raises(vq4dit.FormatError, match=f"{key} holds values that are not finite"):
+        load(broken)
+
+
+def test_values_that_are_not_finite_are_found_on_their_way_to_a_disk(tmp_path, broken):
+    change_tensors(broken, lambda tensors: tensors["proj_out_2.bias"].fill_(torch.nan))
+    places = {"pos_embed": "cpu", "transformer_blocks": "cpu", "proj_out_1": "cpu", "proj_out_2": "disk"}
+    with pytest.raises(vq4dit.FormatError, match="proj_out_2.bias holds values that are not finite"):
+        DiTTransformer2DModel.from_pretrained(
+            broken, subfolder="transformer", device_map=places, offload_folder=str(tmp_path / "offloaded")
+        )
+
+
+@pytest.mark.parametrize("key", ["proj_out_2.bias", f"{LAYER}.bias"])
+def test_values_too_large_for_the_type_they_are_loaded_in_are_refused_by_name(broken, key):
+    change_tensors(broken, lambda tensors: tensors.update({key: torch.full_like(tensors[key], 1e5, dtype=torch.bfloat16)}))
+    load(broken)
+    with pytest.raises(vq4dit.FormatError, match=f"{key} holds 99840, more than torch.float16 can"):
+        DiTTransformer2DModel.from_pretrained(broken, subfolder="transformer", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_scales_that_multiply_to_more_than_a_type_holds_are_refused(broken, mode):
+    def scale(tensors):
+        tensors[f"{LAYER}.row_scale"] = torch.full((64,), 6e4, dtype=torch.float16)
+        tensors[f"{LAYER}.codebook"].fill_(6e4)
+
+    change_tensors(broken, scale)
+    with vq4dit.decode_mode(mode):
+        load(broken)
+        with pytest.raises(vq4dit.FormatError, match=f"{LAYER}: its weight is not finite, or too large for torch.float16"):
+            DiTTransformer2DModel.from_pretrained(broken, subfolder="transformer", dtype=torch.float16)
+
+
+def test_an_embedder_that_all_blocks_share_is_not_taken_from_a_later_one(broken):
+    def add(tensors):
+        for key in [key for key in tensors if ".0.norm1.emb." in key]:
+            tensors[key.replace(".0.", ".1.", 1)] = tensors[key] + 1
+
+    change_tensors(broken, add)
+    with pytest.raises(vq4dit.FormatError, match="transformer_blocks.1.norm1.emb.*does not belong to this config.json"):
+        load(broken)
+
+
 def test_a_packed_layer_the_config_does_not_know_is_refused(broken):
     def add(tensors):
         tensors["nowhere.codebook"] = torch.zeros(16, 4)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import new_pipeline, quick_settings
+from safetensors.torch import load_file, save, save_file
 
 import vq4dit
 from vq4dit import Job, JobError, files, job
@@ -268,33 +270,206 @@ def test_a_save_that_fails_leaves_the_old_result(tmp_path, pipeline, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_save_killed_between_its_two_renames_loses_nothing(tmp_path, pipeline, monkeypatch):
-    """The old result is then only under its other name; a save that fails after that must bring it back, not delete it."""
+def test_a_result_that_was_half_written_when_its_job_was_killed_is_gone_when_the_job_goes_on(tmp_path, pipeline):
+    settings = quick_settings(recipe="kmeans")
+    half = tmp_path / "job" / ".vq4dit-0123456789abcdef.partial"
+    with Job.open(tmp_path / "job", settings, pipeline, resume=False) as opened:
+        (half / "transformer").mkdir(parents=True)
+        (half / "transformer" / "shard").write_bytes(b"half")
+        half.with_name(".vq4dit-0123456789abcde0.partial").write_bytes(b"half")
+    with Job.open(tmp_path / "job", settings, pipeline, resume=True) as opened:
+        assert {path.name for path in opened.folder.iterdir()} == {"job.json", "lock", "layers"}
+        vq4dit.save(vq4dit.run(opened, pipeline), tmp_path / "out", scratch=opened.folder)
+        opened.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- a job's folder holds what is ours, and perhaps more ---
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: contents of files, targets of links."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def put(path: Path, content: bytes = b"mine") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+THEIRS = {
+    "a file": lambda folder: put(folder / "notes.txt"),
+    "a file among the layers": lambda folder: put(folder / "layers" / "notes.txt"),
+    "a folder in the layers": lambda folder: put(folder / "layers" / "old" / "x.safetensors"),
+    "a hidden file": lambda folder: put(folder / ".env"),
+    "a file called lock": lambda folder: put(folder / "lock"),
+    "a LoRA": lambda folder: put(folder / "lora.safetensors", save({"up": torch.ones(2)})),
+    "a link to a file": lambda folder: (put(folder.parent / "x"), (folder / "x").symlink_to(folder.parent / "x")),
+    "a link called lock": lambda folder: (put(folder.parent / "x"), (folder / "lock").symlink_to(folder.parent / "x")),
+    "a link called layers": lambda folder: (
+        put(folder.parent / "l" / "x"),
+        (folder / "layers").symlink_to(folder.parent / "l"),
+    ),
+    "a link called job.json": lambda folder: (put(folder.parent / "x", b"{}"), (folder / "job.json").symlink_to("../x")),
+    "a folder called job.json": lambda folder: put(folder / "job.json" / "x"),
+    "another's job.json": lambda folder: put(folder / "job.json", b'{"name": "my job"}'),
+    "a pipe called lock": lambda folder: os.mkfifo(folder / "lock"),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+@pytest.mark.parametrize("theirs", THEIRS.values(), ids=THEIRS.keys())
+def test_a_folder_that_is_no_job_of_ours_is_refused_and_left_as_it_is(tmp_path, pipeline, theirs, resume):
+    folder = tmp_path / "out.job"
+    folder.mkdir()
+    theirs(folder)
+    before = snapshot(tmp_path)
+    with pytest.raises(JobError, match="move (it|.*out.job) away|if nothing in .* is yours"):
+        Job.open(folder, quick_settings(), pipeline, resume=resume)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["full", "empty", "nowhere", "job"])
+def test_a_job_is_never_behind_a_link(tmp_path, pipeline, target):
+    put(tmp_path / "full" / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    Job.open(tmp_path / "job", quick_settings(), pipeline, resume=False).close()
+    (tmp_path / "out.job").symlink_to(tmp_path / target, target_is_directory=True)
+    before = snapshot(tmp_path)
+    with pytest.raises(JobError, match="out.job is a link or a file.*move it away"):
+        Job.open(tmp_path / "out.job", quick_settings(), pipeline, resume=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_somebody_put_into_a_job_outlives_it(tmp_path, pipeline):
+    with Job.open(tmp_path, quick_settings(recipe="kmeans"), pipeline, resume=False) as opened:
+        vq4dit.run(opened, pipeline)
+        put(tmp_path / "notes.txt")
+        put(tmp_path / "model" / "transformer" / "weights.safetensors")
+        put(tmp_path / "layers" / "lora.safetensors", save({"up": torch.ones(2)}))
+        piece = next((tmp_path / "layers").glob("transformer*"))
+        put(tmp_path / "layers" / "copy.safetensors", piece.read_bytes())  # of a name that we never gave
+        (tmp_path / "link.safetensors").symlink_to(tmp_path / "notes.txt")
+        theirs = {"notes.txt", "model/transformer/weights.safetensors", "link.safetensors"}
+        theirs |= {"layers/lora.safetensors", "layers/copy.safetensors"}
+        opened.remove()
+    assert snapshot(tmp_path).keys() == theirs and (tmp_path / "notes.txt").read_bytes() == b"mine"
+
+
+def test_half_a_removal_is_still_a_job_of_ours(tmp_path, pipeline, monkeypatch):
+    """A process that is killed while it cleans up can be followed by another, whatever was gone already."""
 
     class Killed(BaseException):
         pass
 
-    def die(path, target):
-        if path.name == ".out.partial":
+    unlink, count = Path.unlink, 0
+
+    def dying(path, **options):
+        nonlocal count
+        count += 1
+        if count == moment:
             raise Killed
-        return rename(path, target)
+        return unlink(path, **options)
 
-    def fail(*args, **kwargs):
-        raise OSError("I/O error")
+    settings, moment = quick_settings(recipe="kmeans"), 0
+    while moment < 16:  # 14 pieces, job.json, lock
+        moment += 1
+        opened = Job.open(tmp_path / "job", settings, pipeline, resume=True)
+        vq4dit.run(opened, pipeline)
+        count = 0
+        with opened, monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Path, "unlink", dying)
+            opened.remove()
+        assert (tmp_path / "job").exists()
+    with Job.open(tmp_path / "job", settings, pipeline, resume=True) as opened:
+        opened.remove()
+    assert not list(tmp_path.iterdir())
 
-    rename, out = Path.rename, tmp_path / "out"
-    quantized = vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
-    vq4dit.save(quantized, out)
-    (out / "README.md").write_text("the old one")
-    before = saved_bytes(out)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Path, "rename", die)
-        vq4dit.save(quantized, out, overwrite=True)
-    assert not out.exists()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
-        patch.setattr(files.os, "fsync", fail)
-        vq4dit.save(quantized, out)
-    assert saved_bytes(out) == before
-    vq4dit.save(quantized, out, overwrite=True)
-    assert saved_bytes(out).keys() == before.keys() - {"README.md"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+# --- a piece is what this job wrote under this name, or an error ---
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory) -> Path:
+    """A job of kmeans with all its pieces."""
+    folder = tmp_path_factory.mktemp("clustered") / "job"
+    pipeline = new_pipeline()
+    with Job.open(folder, quick_settings(recipe="kmeans"), pipeline, resume=False) as opened:
+        vq4dit.run(opened, pipeline)
+    return folder
+
+
+def of_another_job(layers: Path) -> None:
+    pipeline, settings = new_pipeline(), quick_settings(recipe="kmeans", seed=1)
+    with Job.open(layers.parents[1] / "other", settings, pipeline, resume=False) as opened:
+        vq4dit.run(opened, pipeline)
+    shutil.copy(layers.parents[1] / "other" / "layers" / FIRST, layers / FIRST)
+
+
+def flip(position: float):
+    def change(layers: Path) -> None:
+        content = bytearray((layers / FIRST).read_bytes())
+        content[int(position * (len(content) - 1))] ^= 4
+        (layers / FIRST).write_bytes(content)
+
+    return change
+
+
+FIRST, SECOND = "transformer_blocks.0.attn1.to_q.safetensors", "transformer_blocks.0.attn1.to_k.safetensors"
+TAMPERINGS = {
+    "another layer's": lambda layers: shutil.copy(layers / SECOND, layers / FIRST),
+    "another job's": of_another_job,
+    "cut": lambda layers: (layers / FIRST).write_bytes((layers / FIRST).read_bytes()[:-100]),
+    "empty": lambda layers: (layers / FIRST).write_bytes(b""),
+    "unsealed": lambda layers: save_file(load_file(layers / FIRST), layers / FIRST),
+    "a link": lambda layers: ((layers / FIRST).unlink(), (layers / FIRST).symlink_to(layers / SECOND)),
+    "a folder": lambda layers: ((layers / FIRST).unlink(), (layers / FIRST).mkdir()),
+    **{f"flipped at {position}": flip(position) for position in (0.0, 0.01, 0.2, 0.5, 0.8, 1.0)},
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERINGS.values(), ids=TAMPERINGS.keys())
+def test_a_piece_that_is_not_what_was_written_is_named_and_resuming_without_it_gives_the_same_bytes(
+    tmp_path, clustered, pipeline, tamper
+):
+    folder, settings = tmp_path / "job", quick_settings(recipe="kmeans")
+    shutil.copytree(clustered, folder)
+    wanted = snapshot(folder)
+    tamper(folder / "layers")
+    with pytest.raises(JobError, match=f"{FIRST} is damaged.* (delete this file|remove it) and resume"):
+        with Job.open(folder, settings, pipeline, resume=True) as opened:
+            vq4dit.run(opened, pipeline)
+    named = folder / "layers" / FIRST
+    named.rmdir() if named.is_dir() else named.unlink()
+    with Job.open(folder, settings, pipeline, resume=True) as opened:
+        vq4dit.run(opened, pipeline)
+    assert snapshot(folder) == wanted
+
+
+@pytest.mark.parametrize("piece", ["sensitivities", "sensitivities-of-steps", "bits"])
+def test_any_piece_of_best_may_be_deleted(tmp_path, pipeline, piece):
+    with Job.open(tmp_path, quick_settings(recipe="best"), pipeline, resume=False) as opened:
+        first = vq4dit.run(opened, pipeline).transformer.state_dict()
+        for path in (tmp_path / f"{piece}.safetensors", *list((tmp_path / "layers").iterdir())[:3]):
+            path.unlink()
+        again = vq4dit.run(opened, pipeline).transformer.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"[" * 100_000, b"null", b'{"version": 10, "settings": [], "fingerprint": ""}', b"{}"], ids=str
+)
+def test_a_description_that_describes_nothing_is_told(tmp_path, pipeline, content):
+    put(tmp_path / "job.json", content[:100_000])
+    with pytest.raises(JobError, match="job.json cannot be gone on with"):
+        Job.open(tmp_path, quick_settings(), pipeline, resume=True)
+
+
+def test_the_fingerprint_follows_the_transformers_settings():
+    changed = new_pipeline()
+    changed.transformer.register_to_config(norm_eps=1e-3)
+    assert fingerprint(changed) != fingerprint(new_pipeline())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import new_pipeline, quick_settings
@@ -110,6 +111,18 @@ def test_values_that_are_not_finite_are_refused_anywhere(pipeline, name):
     with torch.no_grad():
         pipeline.transformer.get_parameter(name).flatten()[0] = torch.nan
     with pytest.raises(vq4dit.UnsupportedModelError, match=f"{name} has values that are not finite"):
+        vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+
+
+def test_an_offloaded_pipeline_is_refused_by_the_name_of_what_is_not_there(pipeline):
+    accelerate.cpu_offload(pipeline.transformer, execution_device=torch.device("cpu"))
+    with pytest.raises(vq4dit.UnsupportedModelError, match="pos_embed.* is not in memory"):
+        vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
+
+
+def test_a_pipeline_that_is_stored_in_fp8_is_refused(pipeline):
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(vq4dit.UnsupportedModelError, match="is of type torch.float8_e4m3fn, as layerwise casting stores it"):
         vq4dit.quantize(pipeline, quick_settings(recipe="kmeans"))
 
 

@@ -62,6 +62,33 @@ def test_the_same_choice_is_the_same_project_and_another_one_is_not(workspace, p
 def test_folders_are_closed_to_other_users_of_the_machine(workspace, project):
     assert workspace.root.stat().st_mode & 0o077 == 0
     assert project.folder.stat().st_mode & 0o077 == 0
+    assert project.folder.parent.stat().st_mode & 0o077 == 0  # its name is the visitor's key
+
+
+def test_folders_that_an_earlier_version_left_open_are_closed(tmp_path, project, workspace):
+    for folder in (workspace.root, project.folder.parent):
+        folder.chmod(0o755)
+    Workspace(workspace.root)
+    assert workspace.root.stat().st_mode & 0o777 == project.folder.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_in_which_something_else_lies_keeps_its_mode(tmp_path):
+    (tmp_path / "home").mkdir(mode=0o755)
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    Workspace(tmp_path / "home")
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_folders_are_closed_whatever_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        workspace = Workspace(tmp_path / "a" / "jobs")
+        project = workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS)
+    finally:
+        os.umask(before)
+    for folder in (workspace.root, project.folder.parent, project.folder):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_project_that_nobody_works_on_does_not_run(project):

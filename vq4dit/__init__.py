@@ -3,6 +3,18 @@
 Importing it teaches diffusers to load packed models: `DiTPipeline.from_pretrained(folder)` then just works.
 """
 
+import sys
+import warnings
+
+if sys.argv[:1] == ["-m"]:  # `python -m vq4dit`: the imports below take seconds in which Ctrl-C finds nothing to keep
+    from vq4dit.interrupts import leave_at_once
+
+    leave_at_once()
+
+with warnings.catch_warnings():  # what torch says of somebody else's package, where that is installed
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
+    import torch  # noqa: F401
+
 from vq4dit.config import CalibrationConfig, QuantizationSettings, VQ4DiTConfig
 from vq4dit.diffusers_quantizer import decode_mode, dequantize, register, set_decode_mode
 from vq4dit.errors import (
@@ -18,6 +30,7 @@ from vq4dit.layers import VQLinear
 from vq4dit.progress import Progress
 from vq4dit.quantization import quantize, run
 from vq4dit.saving import save
+from vq4dit.version import VERSION as __version__  # noqa: F401
 
 __all__ = [
     "CalibrationConfig",

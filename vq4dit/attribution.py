@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vq4dit.diffusers_quantizer import packed_layers
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.sensitivity import Probe, probe_outputs

@@ -7,6 +7,8 @@ below it. Nothing else of what is typed is ever used as a path.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +18,12 @@ from huggingface_hub import HfApi, ModelInfo
 
 from vq4dit.config import Recipe
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.hub_errors import FAILURES, explained
+from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.inspection import Inspection, inspect
 from vq4dit.loading import check_access
 from vq4dit.printable import printable
 from vq4dit.repository import read_json
+from vq4dit.revisions import content_revision
 
 BUNDLED = "assets/emoji-dit"
 FOLDER = "folder:"
@@ -50,7 +53,7 @@ class ModelCard:
     download_bytes: int  # 0 for a folder
     tokens: int  # positions of one image in the transformer
     width: int  # pixels, 0 if unknown
-    commit: str = ""
+    commit: str = ""  # of a folder: see `revisions.content_revision`
     labels: dict[str, int] = field(default_factory=dict)  # classes by their first name, if it has any
 
 
@@ -88,7 +91,10 @@ class Catalog:
 
     def _folder(self, name: str) -> Path:
         if self.root is None:
-            raise VQ4DiTError("folders of this machine are not open: start the app with --root FOLDER to offer those below it")
+            raise VQ4DiTError(
+                "folders of this machine are not open: start the app with --root FOLDER to offer those below it",
+                page="folders of this server are not open to the page: pick a model from the list",
+            )
         folder = (self.root / name).resolve()
         if self.root.resolve() not in folder.parents or not (folder / "model_index.json").is_file():
             raise VQ4DiTError(f"there is no pipeline folder {name[:100]!r} below the root: pick one from the list")
@@ -123,6 +129,17 @@ class Catalog:
         """Raise `VQ4DiTError` unless whoever has this login may read the model now."""
         check_access(self.locate(name), token)
 
+    def revision(self, name: str, token: str | None = None) -> str:
+        """What stands for a model's content now: the newest commit of a repository, names and times of a folder's files.
+
+        Raises:
+            VQ4DiTError: as `locate`; HubError if the Hub cannot be asked.
+        """
+        model = self.locate(name)
+        if Path(model).is_dir():
+            return content_revision(Path(model))
+        return ask(f"look at {model}", lambda: HfApi(token=token).model_info(model), model).sha or ""
+
     def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
         """Look at a model without its weights, with the login that `token` belongs to.
 
@@ -131,22 +148,34 @@ class Catalog:
                 kind that cannot be quantized.
         """
         self.check_access(name, token)
+        with self.named(name) as model:
+            return self._card(model, keep, recipe, token)
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[str]:
+        """What `load_pipeline` takes for a model's name; what a page says of a failure inside has the name again."""
         model = self.locate(name)
+        try:
+            yield model
+        except VQ4DiTError as error:
+            error.page = error.page.replace(model, name.strip().removeprefix(FOLDER))
+            raise
+
+    def _card(self, model: str, keep: tuple[str, ...], recipe: Recipe, token: str | None) -> ModelCard:
+        revision = content_revision(Path(model)) if Path(model).is_dir() else ""
         info = None if Path(model).is_dir() else self._info(model, token)
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)
         inspection = inspect(model, keep, recipe=recipe, revision=commit, token=token)
-        config = read_json(model, "transformer/config.json", commit, token)
-        pixels, patch = _largest(config.get("sample_size"), 32), _largest(config.get("patch_size"), 1)
         return ModelCard(
             inspection=inspection,
             pipeline=index.get("_class_name", ""),
             licence=_licence(info) if info else _licence_of_folder(Path(model)),
             gated=bool(info and info.gated),
             download_bytes=_download_bytes(info) if info else 0,
-            tokens=max(1, (pixels // patch) ** 2),
-            width=8 * pixels,
-            commit=commit or "",
+            tokens=inspection.tokens,
+            width=inspection.width,
+            commit=commit or revision,
             labels=_labels(index.get("id2label") or {}),
         )
 
@@ -171,12 +200,6 @@ class Catalog:
                 f"{self.largest_download / 1e9:.0f} GB: use the command line on a machine of your own"
             )
         return info
-
-
-def _largest(length: Any, otherwise: int) -> int:
-    """A length that a config gives as a number, or as one for each dimension, or not at all."""
-    given = length if isinstance(length, list) else [length]
-    return max((int(number) for number in given if isinstance(number, int | float) and number >= 1), default=otherwise)
 
 
 @lru_cache(maxsize=512)  # every key pressed is a search, by every visitor

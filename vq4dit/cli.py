@@ -23,15 +23,28 @@ from vq4dit.comparisons import check_picture, write_picture
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
+from vq4dit.estimate import Device, check_fits, estimate
 from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
 from vq4dit.files import check_place
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job, check_job_folder, fingerprint
 from vq4dit.loading import load_pipeline, pinned, source_folder
+from vq4dit.memory import is_out_of_memory, out_of_memory
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
 from vq4dit.saving import check_output, is_result, save
-from vq4dit.terminal import Console, Parser, finite, folder_path, picture_path, positive, progress_bars
+from vq4dit.terminal import (
+    Console,
+    Parser,
+    add_device,
+    chosen_device,
+    finite,
+    folder_path,
+    model_name,
+    picture_path,
+    positive,
+    progress_bars,
+)
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -49,7 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         args.command(args)
-    except (VQ4DiTError, ValueError, OSError) as error:
+    except (VQ4DiTError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, VQ4DiTError) and is_out_of_memory(error):
+            error = VQ4DiTError(out_of_memory(error))
+        elif isinstance(error, RuntimeError):  # a fault of ours
+            raise
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -72,12 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add(
         "inspect", inspect_command, "Which layers would be quantized, and the bytes at 2, 3 and 4 bits. Reads headers only."
     )
-    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     _add_keep(sub)
 
     sub = add("quantize", quantize_command, "Quantize a model into a folder that diffusers loads.")
-    sub.add_argument("model", metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--bits", type=int, default=2, choices=sorted(CODEBOOKS), help="bits per weight (default: 2)")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
@@ -85,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keep(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
+    add_device(sub)
     defaults = CalibrationConfig()
     of_paper = sub.add_argument_group("calibration, only of --recipe paper")
     of_paper.add_argument("--steps", type=positive, help=f"updates (default: {defaults.steps})")
@@ -105,14 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
     of_paper.add_argument("--ratio-start", choices=["uniform", "distance"], help=f"default: {defaults.ratio_start}")
 
     sub = add("sample", sample_command, "Images from an original or a quantized model.")
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", type=model_name, metavar="MODEL")
     sub.add_argument("--labels", required=True, metavar="A,B", help="class names or numbers, separated by commas")
     _add_sampling(sub)
     sub.add_argument("--output", type=picture_path, required=True, metavar="PNG")
 
     sub = add("compare", compare_command, "Same-seed pictures and figures of an original and a quantized model.")
-    sub.add_argument("original", metavar="ORIGINAL")
-    sub.add_argument("quantized", metavar="QUANTIZED")
+    sub.add_argument("original", type=model_name, metavar="ORIGINAL")
+    sub.add_argument("quantized", type=model_name, metavar="QUANTIZED")
     sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
     sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
     _add_sampling(sub)
@@ -130,6 +148,7 @@ def _add_keep(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    add_device(sub)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
     sub.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: 4)")
@@ -173,20 +192,24 @@ def inspect_command(args: argparse.Namespace) -> None:
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
     check_place(args.output)
+    device = chosen_device(args)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
-    inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
+    found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
     settings = settings_of(args)
+    kind: Device = "gpu" if device.type == "cuda" else "cpu"
+    cost = estimate(found.predictions[0], settings, parameters=found.parameters, tokens=found.tokens, device=kind)
+    check_fits(cost, args.model, device)
     folder = args.output.with_name(f"{args.output.name}.job")
     seems_done = args.resume and is_result(args.output, settings)
     check_output(args.output, args.overwrite or seems_done)
     check_place(folder)
     check_job_folder(folder)
     origin = origin_of(args.model, revision, settings)
-    pipeline = load_pipeline(args.model, revision=revision)
+    pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
     if seems_done and is_result(args.output, settings, fingerprint(pipeline)):  # it was killed before it had cleaned up
-        quantized = load_pipeline(str(args.output))
+        quantized = load_pipeline(str(args.output)).to(device)
         if (folder / "job.json").exists():
             with Job.open(folder, settings, pipeline, resume=True) as job:
                 job.remove()
@@ -254,8 +277,9 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
 
 def sample_command(args: argparse.Namespace) -> None:
     check_picture(args.output)
+    device = chosen_device(args)
     with decode_mode(args.decode):
-        pipeline = load_pipeline(args.model)
+        pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
     labels = label_ids(pipeline, [label.strip() for label in args.labels.split(",")])
     started = time.monotonic()

@@ -15,14 +15,15 @@ from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.evaluation import compare, label_ids
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import load_pipeline
-from vq4dit.terminal import Console, progress_bars
+from vq4dit.terminal import Console, chosen_device, progress_bars
 from vq4dit.zero_data import num_classes
 
 
 def compare_command(args: argparse.Namespace) -> None:
     check_comparison_output(args.output, args.overwrite)
+    device = chosen_device(args)
     with decode_mode(args.decode):
-        original, quantized = load_pipeline(args.original), load_pipeline(args.quantized)
+        original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
     check_comparable(original, quantized)
     if args.labels:
         labels = label_ids(original, [label.strip() for label in args.labels.split(",")])

@@ -23,7 +23,7 @@ from vq4dit.casts import as_bytes
 from vq4dit.devices import exact
 from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear, check_weight, frozen
+from vq4dit.packed_linear import PackedLinear, check_weight, frozen
 
 STEPS_PER_OCTAVE = 8
 STEP_OF_ONE = 128

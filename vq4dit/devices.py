@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vq4dit.errors import VQ4DiTError
 
+WITHOUT_FLOAT64 = {"mps"}
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -53,14 +54,12 @@ def _why_not(device: torch.device) -> str:
         return "" if torch.backends.mps.is_built() else " (this build of torch has no MPS)"
     if torch.cuda.is_available():
         return ""  # there are others
-    return (
-        " (torch finds no GPU or no driver for it)" if torch.backends.cuda.is_built() else " (this build of torch has no CUDA)"
-    )
+    return " (torch finds no GPU, or no driver for it)" if torch.version.cuda else " (this build of torch has no CUDA)"
 
 
 def exact_device(device: torch.device) -> torch.device:
     """Where float64 of a device's values can be: there, or on the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def exact(values: Tensor) -> Tensor:

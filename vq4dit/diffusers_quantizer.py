@@ -23,8 +23,8 @@ from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
 from vq4dit.json_files import AGAIN
-from vq4dit.layers import PackedLinear
 from vq4dit.memory import available_memory
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, check_finite, empty_layer, stored
 from vq4dit.repository import TensorHeader, read_header
 from vq4dit.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
@@ -104,6 +104,8 @@ def dequantize(model: Any) -> Any:
         packed: list[Any] = [m for m in part.modules() if isinstance(vars(m).get("hf_quantizer"), VQ4DiTQuantizer)]
         for module in packed:
             module.dequantize()
+        if packed_layers(part):  # diffusers does not know that it is quantized
+            unpack_layers(part)
     return model
 
 
@@ -138,8 +140,8 @@ def check_size(layers: dict[str, PackedLinear], num_bytes: int) -> None:
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     if weights > max(WEIGHTS_PER_BYTE * num_bytes, LARGEST_TABLE):
         raise FormatError(
-            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the files "
-            f"do not belong together; {AGAIN}"
+            f"a file of {num_bytes} bytes cannot hold the {weights} quantized weights that its config.json describes: the "
+            f"files do not belong together; {AGAIN}"
         )
 
 
@@ -193,7 +195,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put empty packed layers where the files have packed tensors, and share the embedders that are stored once."""
         modules = dict(model.named_modules())
-        in_fp32: list[str] = getattr(model, "_keep_in_fp32_modules", None) or []
+        named: Any = model._keep_in_fp32_modules or []  # by the class, whatever type is loaded
+        in_fp32: list[str] = [named] if isinstance(named, str) else named
         for name, shapes in self._shapes.items():
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
@@ -275,11 +278,11 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
     def _check_saveable(self, model: nn.Module) -> None:
         if attached := adapter_layers(model):
             name, wrapper = next(iter(attached.items()))
-            adapters = ", ".join(adapter_names(wrapper))
+            adapters, fused = ", ".join(adapter_names(wrapper)), " and fused into it" if wrapper.merged_adapters else ""
             raise FormatError(
-                f"the adapter {adapters} is attached to {name}, and a packed file has no place for it: save the adapter by "
-                "itself (save_lora_adapter, or save_pretrained of the PEFT model), and detach it (unload_lora, unload) before "
-                "saving the model"
+                f"the adapter {adapters} is attached to {name}{fused}, and a packed file has no place for it: save the adapter "
+                "by itself (save_lora_adapter, or save_pretrained of the PEFT model), and detach it (unload_lora, unload) "
+                "before saving the model"
             )
         for name, layer in packed_layers(model).items():
             if layer.is_changed:

@@ -32,7 +32,15 @@ def brief(error: BaseException) -> str:
 
 
 class VQ4DiTError(Exception):
-    """Base of everything a person can mend."""
+    """Base of everything a person can mend.
+
+    The message is for a terminal and for programs. `page` says the same on a page, where the advice differs: a page has no
+    options, and its reader no folders on this machine (see `page_words`).
+    """
+
+    def __init__(self, message: str = "", *, page: str = ""):
+        super().__init__(message)
+        self.page = page or message
 
 
 class UnsupportedModelError(VQ4DiTError):
@@ -60,6 +68,6 @@ class HubError(VQ4DiTError):
     `seconds` is how long the Hub asks to wait, 0 if it did not say.
     """
 
-    def __init__(self, message: str, reason: str = "unknown", seconds: float = 0):
-        super().__init__(message)
+    def __init__(self, message: str, reason: str = "unknown", seconds: float = 0, *, page: str = ""):
+        super().__init__(message, page=page)
         self.reason, self.seconds = reason, seconds

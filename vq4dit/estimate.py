@@ -19,6 +19,7 @@ from vq4dit.inspection import SizePrediction
 from vq4dit.kmeans import MAX_POINTS_PER_CODEWORD
 from vq4dit.layer_by_layer import TOKENS as FIT_TOKENS
 from vq4dit.layer_by_layer import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
+from vq4dit.memory import check_memory
 from vq4dit.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from vq4dit.sensitivity import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
 from vq4dit.sensitivity import TOKENS_TOGETHER
@@ -108,6 +109,16 @@ def estimate(
         memory += 20 * soft + 8 * weights
         disk += 16 * soft  # a checkpoint, and the next one beside it
     return Estimate(stages, memory, disk)
+
+
+def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -> None:
+    """Raise `VQ4DiTError` if quantizing takes more memory than there is: where the model is loaded, and on `device`.
+
+    Args:
+        model: for the message.
+    """
+    for place in {"cpu", str(device)}:
+        check_memory(cost.memory_bytes, f"quantizing {model}", place)
 
 
 def seconds_left(events: Sequence[Event], stages: dict[str, float]) -> float | None:

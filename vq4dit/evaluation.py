@@ -8,7 +8,7 @@ compare same-seed images and say how much a person sees. Always measured on the 
 from __future__ import annotations
 
 import re
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from diffusers import DiTPipeline
 from jaxtyping import Float
@@ -25,8 +26,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
-from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers import PackedLinear
+from vq4dit.errors import BROKEN, UnsupportedModelError, brief
+from vq4dit.memory import is_out_of_memory
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.surroundings import evaluating, ordinary_torch
@@ -149,24 +151,45 @@ def sample(
     """Images of the classes; image i starts from the noise of seeds[i] whatever else is in the batch.
 
     Raises:
-        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them.
+        UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them; if its parts do not
+            work together, or make no finite images.
     """
     _check_guidance(pipeline, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        images.extend(_drawn(pipeline, list(labels[part]), guidance_scale, generators, num_inference_steps))
+        on_progress(Progress("sample", len(images), len(labels)))
+    return np.stack(images)
+
+
+def _drawn(
+    pipeline: DiTPipeline, labels: list[int], guidance_scale: float, generators: list[torch.Generator], num_inference_steps: int
+) -> Float[np.ndarray, "n h w 3"]:
+    """One batch of images; what the pipeline's own code raises is told in our words."""
+    try:
         with evaluating(*parts_of(pipeline)):
-            output = pipeline(
-                list(labels[part]),
+            images = pipeline(
+                labels,
                 guidance_scale=guidance_scale,
                 generator=generators,
                 num_inference_steps=num_inference_steps,
                 output_type="np",
-            )
-        images.extend(output.images)
-        on_progress(Progress("sample", len(images), len(labels)))
-    return np.stack(images)
+            ).images
+    except BROKEN as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} cannot make images with the settings of its parts ({brief(error)}): correct their "
+            "config.json, or download the model again"
+        ) from error
+    if not np.isfinite(images).all():
+        raise UnsupportedModelError(
+            "the images have values that are not finite (NaN or infinity): a weight or a setting of the model is damaged; "
+            "download it again"
+        )
+    return images
 
 
 def _check_guidance(pipeline: DiTPipeline, guidance_scale: float) -> None:
@@ -275,12 +298,24 @@ def compare(
 def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # where the system does not tell: getrusage, which also counts whoever started this process
-    return high_water_mark("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return high_water_mark("self") or _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    """The largest resident memory of this process where there is no /proc, in bytes; what it is now if nobody tells more."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # it also counts whoever started this process
 
 
 def high_water_mark(process: int | str) -> int:
     """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
     status = Path(f"/proc/{process}/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else 0

@@ -125,7 +125,7 @@ def _staged(folder: Path, card: str, extras: Mapping[str, Path]) -> Iterator[Pat
         for place, path in {**{name: folder / name for name in names}, **extras}.items():
             (stage / place).parent.mkdir(parents=True, exist_ok=True)
             (stage / place).symlink_to(path.resolve())
-        (stage / "README.md").write_text(card)
+        (stage / "README.md").write_text(card, encoding="utf-8")
         yield stage
 
 

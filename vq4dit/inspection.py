@@ -87,6 +87,8 @@ class Inspection:
     parameters: int
     file_bytes: int  # of the transformer now; 0 if unknown
     predictions: list[SizePrediction]
+    tokens: int  # positions of one image in the transformer
+    width: int  # pixels of an image, about
 
 
 def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
@@ -144,6 +146,7 @@ def inspect(
     found = weights(model, "transformer", revision, token)
     transformer = empty_transformer(config, found, f"{model}/transformer/config.json")
     check_tensors(transformer, found.tensors, f"{model}/transformer")
+    pixels, patch = _largest(config.get("sample_size"), 32), _largest(config.get("patch_size"), 1)
     return Inspection(
         model=model,
         class_name=config["_class_name"],
@@ -151,7 +154,15 @@ def inspect(
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
         file_bytes=found.num_bytes,
         predictions=[predict_size(transformer, bits, keep, recipe) for bits in widths],
+        tokens=max(1, (pixels // patch) ** 2),
+        width=8 * pixels,
     )
+
+
+def _largest(length: Any, otherwise: int) -> int:
+    """A length that a config gives as a number, or as one for each dimension, or not at all."""
+    given = length if isinstance(length, list) else [length]
+    return max((int(number) for number in given if isinstance(number, int | float) and number >= 1), default=otherwise)
 
 
 def check_one_transformer(index: dict[str, Any], model: str) -> None:

@@ -79,13 +79,14 @@ class Job:
         self.folder, self.settings, self._lock, self._description = folder, settings, lock, description
 
     @classmethod
-    def open(cls, folder: Path, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
+    def open(cls, folder: Path | str, settings: QuantizationSettings, pipeline: Any, *, resume: bool) -> Job:
         """Start a new job, or with `resume` go on with the one in `folder` (start one if there is none).
 
         Raises:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
                 these files or another model, or another process works on it, or the folder holds anything but a job.
         """
+        folder = Path(folder)
         check_job_folder(folder)
         path = folder / "job.json"
         if path.exists() and not resume:
@@ -132,11 +133,11 @@ class Job:
         path = self._path(piece)
         try:
             with safe_open(path, "pt") as file:
-                _, seal = _sealed(file.metadata())
+                said = _sealed(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise JobError(f"{path} is damaged ({error}): delete this file and resume") from error
-        if seal != self._seal(piece, tensors):
+        if said != (piece, self._seal(piece, tensors)):
             raise JobError(
                 f"{path} is damaged, or belongs to another layer or another job (its checksum does not fit): delete this file "
                 "and resume"

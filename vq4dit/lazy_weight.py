@@ -44,7 +44,7 @@ class LazyWeight(Tensor):
                     "model of this one with vq4dit.dequantize(model)"
                 )
             return args[0]
-        if func is ASSIGNMENT and isinstance(args[0], LazyWeight):
+        if func == ASSIGNMENT and isinstance(args[0], LazyWeight):
             args[0].layer.weight = args[1]
             return None
         return _compute(func, args, kwargs)

@@ -25,9 +25,12 @@ from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation import LayerError, layer_errors
 from vq4dit.hub_errors import without_tokens
 from vq4dit.job import Job
-from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.layers import VQLinear
 from vq4dit.loader import Loader
+from vq4dit.memory import is_out_of_memory
 from vq4dit.origin import origin_of
+from vq4dit.packed_linear import PackedLinear
+from vq4dit.page_words import on_page, without_paths
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.quantization import check, run
 from vq4dit.saving import save
@@ -115,16 +118,16 @@ def _turn(project: Project, loader: Loader, seconds: float | None, check_stop: O
 def failure(error: Exception, seconds: float = 0.0) -> Status:
     """What a failed project says. An error that is not meant for people is named, and its place folded away."""
     if isinstance(error, HubError):  # "what and why. Advice"
-        why, _, advice = str(error).partition(". ")
+        why, _, advice = on_page(error).partition(". ")
         return Status("failed", why, advice, seconds=seconds)
     if isinstance(error, (VQ4DiTError, ValueError)):
-        return Status("failed", str(error), seconds=seconds)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return Status("failed", on_page(error), seconds=seconds)
+    if is_out_of_memory(error):
         return Status(
             "failed",
             "The memory was not enough for this model.",
             "Finished layers are kept. Close other programs and press Resume, or choose a smaller model.",
-            str(error),
+            on_page(error),
             seconds,
         )
     place = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().splitlines()[-1:]
@@ -132,7 +135,7 @@ def failure(error: Exception, seconds: float = 0.0) -> Status:
         "failed",
         "Something went wrong that we did not foresee.",
         "Finished layers are kept: press Resume. If it happens again, report it with the details below.",
-        f"{type(error).__name__}: {without_tokens(str(error))} · {' '.join(place).strip()}",
+        f"{type(error).__name__}: {without_tokens(on_page(error))} · {without_paths(' '.join(place).strip())}",
         seconds,
     )
 

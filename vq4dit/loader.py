@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from vq4dit.catalog import Catalog
+from vq4dit.errors import JobError
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import check_access, load_pipeline, source_folder
+from vq4dit.revisions import content_revision
 from vq4dit.workspace import Project
 
 KEPT_IN_MEMORY = 3
 
 
 class Loader:
-    """Originals by model, packed ones by project.
+    """Originals by model and content, packed ones by project.
 
     Pipelines are shared by those who ask for the same one, so only one of them may compute at a time: recording block
     outputs hangs hooks into the model. The page's queue sees to that.
@@ -38,10 +40,18 @@ class Loader:
         """The model that a project began with.
 
         Raises:
-            VQ4DiTError: if this login may not read it (any more), or it cannot be loaded.
+            VQ4DiTError: if this login may not read it (any more), or it cannot be loaded; JobError if it is another one now.
         """
-        model = self.catalog.locate(project.model)
+        with self.catalog.named(project.model) as model:
+            return self._original(project, model)
+
+    def _original(self, project: Project, model: str) -> Any:
         check_access(model, self._token)
+        if Path(model).is_dir() and project.revision not in ("", content_revision(Path(model))):
+            raise JobError(
+                f"the files of {project.model.removeprefix('folder:')} have changed since this job began, and it belongs to "
+                "what they were: press Quantize to begin a job with what they are now"
+            )
         return self._load(model, project.revision or None)
 
     def source(self, project: Project) -> Path:
@@ -54,11 +64,19 @@ class Loader:
     def original_bytes(self, project: Project) -> int:
         return tensor_bytes(self.catalog.locate(project.model), project.revision or None, self._token)
 
+    def forget(self) -> None:
+        """Give the memory of pipelines back that nobody works with."""
+        self._kept.clear()
+
     def _load(self, model: str, revision: str | None) -> Any:
+        if Path(model).is_dir():
+            revision = content_revision(Path(model))  # the same name may hold another model now
+            for old in [old for old in self._kept if old.startswith(f"{model}@") and old != f"{model}@{revision}"]:
+                del self._kept[old]
         key = f"{model}@{revision}"
         if key not in self._kept:
             while len(self._kept) >= KEPT_IN_MEMORY:
                 self._kept.popitem(last=False)
-            self._kept[key] = load_pipeline(model, revision=revision, token=self._token)
+            self._kept[key] = load_pipeline(model, revision=None if Path(model).is_dir() else revision, token=self._token)
         self._kept.move_to_end(key)
         return self._kept[key].to("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,8 @@ from vq4dit.config import QuantMethod, VQ4DiTConfig
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.hub_errors import FAILURES, ask, explained
 from vq4dit.json_files import AGAIN, shown
-from vq4dit.memory import check_memory, is_out_of_memory
+from vq4dit.memory import check_memory, is_out_of_memory, out_of_memory
+from vq4dit.quiet import quiet_loading
 from vq4dit.repository import STEM, SUPPORTED, located, read_header, read_json, snapshot, weights, weights_in
 from vq4dit.skeleton import (
     LARGEST_NUMBER_OF_A_SCHEDULER,
@@ -114,7 +115,7 @@ def other_transformers(index: dict[str, Any]) -> list[str]:
     """Parts of the transformer's kind besides `transformer`: the second stage of a model of two, say."""
     parts = parts_of(index)
     kind = parts.get("transformer")
-    return [name for name, part in parts.items() if name != "transformer" and ("transformer" in name or part == kind)]
+    return [name for name, part in parts.items() if name != "transformer" and part == kind]
 
 
 def check_files(folder: Path) -> None:
@@ -186,7 +187,8 @@ def load_pipeline(
             options["revision"] = folder.name  # what is looked at now is what is loaded
         check_weights(folder, read_json(str(folder), "model_index.json"))
         options["variant"] = check_parts(folder, dtype)
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
+        with quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
     except (*FAILURES, *BROKEN, SafetensorError) as error:
         raise _explained_load(error, model) from error
     for name, part in pipeline.components.items():
@@ -203,8 +205,5 @@ def _explained_load(error: BaseException, model: str) -> VQ4DiTError:
     if told.reason != "unknown":
         return told
     if is_out_of_memory(error):
-        return VQ4DiTError(
-            f"there is not enough memory to load {model}: close other programs, or take a machine with more memory or a "
-            "smaller model"
-        )
+        return VQ4DiTError(f"{model} cannot be loaded, {out_of_memory(error)}")
     return VQ4DiTError(f"{model} cannot be loaded ({brief(error)}): correct what this names, or {AGAIN}")

@@ -21,7 +21,7 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}  # what
 
 
 def lock(path: Path, patience: float = 0.0) -> IO[str] | None:
-    """Lock a file, made if there is none, until `unlock` or the end of this process; None if another has it for `patience` seconds.
+    """Lock a file (made if there is none) until `unlock` or the end of this process; None if it stays taken for `patience`.
 
     Who opens the file twice is another one the second time, in the same process too.
     """

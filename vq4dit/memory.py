@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from vq4dit.errors import VQ4DiTError
+from vq4dit.errors import VQ4DiTError, brief
 
 CGROUPS = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "Unable to allocate")
@@ -48,6 +48,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """The allocator's refusal in a sentence."""
+    return (
+        f"the memory is used up ({brief(error)}), {gigabytes(available_memory())} are free: close other programs, or take a "
+        "machine with more memory or a smaller model"
+    )
 
 
 def _limits() -> list[int]:

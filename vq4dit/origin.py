@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.files import write_atomically
-from vq4dit.job import VERSION
+from vq4dit.job import VERSION as VERSION_OF_RECIPES
+from vq4dit.version import VERSION
 
 FILENAME = "vq4dit.json"
 # From the base's card to ours, if they look like what they should be: the card of a stranger may say anything.
@@ -77,7 +78,7 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
         model="" if is_folder else model,
         revision="" if is_folder else revision or "",
         metadata=folder_metadata(Path(model)) if is_folder else {},
-        recipe={"name": settings.recipe, "version": VERSION},
+        recipe={"name": settings.recipe, "version": VERSION_OF_RECIPES},
         settings=settings.to_dict(),
         settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
         versions=versions(),
@@ -86,15 +87,8 @@ def origin_of(model: str, revision: str | None, settings: QuantizationSettings) 
 
 def versions() -> dict[str, str]:
     """Of the libraries that make the numbers, and the commit of vq4dit if it was installed from one."""
-    found = {"vq4dit": own_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {"vq4dit": VERSION, "torch": torch.__version__, "diffusers": diffusers.__version__}
     return found | ({"vq4dit_commit": commit} if (commit := own_commit()) else {})
-
-
-def own_version() -> str:
-    try:
-        return version("vq4dit")
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed as a package"
 
 
 def own_commit() -> str:
@@ -153,6 +147,9 @@ def read_origin(folder: Path) -> Origin:
         known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
         if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
             raise TypeError(f"{wrong[0]} is of another kind")
+        return Origin(**known)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
-    return Origin(**known)
+        raise FormatError(
+            f"{path} is damaged ({error}): delete it, and name the base with --base",
+            page=f"the record of where this model comes from is damaged ({error}): quantize it again",
+        ) from error

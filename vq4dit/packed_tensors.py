@@ -26,7 +26,8 @@ from vq4dit.codebook import assignment_bits
 from vq4dit.coded_layers import EntropyCodedLinear
 from vq4dit.entropy_coding import WORD_BYTES, Sides
 from vq4dit.errors import FormatError
-from vq4dit.layers import PackedLinear, VQLinear
+from vq4dit.layers import VQLinear
+from vq4dit.packed_linear import PackedLinear
 from vq4dit.packing import packed_size
 
 SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory

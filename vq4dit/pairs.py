@@ -62,13 +62,13 @@ class Pair:
 
 def drawn_pairs(project: Project) -> list[Pair]:
     path = project.report / "pairs.json"
-    return [Pair(**values) for values in json.loads(path.read_text())] if path.exists() else []
+    return [Pair(**values) for values in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
 def report(project: Project) -> dict[str, Any] | None:
     """The figures of a comparison that came to its end."""
     path = project.report / "report.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def draw(project: Project, loader: Loader, settings: PairSettings, seconds: float | None = None) -> Iterator[None]:

@@ -89,7 +89,7 @@ def publish(project: Project, others: list[Project], target: Target, account: Ac
 def pushed_of(project: Project) -> Pushed | None:
     """Where a project was published last."""
     path = project.folder / "pushed.json"
-    return Pushed(**json.loads(path.read_text())) if path.exists() else None
+    return Pushed(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def check_download(project: Project, account: Account, found: list[bool]) -> Iterator[None]:

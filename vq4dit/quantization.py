@@ -124,6 +124,11 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
                 f"{name} is of type {tensor.dtype}, as layerwise casting stores it: quantize the model as it was loaded, in "
                 "fp32, fp16 or bf16"
             )
+    if others := [name for name, part in pipeline.components.items() if name != "transformer" and _is_like(part, transformer)]:
+        raise UnsupportedModelError(
+            f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
+            "is: two-stage models are not supported yet, take one with a single transformer"
+        )
     if settings.recipe != "kmeans":
         check_supported(pipeline)
     targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
@@ -136,10 +141,17 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     for name, linear in targets.items():
         for p in linear.parameters():
             if p.abs().max() > torch.finfo(torch.float16).max:
+                found = f"{name} has values above 65504, the largest that fp16 holds"
                 raise UnsupportedModelError(
-                    f"{name} has values above 65504, the largest that fp16 holds: leave it in 16 bit with --keep {name}"
+                    f"{found}: leave it in 16 bit with --keep {name}",
+                    page=f"{found}: name it under the layers to keep in 16 bit",
                 )
     return targets
+
+
+def _is_like(part: Any, transformer: nn.Module) -> bool:
+    """Whether another part is a transformer as well, of the same class: the second stage of a model of two, say."""
+    return isinstance(part, nn.Module) and type(part) is type(transformer)
 
 
 def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:

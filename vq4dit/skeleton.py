@@ -13,12 +13,14 @@ import inspect
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, brief
@@ -29,7 +31,9 @@ LARGEST_TABLE = 2**22  # elements: of positions and frequencies, which are compu
 LARGEST_NUMBER = 10**7  # bases of frequencies, lengths of texts
 LARGEST_NUMBER_OF_A_SCHEDULER = 10**6  # it makes tables of this length
 WEIGHTS_PER_BYTE = 64  # of packed files at most: an eighth of a bit per weight, where the least that is offered is two
-CALLS_PER_TENSOR = 200  # of torch, while a module is built; about 20 are usual
+PARAMETERS_PER_TENSOR = 2  # of a packed file, which stores once what all blocks share
+MORE_PARAMETERS = 50
+CALLS_PER_PARAMETER = 100  # of torch, while a module is built; about 10 are usual
 UNKNOWN = Weights((), 0, {})  # nothing is known, so nothing is bounded
 
 KINDS = {
@@ -44,18 +48,35 @@ KINDS = {
 
 
 class _Bounded(TorchFunctionMode):
-    """Ends what makes larger tensors, or calls torch more often, than is allowed."""
+    """Ends, in this thread, what makes larger tensors or more parameters, or calls torch more often, than is allowed."""
 
-    def __init__(self, elements: int, calls: int):
+    def __init__(self, elements: int, parameters: int):
         super().__init__()
-        self.elements, self.calls = elements, calls
+        self.elements, self.parameters, self.calls = elements, parameters, CALLS_PER_PARAMETER * parameters
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> _Bounded:
+        self.handle = register_module_parameter_registration_hook(self._count)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+        super().__exit__(*error)
+
+    def _count(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if threading.get_ident() == self.thread:
+            self.parameters -= parameter is not None
+            self._end(self.parameters < 0)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.calls -= 1
         result = func(*args, **(kwargs or {}))
-        if self.calls < 0 or (isinstance(result, Tensor) and result.numel() > self.elements):
-            raise TooLarge
+        self._end(self.calls < 0 or (isinstance(result, Tensor) and result.numel() > self.elements))
         return result
+
+    def _end(self, is_too_large: bool) -> None:
+        if is_too_large:
+            raise TooLarge
 
 
 class TooLarge(Exception):
@@ -95,10 +116,12 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     """The same of any part, whose class is `kind`."""
     elements = WEIGHTS_PER_BYTE * weights.num_bytes if config.get("quantization_config") else weights.elements
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    bounded = _Bounded(max(elements, LARGEST_TABLE), CALLS_PER_TENSOR * (len(weights.tensors) + 100))
+    bounded = _Bounded(max(elements, LARGEST_TABLE), PARAMETERS_PER_TENSOR * len(weights.tensors) + MORE_PARAMETERS)
     if weights is UNKNOWN:
         bounded, elements = _Bounded(sys.maxsize, sys.maxsize), sys.maxsize
     check_numbers(plain, max(elements, LARGEST_NUMBER), path)
+    if misplaced := [name for name, value in plain.items() if _is_misplaced(kind, name, value)]:
+        raise FormatError(f"{path}: {misplaced[0]} cannot be {shown(plain[misplaced[0]])}: correct it, or {AGAIN}")
     try:
         with torch.device("meta"), bounded:
             model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(kind.config_class.from_dict(plain))
@@ -112,6 +135,13 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     if sum(p.numel() for p in model.parameters()) > max(2 * elements, LARGEST_TABLE):
         raise FormatError(_too_large(plain, weights, path))
     return model
+
+
+def _is_misplaced(kind: Any, name: str, value: Any) -> bool:
+    """Whether text or an object stands where a class takes a number, which it may find out late, or never."""
+    parameter = inspect.signature(kind.__init__).parameters.get(name)
+    is_number = parameter is not None and type(parameter.default) in (bool, int, float)
+    return is_number and isinstance(value, str | dict)
 
 
 def check_numbers(config: dict[str, Any], largest: int, path: str) -> None:

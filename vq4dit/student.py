@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vq4dit.dit import equal_embedders, share_embedders
-from vq4dit.layers import PackedLinear
+from vq4dit.packed_linear import PackedLinear
 
 
 def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

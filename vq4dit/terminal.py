@@ -1,24 +1,30 @@
-"""What the commands share: types of arguments, the door to the terminal, and bars for long work."""
+"""What the commands share: types of arguments, the device, the door to the terminal, and what is seen of long work."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import rich.console
+import torch
 from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.segment import Segment
 
+from vq4dit.devices import DEVICE, describe, resolve
 from vq4dit.printable import printable
 from vq4dit.progress import OnProgress, Progress
 
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 VERBS = {
     "cluster": "clustering layers",
     "calibrate": "calibrating",
@@ -57,6 +63,11 @@ def finite(text: str) -> float:
     return value
 
 
+def model_name(text: str) -> str:
+    """A Hub id, or the path of a folder, in which a shell may have left the home directory for us."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
 def folder_path(text: str) -> Path:
     try:
         text.encode()  # what is no text could not be shown either
@@ -75,6 +86,34 @@ def picture_path(text: str) -> Path:
     return path
 
 
+def device_name(text: str) -> str:
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:N or mps, got {text!r}")
+    return text
+
+
+def add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps (default: auto, a GPU if there is one)",
+    )
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """The device of `--device`, told in the first line on standard error.
+
+    Raises:
+        VQ4DiTError: if it is not there.
+    """
+    device = resolve(args.device)
+    sys.stderr.write(f"device: {describe(device)}\n")
+    sys.stderr.flush()
+    return device
+
+
 def amount(progress: Progress) -> str:
     """How much is done, of all: pieces, or megabytes of an upload."""
     if progress.stage == "upload":
@@ -82,9 +121,72 @@ def amount(progress: Progress) -> str:
     return f"{progress.done}/{progress.total}"
 
 
+def progress_bars() -> AbstractContextManager[OnProgress]:
+    """Progress on standard error: bars in a terminal, elsewhere (a log, a pipe) a line now and then."""
+    return _bars() if sys.stderr.isatty() else _lines(sys.stderr)
+
+
 @contextmanager
-def progress_bars() -> Iterator[OnProgress]:
-    """Bars with the time left on standard error, one per stage."""
+def _lines(file: TextIO) -> Iterator[OnProgress]:
+    """A line every `LINE_SECONDS`, whether something happened or not, and one at the end of each stage; plain text."""
+    lines = ProgressLines(file)
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(LINE_SECONDS):
+            lines.write()
+
+    ticking = threading.Thread(target=tick, daemon=True)
+    ticking.start()
+    try:
+        yield lines.show
+    finally:
+        ended.set()
+        ticking.join()
+
+
+class ProgressLines:
+    """What was told last, and how fast its stage goes on."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._last: Progress | None = None
+        self._begun, self._first = 0.0, 0  # when the stage was first heard of, and what was done by then
+        self._one_at_a_time = threading.Lock()
+
+    def show(self, progress: Progress) -> None:
+        with self._one_at_a_time:
+            before, self._last = self._last, progress
+            if before is None or progress.stage != before.stage or progress.done < before.done:
+                self._begun, self._first = time.monotonic(), progress.done
+        if progress.done >= progress.total and (before is None or before.done < before.total or before.stage != progress.stage):
+            self.write()
+
+    def write(self) -> None:
+        with self._one_at_a_time:
+            if (progress := self._last) is None:
+                return
+            seconds = time.monotonic() - self._begun
+            line = f"{VERBS[progress.stage]}: {amount(progress)}"
+            if progress.done >= progress.total:
+                line += f", {_duration(seconds)}"
+            elif progress.done > self._first:
+                left = seconds * (progress.total - progress.done) / (progress.done - self._first)
+                line += f", about {_duration(left)} left"
+            self._file.write(line + "".join(f", {key} {value:.3g}" for key, value in progress.metrics.items()) + "\n")
+            self._file.flush()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def _bars() -> Iterator[OnProgress]:
+    """Bars with the time left, one per stage."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

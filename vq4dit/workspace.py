@@ -15,7 +15,8 @@ folder, so a reloaded page, a second tab or a restarted server shows the same.
     ROOT/VISITOR/PROJECT/held             held by whoever packs it up to be taken home
     ROOT/VISITOR/PROJECT/stop             asks that worker to stop
 
-VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps.
+VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps. All folders are closed to other users
+of the machine.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        values = json.loads((folder / "project.json").read_text())
+        values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
         self.model: str = values["model"]
         self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
@@ -115,7 +116,7 @@ class Project:
 
     def forecast(self) -> Forecast:
         path = self.folder / "forecast.json"
-        return Forecast(**json.loads(path.read_text())) if path.exists() else Forecast()
+        return Forecast(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Forecast()
 
     def set_forecast(self, forecast: Forecast) -> None:
         write_atomically(self.folder / "forecast.json", json.dumps(asdict(forecast)).encode())
@@ -123,7 +124,7 @@ class Project:
     def status(self) -> Status:
         """The phase; a project said to be running that nobody works on was interrupted, and is paused."""
         path = self.folder / "status.json"
-        status = Status(**json.loads(path.read_text())) if path.exists() else Status()
+        status = Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Status()
         if status.phase == "running" and not self.is_busy():
             return Status("paused", "The work was interrupted: the server or its worker was stopped.", seconds=status.seconds)
         return status
@@ -139,17 +140,17 @@ class Project:
 
     def events(self) -> list[Event]:
         path = self.folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [Event(**values) for values in map(_parsed, lines) if values]
 
     def add_event(self, event: Event) -> None:
         """Append a line. Not flushed to disk: losing the last lines in a power cut costs a line in a log."""
-        with open(self.folder / "events.jsonl", "a") as file:
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
 
     def layers(self) -> list[dict[str, Any]]:
         path = self.folder / "layers.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def set_layers(self, layers: list[dict[str, Any]]) -> None:
         write_atomically(self.folder / "layers.json", json.dumps(layers).encode())
@@ -208,6 +209,12 @@ class Workspace:
     def __init__(self, root: Path):
         self.root = root
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        inside = list(root.iterdir())
+        visitors = [path for path in inside if KEY.fullmatch(path.name) and not path.is_symlink()]
+        # Earlier versions left visitors' folders open, and the names in the root are their keys. A root in which something else
+        # lies too is somebody's own, and stays as it is.
+        for folder in [*visitors, *([root] if len(visitors) == len(inside) else [])]:
+            folder.chmod(0o700)
 
     def visitor(self, key: object) -> str:
         """The visitor's own key if it is one of ours, else a new one. Nothing else of a browser's input becomes a path."""
@@ -230,7 +237,8 @@ class Workspace:
         key = hashlib.sha256(f"{visitor} {content}".encode()).hexdigest()[:32]
         folder = self.root / self._checked(visitor) / key
         if not (folder / "project.json").exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for closed in (folder.parent, folder):  # a mode is for the last folder only
+                closed.mkdir(exist_ok=True, mode=0o700)
             write_atomically(folder / "project.json", content.encode())
         return Project(folder)
 

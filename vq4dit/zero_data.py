@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks, recorded_outputs
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import BROKEN, UnsupportedModelError, brief
 from vq4dit.surroundings import evaluating
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
@@ -43,16 +43,68 @@ class TeacherStep(NamedTuple):
 def check_supported(pipeline: Any) -> None:
     """Raise `UnsupportedModelError` unless trajectories of this pipeline can be made."""
     if not isinstance(pipeline, DiTPipeline):
+        made_for = (
+            "sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
+            f"{type(pipeline).__name__}"
+        )
         raise UnsupportedModelError(
-            f"sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
-            f"{type(pipeline).__name__}; only quantizing with --recipe kmeans needs none"
+            f"{made_for}; only quantizing with --recipe kmeans needs none",
+            page=f"{made_for}: choose the recipe kmeans, which needs none",
         )
     scheduler = pipeline.scheduler
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise UnsupportedModelError(
-            f"trajectories are made by schedulers that tell how much noise each timestep has (alphas_cumprod), such as DDIM; "
-            f"{type(scheduler).__name__} does not: choose another one in scheduler/scheduler_config.json, or --recipe kmeans"
+        made_by = (
+            "trajectories are made by schedulers that tell how much noise each timestep has (alphas_cumprod), such as DDIM; "
+            f"{type(scheduler).__name__} does not"
         )
+        raise UnsupportedModelError(
+            f"{made_by}: choose another one in scheduler/scheduler_config.json, or --recipe kmeans",
+            page=f"{made_by}: choose the recipe kmeans, or another model",
+        )
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+    if num_classes(pipeline) > classes:
+        raise UnsupportedModelError(
+            f"the labels go up to class {num_classes(pipeline) - 1}, and the transformer knows {classes} classes: correct "
+            "id2label in model_index.json"
+        )
+    _try(lambda: _walk_on_nothing(pipeline), type(scheduler).__name__, "scheduler/scheduler_config.json")
+    _try(lambda: _call_without_weights(pipeline.transformer), type(pipeline.transformer).__name__, "transformer/config.json")
+
+
+def _try(work: Callable[[], bool], name: str, config: str) -> None:
+    """Raise `UnsupportedModelError` if what a config describes fails as soon as it is used: before the work."""
+    try:
+        works, told = work(), "what it makes is not what went in"
+    except BROKEN as error:
+        works, told = False, brief(error)
+    if not works:
+        raise UnsupportedModelError(
+            f"{name} does not work with its settings ({told}): correct {config}, or download the model again"
+        )
+
+
+def _walk_on_nothing(pipeline: DiTPipeline) -> bool:
+    """Whether the scheduler's steps come to an end."""
+    scheduler = new_scheduler(pipeline)
+    scheduler.set_timesteps(STEPS)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
+    latents = torch.ones(1, pipeline.transformer.config.in_channels, 2, 2)
+    for t in scheduler.timesteps:
+        latents = scheduler.step(scheduler.scale_model_input(latents, t), t, latents, **extra).prev_sample
+    return bool(latents.isfinite().all())
+
+
+def _call_without_weights(transformer: Any) -> bool:
+    """Whether a model of this config, on the meta device, takes latents and returns what can be noise."""
+    config = transformer.config
+    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"), torch.no_grad():
+        model = type(transformer).from_config(settings).eval()
+        latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)
+        numbers = torch.zeros(2, dtype=torch.long)
+        prediction = model(latents, timestep=numbers, class_labels=numbers).sample
+    return prediction[:, : config.in_channels].shape == latents.shape
 
 
 def new_scheduler(pipeline: DiTPipeline) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from vq4dit.catalog import BUNDLED
+from vq4dit.page_words import on_page
 from vq4dit.printable import printable
 from vq4dit.web import parts
 from vq4dit.web.studio import Choice, Studio, default_labels
@@ -183,7 +184,7 @@ class Answers:
         try:
             return parts.inspection_values(self.studio.card(model))
         except Exception as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(on_page(error), print_exception=False) from error
 
     def estimate(self, model: str, bits: int = 2, recipe: str = "best") -> dict:
         """Seconds, memory and disk that quantizing a model would take here, about.
@@ -196,7 +197,7 @@ class Answers:
         try:
             cost = self.studio.costs(self.studio.card(model), Choice(model, bits, recipe, 0, ""))[bits]
         except Exception as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(on_page(error), print_exception=False) from error
         return {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "disk_bytes": cost.disk_bytes, "fits": cost.fits()}
 
 

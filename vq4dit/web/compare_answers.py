@@ -81,7 +81,7 @@ class CompareAnswers:
         chosen = gr.Radio(chips, value=first.stem, visible=True), pictures.slider(project, first)
         if on_page and all(pair in pairs for pair in on_page):
             chosen = gr.Radio(chips), gr.skip()
-        same = [p for p in self.studio.workspace.projects(key) if p.model == project.model]
+        same = [p for p in self.studio.workspace.projects(key) if (p.model, p.revision) == (project.model, project.revision)]
         return *chosen, pictures.figures(report(project), pairs), pictures.grid(project, pairs), pictures.widths(same)
 
     def show(self, key: str, project_key: str, stem: str) -> str:

@@ -15,8 +15,8 @@ import gradio as gr
 from vq4dit.archive import pack
 from vq4dit.catalog import Catalog, ModelCard
 from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings, Recipe
-from vq4dit.errors import JobError
-from vq4dit.estimate import Device, Estimate, estimate, seconds_left
+from vq4dit.errors import JobError, VQ4DiTError
+from vq4dit.estimate import Device, Estimate, check_fits, estimate, seconds_left
 from vq4dit.lease import TICK_SECONDS, work
 from vq4dit.loader import Loader
 from vq4dit.pairs import PairSettings, draw, is_complete
@@ -66,12 +66,11 @@ class Studio:
         Raises:
             VQ4DiTError: as `Catalog.card`.
         """
-        key = name, keep, recipe
-        if key in self._cards:
-            self.catalog.check_access(name, token)
-        elif len(self._cards) >= CARDS_KEPT:
-            self._cards.clear()
+        self.catalog.check_access(name, token)
+        key = name, self.catalog.revision(name, token), keep, recipe  # the same name may hold another model now
         if key not in self._cards:
+            if len(self._cards) >= CARDS_KEPT:
+                self._cards.clear()
             self._cards[key] = self.catalog.card(name, keep, recipe, token)
         return self._cards[key]
 
@@ -96,12 +95,21 @@ class Studio:
         settings = choice.settings()
         card = self.card(choice.model, settings.keep, settings.recipe, token)
         cost = self.costs(card, choice)[settings.bits]
+        self.check_memory(cost, choice.model)
         self.workspace.sweep(max_age_seconds=MAX_AGE_SECONDS, max_bytes=MAX_TOTAL_BYTES)
         check_space(self.workspace.root, cost.disk_bytes + card.download_bytes)
         project = self.workspace.open(visitor, choice.model, settings, card.commit)
         project.set_forecast(Forecast(card.inspection.num_blocks, cost.stages))
         project.forget_stop()
         return project
+
+    def check_memory(self, cost: Estimate, model: str) -> None:
+        """Raise `VQ4DiTError` if the work does not fit into memory, even without the pipelines that are kept for the next."""
+        try:
+            check_fits(cost, model)
+        except VQ4DiTError:
+            self.loader.forget()
+            check_fits(cost, model)
 
     def project(self, visitor: object, key: str) -> Project:
         """A visitor's own project; without a key their last one, for a page that the restarted server does not know yet.

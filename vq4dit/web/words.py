@@ -6,11 +6,11 @@ The library's messages follow one form, "what was found: what to do", so they sp
 from __future__ import annotations
 
 import html
-import re
 from dataclasses import dataclass
 
 from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.lease import failure
+from vq4dit.page_words import on_page
 from vq4dit.printable import printable
 
 HEADLINES: list[tuple[type[Exception], str]] = [
@@ -36,7 +36,6 @@ OF_THE_HUB = {
     "missing": "It is not there, or it is private",
     "name": "This name cannot be used",
 }
-FLAG = re.compile(r" \(--\w+\)")  # of the command line
 DEFAULT_NEXT = "Change the choice above and try again."
 
 
@@ -55,7 +54,7 @@ def explain(error: Exception) -> Trouble:
     status = failure(error)
     headline = next((words for kind, words in HEADLINES if isinstance(error, kind)), "This did not work")
     if isinstance(error, HubError):  # "task: reason. Advice"
-        why, _, advice = FLAG.sub("", str(error)).partition(". ")
+        why, _, advice = on_page(error).partition(". ")
         if not advice and error.reason in ("login", "exists", "organization", "missing", "card"):  # "reason: advice"
             return in_words(OF_THE_HUB.get(error.reason, headline), why)
         return Trouble(OF_THE_HUB.get(error.reason, headline), _sentence(why), _sentence(advice) or DEFAULT_NEXT)

@@ -1,0 +1,143 @@
+"""What torch is set to when we are called (default type, inference mode, training mode) does not show in a result."""
+
+import pytest
+import torch
+from conftest import new_pipeline, quick_settings
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+import vq4dit
+from vq4dit.attribution import layer_noise_errors
+from vq4dit.config import RECIPES
+from vq4dit.evaluation import noise_nmse, sample
+from vq4dit.surroundings import evaluating, ordinary_torch
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+other_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+
+
+@pytest.fixture
+def default_dtype(request):
+    """Another default type, for as long as the test wants it."""
+
+    def choose(dtype: torch.dtype) -> None:
+        torch.set_default_dtype(dtype)
+
+    yield choose
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, dict[str, torch.Tensor]]:
+    """What each recipe makes where nothing is unusual."""
+    return {
+        recipe: dict(vq4dit.quantize(new_pipeline(), quick_settings(recipe=recipe)).transformer.state_dict())
+        for recipe in RECIPES
+    }
+
+
+def same(found: nn.Module, wanted: dict[str, torch.Tensor]) -> bool:
+    tensors = found.state_dict()
+    return tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+
+
+@other_types
+@every_recipe
+def test_the_default_type_does_not_show_in_what_is_quantized(made, recipe, dtype, default_dtype):
+    pipeline = new_pipeline()
+    default_dtype(dtype)
+    quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
+    assert torch.get_default_dtype() == dtype
+    assert same(quantized.transformer, made[recipe])
+
+
+@pytest.mark.parametrize("where", ["called", "made"])
+@every_recipe
+def test_inference_mode_does_not_show_in_what_is_quantized(made, recipe, where):
+    with torch.inference_mode(where == "made"):
+        pipeline = new_pipeline()
+    with torch.inference_mode(where == "called"):
+        quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
+    assert same(quantized.transformer, made[recipe])
+    assert not any(p.is_inference() for p in quantized.transformer.parameters())
+
+
+@other_types
+@pytest.mark.parametrize("recipe", ["kmeans", "best"])
+def test_packed_numbers_do_not_depend_on_the_default_type_of_a_load(tmp_path, recipe, dtype, default_dtype, one_step_input):
+    vq4dit.save(vq4dit.quantize(new_pipeline(), quick_settings(recipe=recipe)), tmp_path / "q")
+    exact = DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
+    default_dtype(dtype)
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
+    assert model.dtype == model.transformer_blocks[0].attn1.to_q.weight.dtype == dtype
+    for name, layer in vq4dit.diffusers_quantizer.packed_layers(exact).items():
+        assert torch.equal(model.get_submodule(name).reconstruct(torch.float32), layer.reconstruct(torch.float32))
+    model.save_pretrained(tmp_path / "again")
+    default_dtype(torch.float32)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "again")
+    wanted, found = (m(**one_step_input).sample for m in (exact, again))
+    torch.testing.assert_close(
+        found, wanted, rtol=0.1 if dtype == torch.bfloat16 else 0, atol=0.02 if dtype == torch.bfloat16 else 0
+    )
+
+
+def training(pipeline, rate: float = 0.5):
+    """In training mode, with a dropout that would show."""
+    for module in pipeline.transformer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+    pipeline.transformer.train()
+    pipeline.transformer.proj_out_1.eval()
+    pipeline.vae.train()
+    return pipeline
+
+
+FIGURES = {
+    "noise_nmse": lambda *pipelines: noise_nmse(*pipelines, num_trajectories=2, num_inference_steps=2),
+    "layer_noise_errors": lambda *pipelines: layer_noise_errors(*pipelines, num_trajectories=2, num_inference_steps=2),
+    "sample": lambda *pipelines: [sample(p, [0, 1], [4, 5], num_inference_steps=2).tolist() for p in pipelines],
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
+def test_equal_calls_give_equal_figures_in_whatever_mode_the_models_are(figure, default_dtype):
+    original = new_pipeline()
+    quantized = vq4dit.quantize(original, quick_settings(recipe="kmeans"))
+    wanted = figure(original, quantized)
+    modes = [module.training for p in (training(original), training(quantized)) for module in p.transformer.modules()]
+    assert figure(original, quantized) == wanted == figure(original, quantized)
+    assert [module.training for p in (original, quantized) for module in p.transformer.modules()] == modes
+    assert original.vae.training
+    if figure is not FIGURES["sample"]:  # which is diffusers' own loop
+        with torch.inference_mode():
+            assert figure(original, quantized) == wanted
+            default_dtype(torch.float64)
+            assert figure(original, quantized) == wanted
+
+
+def test_a_model_made_in_inference_mode_is_measured_like_another():
+    with torch.inference_mode():
+        original = new_pipeline()
+    quantized = vq4dit.quantize(original, quick_settings(recipe="kmeans"))
+    for name in ("noise_nmse", "layer_noise_errors"):
+        assert FIGURES[name](original, quantized) == FIGURES[name](new_pipeline(), quantized)
+
+
+def test_every_module_gets_its_own_mode_back():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    model[1].eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+
+
+def test_ordinary_torch_makes_fp32_and_gradients_and_puts_everything_back(default_dtype):
+    default_dtype(torch.bfloat16)
+    with torch.inference_mode():
+        with pytest.raises(KeyError), ordinary_torch():
+            x = torch.ones(2, requires_grad=True)
+            x.sum().backward()
+            assert x.dtype == torch.float32 and x.grad is not None
+            raise KeyError
+        assert torch.get_default_dtype() == torch.bfloat16 and torch.is_inference_mode_enabled()
