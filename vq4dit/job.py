@@ -33,7 +33,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import JobError
+from vq4dit.errors import FormatError, JobError
+from vq4dit.json_files import read_object, shown
 
 VERSION = 9  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 
@@ -183,10 +184,9 @@ def _lock(folder: Path) -> IO[str]:
 
 def _read_description(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise JobError(f"{path} is damaged ({error}): delete the folder and start again") from error
-    return found if isinstance(found, dict) else {}
+        return read_object(path, "delete the folder and start again")
+    except FormatError as error:
+        raise JobError(str(error)) from error
 
 
 def _compare(found: dict, wanted: dict, folder: Path) -> None:
@@ -195,6 +195,10 @@ def _compare(found: dict, wanted: dict, folder: Path) -> None:
     if found["fingerprint"] != wanted["fingerprint"]:
         raise JobError(
             f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it"
+        )
+    if not isinstance(found["settings"], dict):
+        raise JobError(
+            f"{folder / 'job.json'} is damaged (settings is {shown(found['settings'])}): delete the folder, start again"
         )
     if found["settings"] != wanted["settings"]:
         differing = [key for key, value in wanted["settings"].items() if found["settings"].get(key) != value]

@@ -6,6 +6,7 @@ card. A figure that nobody measured is called "not measured"; figures of another
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from huggingface_hub import ModelCardData, constants
 
 from vq4dit.config import CODEBOOKS
 from vq4dit.dit import find_targets
-from vq4dit.errors import HubError
+from vq4dit.errors import FormatError, HubError
 from vq4dit.evaluation import Comparison
 from vq4dit.inspection import tensor_bytes
+from vq4dit.json_files import read_object, shown
 from vq4dit.loading import check_pipeline
 from vq4dit.origin import Origin, read_origin
 from vq4dit.repository import read_json, weights_in
@@ -69,12 +71,16 @@ def read_report(folder: Path) -> Comparison:
     Raises:
         HubError: if there are none, or they are of another version.
     """
+    advice = "make one with `python -m vq4dit compare`"
     try:
-        return Comparison(**json.loads((folder / "report.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise HubError(
-            f"{folder} has no report.json that can be read ({error}): make one with `python -m vq4dit compare`", "card"
-        ) from error
+        found = Comparison(**read_object(folder / "report.json", advice))
+    except (OSError, FormatError, TypeError) as error:
+        raise HubError(f"{folder} has no report.json that can be read ({error}): {advice}", "card") from error
+    figures = dataclasses.asdict(found)
+    for name in figures:
+        if not isinstance(figures[name], int | float) or isinstance(figures[name], bool):
+            raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(figures[name])}: {advice}", "card")
+    return found
 
 
 def model_card(

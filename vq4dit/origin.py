@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.job import write_atomically
+from vq4dit.json_files import read_object, shown
 
 FILENAME = "vq4dit.json"
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the base's card to ours
@@ -77,9 +78,15 @@ def read_origin(folder: Path) -> Origin:
         FormatError: if the record is damaged.
     """
     path = folder / FILENAME
-    if not path.is_file():
+    if not path.exists():
         return Origin()
+    advice = "delete it, and name the base with --base"
     try:
-        return Origin(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{path} is damaged ({error}): delete it, and name the base with --base") from error
+        origin = Origin(**read_object(path, advice))
+    except TypeError as error:  # entries that we do not write
+        raise FormatError(f"{path} is damaged ({error}): {advice}") from error
+    for name, value in asdict(origin).items():
+        kind = str if name in ("model", "revision") else dict
+        if not isinstance(value, kind):
+            raise FormatError(f"{path} is damaged ({name} is {shown(value)}): {advice}")
+    return origin

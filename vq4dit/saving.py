@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import JobError
+from vq4dit.errors import FormatError, JobError
 from vq4dit.job import sync_folder
+from vq4dit.json_files import read_object
 
 
 def save(pipeline: Any, folder: Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
@@ -72,6 +73,9 @@ def check_output(folder: Path, overwrite: bool, contains: str = "model_index.jso
 def is_result(folder: Path, settings: QuantizationSettings) -> bool:
     """Whether `folder` already is what these settings make: a process may be killed between saving and cleaning up."""
     path = folder / "transformer" / "config.json"
-    made = json.loads(path.read_text()).get("quantization_config", {}) if path.is_file() else {}
+    try:
+        made = read_object(path).get("quantization_config") or {} if path.is_file() else {}
+    except FormatError:  # whatever it is, we did not write it
+        return False
     wanted = {"quant_method": "vq4dit", "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
     return wanted.items() <= made.items()
