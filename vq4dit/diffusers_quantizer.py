@@ -263,8 +263,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             adapters, fused = ", ".join(adapter_names(wrapper)), " and fused into it" if wrapper.merged_adapters else ""
             raise FormatError(
                 f"the adapter {adapters} is attached to {name}{fused}, and a packed file has no place for it: save the adapter "
-                "by itself (save_pretrained of the PEFT model, or get_peft_model_state_dict), and detach it (unload_lora, unload) "
-                "before saving the model"
+                "by itself (save_pretrained of the PEFT model, or get_peft_model_state_dict), and detach it (unload_lora, "
+                "unload) before saving the model"
             )
         for name, layer in packed_layers(model).items():
             if layer.is_changed:
