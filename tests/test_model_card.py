@@ -61,7 +61,7 @@ def test_base_commit_bits_recipe_and_kept_layers_are_told(quantized_folder):
         "recipe: `kmeans`, plain k-means",
         "14 linear layers are quantized",
         "`transformer_blocks.*.norm1.emb.timestep_embedder.linear_1` (2 layers): embedder",
-        "versions and calibration settings: not recorded",
+        "- versions: diffusers ",
     ):
         assert words in card
 
@@ -296,6 +296,10 @@ def test_a_record_that_cannot_be_is_damaged(stranger, record):
 def test_a_card_is_only_for_what_can_be_the_name_of_a_repository(quantized_folder, name):
     with pytest.raises(HubError, match="cannot be the name of a repository"):
         model_card(quantized_folder, name, BASE)
+    with pytest.raises(HubError, match="cannot be the name of a repository"):
+        model_card(quantized_folder, "ann/tiny", dataclasses.replace(BASE, model=name))
+    with pytest.raises(HubError, match="cannot be a commit"):
+        model_card(quantized_folder, "ann/tiny", dataclasses.replace(BASE, revision=BAD))
 
 
 @pytest.mark.parametrize("value", [BAD, None, [1], True, float("nan"), float("inf")], ids=repr)

@@ -37,6 +37,7 @@ from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_
 from vq4dit.locks import lock, unlock
 
 VERSION = 10  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+ANEW = "what was kept of this work is damaged, or of another model or version: choose another seed, which begins anew"
 MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
 
 
@@ -121,7 +122,7 @@ class Job:
         """
         path = self._path(piece)
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise JobError(f"{path} is damaged (it is a link or a folder): remove it and resume")
+            raise JobError(f"{path} is damaged (it is a link or a folder): remove it and resume", page=ANEW)
         return path.exists()
 
     def read(self, piece: str) -> dict[str, Tensor]:
@@ -136,11 +137,12 @@ class Job:
                 said = _sealed(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise JobError(f"{path} is damaged ({error}): delete this file and resume") from error
+            raise JobError(f"{path} is damaged ({error}): delete this file and resume", page=ANEW) from error
         if said != (piece, self._seal(piece, tensors)):
             raise JobError(
                 f"{path} is damaged, or belongs to another layer or another job (its checksum does not fit): delete this file "
-                "and resume"
+                "and resume",
+                page=ANEW,
             )
         return tensors
 
@@ -276,14 +278,16 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _no_job(path: Path, reason: str) -> JobError:
     return JobError(
         f"{path} cannot be gone on with ({reason}): if nothing in {path.parent} is yours, delete the folder and start again, "
-        "or choose another output"
+        "or choose another output",
+        page=ANEW,
     )
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     if found["fingerprint"] != wanted["fingerprint"]:
         raise JobError(
-            f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it"
+            f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it",
+            page=ANEW,
         )
     if found["settings"] != wanted["settings"]:
         there, now = found["settings"], wanted["settings"]

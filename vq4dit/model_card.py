@@ -27,7 +27,7 @@ from vq4dit.evaluation import Comparison
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import check_pipeline
 from vq4dit.markdown import plain
-from vq4dit.origin import Origin, copied, is_hub_id, read_origin
+from vq4dit.origin import REVISION, Origin, copied, is_hub_id, read_origin
 from vq4dit.repository import read_json, weights_in
 from vq4dit.skeleton import empty_transformer
 
@@ -109,8 +109,11 @@ def model_card(
     if quantization.get("quant_method") != "vq4dit":
         raise HubError(f"{folder} is no model quantized by vq4dit: quantize first, then push the output folder", "card")
     _check_made(folder, quantization)
-    if not is_hub_id(repo_id):
-        raise HubError(f"{repo_id!r:.100} cannot be the name of a repository: use letters, digits, and - _ . between", "name")
+    for name in filter(None, (repo_id, base.model)):
+        if not is_hub_id(name):
+            raise HubError(f"{name!r:.100} cannot be the name of a repository: use letters, digits, and - _ . between", "name")
+    if not REVISION.fullmatch(base.revision or "main"):
+        raise HubError(f"{base.revision!r:.100} cannot be a commit of {base.model}: quantize the original model again", "name")
     num_bytes = tensor_bytes(str(folder))
     _check_reports(num_bytes, report, kmeans)
     origin, codings = read_origin(folder), layer_codings(folder)

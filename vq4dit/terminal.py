@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import IO, NoReturn
 
 import rich.console
 import torch
@@ -127,7 +127,7 @@ def progress_bars() -> AbstractContextManager[OnProgress]:
 
 
 @contextmanager
-def _lines(file: TextIO) -> Iterator[OnProgress]:
+def _lines(file: IO[str]) -> Iterator[OnProgress]:
     """A line every `LINE_SECONDS`, whether something happened or not, and one at the end of each stage; plain text."""
     lines = ProgressLines(file)
     ended = threading.Event()
@@ -148,7 +148,7 @@ def _lines(file: TextIO) -> Iterator[OnProgress]:
 class ProgressLines:
     """What was told last, and how fast its stage goes on."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: IO[str]):
         self._file = file
         self._last: Progress | None = None
         self._begun, self._first = 0.0, 0  # when the stage was first heard of, and what was done by then

@@ -38,8 +38,9 @@ def gates(host: str | None) -> list[Middleware]:
     doors = Middleware(OnlyOurDoors)
     if host is None:
         return [doors]
-    own = socket.gethostname()
-    names = {*LOOPBACK, host, own, f"{own}.local"}
+    names = {*LOOPBACK, host}
+    if host not in LOOPBACK:
+        names |= {own := socket.gethostname(), f"{own}.local"}
     return [Middleware(TrustedHostMiddleware, allowed_hosts=sorted(names), www_redirect=False), Middleware(SameSite), doors]
 
 
