@@ -29,7 +29,6 @@ LADDER = [
         "kmeans",
         "hub_errors",
         "quiet",
-        "trust",
         "markdown",
         "page_words",
         "terminal",
@@ -51,6 +50,7 @@ LADDER = [
         "origin",
         "pipeline_files",
         "skeleton",
+        "trust",
     },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file
     {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from vq4dit.catalog import Catalog
 from vq4dit.cli import main
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
+from vq4dit.errors import FormatError, VQ4DiTError
 from vq4dit.hub import Pushed, same_image
 from vq4dit.inspection import inspect
 from vq4dit.loader import Loader
@@ -210,9 +210,9 @@ def test_a_repository_of_the_hub_is_looked_at_before_it_is_loaded(hub, ann, fold
     way(folder, mark)
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     hub.add_repo("ann/evil", files)
-    with pytest.raises(UnsupportedModelError, match="code"):
+    with pytest.raises(VQ4DiTError, match="code"):
         load_pipeline("ann/evil", token=ann.token)
-    with pytest.raises(UnsupportedModelError, match="code"):  # `push --verify` downloads and loads
+    with pytest.raises(VQ4DiTError, match="code"):  # `push --verify` downloads and loads
         same_image(Path(model_folder), Pushed("ann/evil", "main", "", False, 1, 1, False), ann)
     assert not mark.exists()
 

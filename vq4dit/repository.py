@@ -185,7 +185,7 @@ def choose(
     variant = variants[0]
     if variant not in indices:
         return (singles[variant],), variant
-    shards = _shards(read(indices[variant]), f"{where}/{indices[variant]}")
+    shards = shard_names(read(indices[variant]), f"{where}/{indices[variant]}")
     if missing := [name for name in shards if name not in present]:
         raise FormatError(f"{where}/{indices[variant]} names {missing[0]}, which is not there: {AGAIN}")
     return shards, variant
@@ -199,13 +199,20 @@ def _preference(variant: str | None) -> tuple[int, str]:
     return (PREFERRED.index(variant) if variant in PREFERRED else len(PREFERRED)), variant or ""
 
 
-def _shards(index: dict[str, Any], where: str) -> tuple[str, ...]:
+def shard_names(index: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The files that an index of shards names.
+
+    Raises:
+        FormatError: if one is no safetensors file beside the index: anything else may be a program, or anywhere.
+    """
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files or not isinstance(index.get("metadata"), dict):
         raise FormatError(f"{where} must have the entries metadata and weight_map, tensors and their files: {AGAIN}")
     for name in files.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
-            raise FormatError(f"{where} must name .safetensors files beside it, and names {shown(name)}: {AGAIN}")
+            raise FormatError(
+                f"{where} must name .safetensors files beside it, and names {shown(name)} (other formats can run code): {AGAIN}"
+            )
     return tuple(sorted(set(files.values())))
 
 

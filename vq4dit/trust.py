@@ -8,7 +8,6 @@ before anything is loaded, both are read here and everything is refused that wou
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import diffusers
 
 from vq4dit.errors import FormatError, UnsupportedModelError
+from vq4dit.json_files import AGAIN, read_object, shown
+from vq4dit.repository import shard_names
 
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf", ".flashpack"}
 NO_CODE = "no code of a model's author is run here"
@@ -33,7 +34,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
     pipeline: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not _is_class(pipeline, diffusers.DiffusionPipeline) or pipeline is diffusers.DiffusionPipeline:
         raise UnsupportedModelError(
-            f"the pipeline of {model}, {_shown(name)}, is not in diffusers {diffusers.__version__}, and {NO_CODE}: upgrade "
+            f"the pipeline of {model}, {shown(name)}, is not in diffusers {diffusers.__version__}, and {NO_CODE}: upgrade "
             "diffusers, or take another model"
         )
     if pipeline._load_connected_pipes:
@@ -48,7 +49,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
         is_named = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
         if is_named and not _is_known(*value) or not is_named and part in required:
             raise UnsupportedModelError(
-                f"the {part} of {model} is said to be {_shown(value)}, which neither diffusers nor transformers has, and "
+                f"the {part} of {model} is said to be {shown(value)}, which neither diffusers nor transformers has, and "
                 f"{NO_CODE}: take another model"
             )
 
@@ -68,10 +69,6 @@ def _is_known(library: str, name: str) -> bool:
 
 def _is_class(found: Any, *bases: type) -> bool:
     return isinstance(found, type) and issubclass(found, bases)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.100}"
 
 
 def check_weights(folder: Path, index: dict[str, Any]) -> None:
@@ -95,18 +92,11 @@ def check_weights(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _check_shards(folder: Path, place: str) -> None:
-    """An index of shards: a map from tensors to files beside it."""
-    index = _read(folder, place)
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise FormatError(f"{folder / place} has no map of tensors to files (weight_map): download the model again")
-    for shard in sorted(set(shards.values())):
-        if not shard.endswith(".safetensors") or shard != Path(shard).name or "\\" in shard:
-            raise UnsupportedModelError(
-                f"{folder / place} names {_shown(shard)}, which is no safetensors file beside it, and {CONVERT}"
-            )
-        if not (folder / place).with_name(shard).is_file():
-            raise FormatError(f"{folder / place} names {shard}, and there is no such file: download the model again")
+    """An index of shards: a map from tensors to safetensors files beside it."""
+    path = folder / place
+    for shard in shard_names(read_object(path), str(path)):
+        if not path.with_name(shard).is_file():
+            raise FormatError(f"{path} names {shard}, and there is no such file: {AGAIN}")
 
 
 def _check_transformers(folder: Path, part: str, names: list[str], class_name: str) -> None:
@@ -119,22 +109,12 @@ def _check_transformers(folder: Path, part: str, names: list[str], class_name: s
     for name in names:
         if not name.endswith("config.json"):
             continue
-        config = _read(folder, f"{part}/{name}")
+        config = read_object(folder / part / name)
         weights = config.get("transformers_weights")
         if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
             raise UnsupportedModelError(f"{folder / part / name} names weights that are no safetensors, and {CONVERT}")
         kernels = [config.get(key) for key in ("attn_implementation", "_attn_implementation")]
         if any("/" in str(kernel) for kernel in kernels):
-            raise UnsupportedModelError(f"{folder / part / name} names kernels to download ({_shown(kernels)}), {refused}")
+            raise UnsupportedModelError(f"{folder / part / name} names kernels to download ({shown(kernels)}), {refused}")
         if config.get("auto_map") and (class_name.startswith("Auto") or class_name.endswith("Processor")):
             raise UnsupportedModelError(f"{folder / part / name} names code of its own (auto_map), {refused}")
-
-
-def _read(folder: Path, place: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / place).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{folder / place} is not valid JSON ({type(error).__name__}): download the model again") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{folder / place} must hold a JSON object, and holds {_shown(found)}: download the model again")
-    return found
