@@ -1,7 +1,8 @@
 """Pictures and comparisons as files.
 
 Every picture says in a text chunk of its PNG that we drew it, with a checksum of its pixels and its name. So a picture of
-ours may be replaced by a new one, and what somebody else drew, changed or gave another name may not. A comparison is a folder that is written whole:
+ours may be replaced by a new one, and what somebody else drew, changed or gave another name may not. A comparison is a folder
+that is written whole:
 
     report.json                  all figures
     layers.json                  what each layer adds to the error, if that was asked for
