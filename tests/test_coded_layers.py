@@ -17,6 +17,7 @@ from torch import nn
 import vq4dit
 from vq4dit.coded_layers import EntropyCodedLinear, nearest_step, step_size
 from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.errors import FormatError
 from vq4dit.evaluation import layer_errors
 from vq4dit.layers import VQLinear
 
@@ -291,3 +292,20 @@ def test_best_writes_format_version_3_and_decodes_what_it_returns(tmp_path):
     assert config["quantization_config"]["format_version"] == 3
     names = load_file(tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").keys()
     assert sum(name.endswith(".coded_integers") for name in names) == 14
+
+
+@pytest.mark.parametrize("change", ["no models", "no stream", "floats", "other shape", "extra"])
+def test_tensors_that_are_no_such_layer_are_refused(generator, change):
+    tensors = new_coded(8, 16, generator).state_dict()
+    if change == "no models":
+        del tensors["side_models"]
+    elif change == "no stream":
+        del tensors["coded_integers"]
+    elif change == "floats":
+        tensors["coded_integers"] = tensors["coded_integers"].float()
+    elif change == "other shape":
+        tensors["side_models"] = tensors["side_models"][:2]
+    else:
+        tensors["codebook"] = torch.zeros(4, 2)
+    with pytest.raises(FormatError):
+        EntropyCodedLinear.from_tensors(tensors, (8, 16))

@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import vq4dit
-from vq4dit.diffusers_quantizer import packed_layers
+from vq4dit.coded_layers import EntropyCodedLinear
+from vq4dit.diffusers_quantizer import check_size, packed_layers
+from vq4dit.errors import FormatError
 from vq4dit.loading import load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -296,3 +298,21 @@ def test_without_our_import_diffusers_says_what_is_missing(quantized_folder, mon
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "vq4dit")
     with pytest.raises(ValueError, match="Unknown quantization type, got vq4dit"):
         load(quantized_folder)
+
+
+@pytest.mark.parametrize("name", ["proj_out_1.weight", "transformer_blocks.1.attn1.to_k.bias"])
+def test_a_tensor_of_another_shape_is_refused_by_name(quantized_folder, tmp_path, name):
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized_folder, broken)
+    tensors = load_file(broken / WEIGHTS)
+    tensors[name] = tensors[name][None]
+    save_file(tensors, broken / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{name} has the shape \[1, .*the files do not belong together"):
+        DiTTransformer2DModel.from_pretrained(broken, subfolder="transformer")
+
+
+def test_a_small_file_of_endless_layers_is_refused():
+    """Coded zeros cost next to nothing: only the size of the file says that there are not so many."""
+    layer = EntropyCodedLinear(10**6, 10**6, num_bytes=8, device="meta")
+    with pytest.raises(FormatError, match="a file of 1000 bytes cannot hold the 1000000000000 quantized weights"):
+        check_size({"x": layer}, 1000)

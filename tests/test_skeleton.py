@@ -17,6 +17,7 @@ from vq4dit.inspection import inspect
 from vq4dit.loading import load_pipeline
 from vq4dit.repository import TensorHeader, Weights
 from vq4dit.skeleton import check_tensors, empty_transformer
+from vq4dit.zero_data import check_supported
 
 BILLION = 10**9
 FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -169,3 +170,66 @@ def test_what_is_built_has_no_weights_and_is_as_large_as_its_files():
     assert {p.device.type for p in found.parameters()} == {"meta"}
     assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in model.parameters())
     assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "file, entries, words",
+    [
+        ("scheduler/scheduler_config.json", {"steps_offset": 10**5}, "DDIMScheduler does not work with its settings"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "no-such"}, "DDIMScheduler does not work with its settings"),
+        ("scheduler/scheduler_config.json", {"beta_start": 1e20}, "DDIMScheduler does not work with its settings"),
+        ("model_index.json", {"id2label": {"5000": "cat"}}, "the labels go up to class 5000, and the transformer knows 1000"),
+    ],
+    ids=str,
+)
+def test_settings_that_fail_when_used_are_refused_before_the_work(folder, file, entries, words):
+    change(folder, file, **entries)
+    with pytest.raises(UnsupportedModelError, match=words):
+        check_supported(load_pipeline(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"id2label": [1]}, r"id2label must be an object of numbers and names, found \[1\]"),
+        ({"id2label": {"a": "cat"}}, "id2label must give the numbers of classes names"),
+        ({"id2label": {"0": 1}}, "id2label must give the numbers of classes names"),
+        ({"id2label": {"-1": "cat"}}, "id2label must give the numbers of classes names"),
+        ({"_class_name": None}, "_class_name must name a pipeline, found None"),
+        ({"_class_name": ["code", "Own"]}, "_class_name must name a pipeline"),
+        ({"transformer": "DiT"}, "transformer must be a library and a class of it, found 'DiT'"),
+        ({"vae": ["diffusers", None]}, "vae must be a library and a class of it"),
+        ({"scheduler": None}, "scheduler must be a library and a class of it, found None"),
+    ],
+    ids=str,
+)
+def test_an_index_that_names_no_parts_is_refused(folder, entries, words):
+    change(folder, "model_index.json", **entries)
+    for look in looks(folder):
+        with pytest.raises(FormatError, match=words):
+            look()
+
+
+@pytest.mark.parametrize("quantization", [[], "vq4dit", {"quant_method": "vq4dit"}], ids=repr)
+def test_what_is_said_of_a_quantization_is_an_object_of_ours(folder, quantization):
+    change(folder, quantization_config=quantization)
+    for look in looks(folder):
+        with pytest.raises(FormatError, match="quantization_config"):
+            look()
+
+
+@pytest.mark.parametrize("entries", [{"bits": [1]}, {"dtype": "no-such"}, {"shared_embedders": [1]}, {"recipe": 3}], ids=str)
+def test_settings_of_a_packed_model_are_of_their_kind(quantized_folder, tmp_path, entries):
+    folder = Path(shutil.copytree(quantized_folder, tmp_path / "model"))
+    made = json.loads((folder / "transformer/config.json").read_text())["quantization_config"]
+    change(folder, quantization_config=made | entries)
+    with pytest.raises(FormatError, match=f"quantization_config: {next(iter(entries))} must"):
+        load_pipeline(str(folder))
+
+
+def test_a_second_transformer_is_told_before_anything_is_read(folder):
+    change(folder, "model_index.json", transformer_2=["diffusers", "DiTTransformer2DModel"])
+    with pytest.raises(UnsupportedModelError, match="more than one transformer, .* transformer_2 would stay as large as it is"):
+        inspect(str(folder))
+    change(folder, "model_index.json", transformer_2=[None, None])
+    assert inspect(str(folder)).num_blocks == 2

@@ -128,10 +128,8 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     except TooLarge as error:
         raise FormatError(_too_large(plain, weights, path)) from error
     except BROKEN as error:
-        suspects = ", ".join(_suspects(kind, plain)) or brief(error)
-        raise FormatError(
-            f"{path} describes no {kind.__name__} that can be built ({suspects}): correct it, or {AGAIN}"
-        ) from error
+        told = ", ".join([*_suspects(kind, plain), brief(error)])
+        raise FormatError(f"{path} describes no {kind.__name__} that can be built ({told}): correct it, or {AGAIN}") from error
     if sum(p.numel() for p in model.parameters()) > max(2 * elements, LARGEST_TABLE):
         raise FormatError(_too_large(plain, weights, path))
     return model
@@ -166,7 +164,7 @@ def _too_large(config: dict[str, Any], weights: Weights, path: str) -> str:
 
 
 def _suspects(kind: Any, config: dict[str, Any]) -> Iterator[str]:
-    """Entries of a config that are not what the class says it takes; if there are none, those that are no positive number."""
+    """Entries that are not what the class says it takes, and then those that may be wrong: words, and what is not positive."""
     parameters = inspect.signature(kind.__init__).parameters
     doubtful = []
     for name, value in config.items():
@@ -178,7 +176,7 @@ def _suspects(kind: Any, config: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is null"
         elif value is not None and kinds and (not isinstance(value, kinds) or (value in (True, False) and bool not in kinds)):
             yield f"{name} is {shown(value)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool) and value < 1:
+        elif isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and value < 1):
             doubtful.append(f"{name} is {shown(value)}")
     yield from doubtful
 
