@@ -14,7 +14,6 @@ LADDER = [
         "locks",
         "extras",
         "version",
-        "pipeline_files",
         "printable",
         "lazy_weight",
         "adapters",
@@ -50,6 +49,7 @@ LADDER = [
         "layers",
         "coded_layers",
         "origin",
+        "pipeline_files",
         "skeleton",
     },  # the two kinds of packed layers; where a model comes from; one without weights
     {"error_feedback", "packed_tensors"},  # its integers; what both have in a file

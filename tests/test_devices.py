@@ -112,4 +112,4 @@ def test_a_gpu_without_enough_memory_is_told(tmp_path, model_folder, capsys, mon
     monkeypatch.setattr("vq4dit.cli.sample", full)
     assert main(["sample", model_folder, "--labels", "cat", "--output", str(tmp_path / "x.png")]) == 1
     said = capsys.readouterr().err
-    assert "the GPU's memory is not enough" in said and "--device cpu" in said and "Traceback" not in said
+    assert "the GPU's memory is used up" in said and "--device cpu" in said and "Traceback" not in said

@@ -61,7 +61,7 @@ def test_base_commit_bits_recipe_and_kept_layers_are_told(quantized_folder):
         "recipe: `kmeans`, plain k-means",
         "14 linear layers are quantized",
         "`transformer_blocks.*.norm1.emb.timestep_embedder.linear_1` (2 layers): embedder",
-        "versions and calibration settings: not recorded",
+        "- versions: diffusers ",
     ):
         assert words in card
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import vq4dit
 from vq4dit.errors import FormatError, JobError
-from vq4dit.origin import Origin, origin_of, read_origin
-from vq4dit.pipeline_files import part_files, pipeline_files
+from vq4dit.job import fingerprint
+from vq4dit.origin import Origin, made_by, origin_of, read_origin
+from vq4dit.pipeline_files import part_files, pipeline_files, without_variant
 from vq4dit.saving import is_result, result_files
 
 VAE = "diffusion_pytorch_model.safetensors"
@@ -153,6 +154,17 @@ def test_the_shards_of_an_index_are_copied_and_a_file_beside_them_is_not(quantiz
     DiTPipeline.from_pretrained(half.parent / "out")
 
 
+@pytest.mark.parametrize("shard", ["5GB", "10KB"], ids=["one file", "shards"])
+def test_a_variant_is_copied_under_the_name_that_is_loaded_without_one(tmp_path, quantized, shard):
+    model = new_pipeline().to(torch.float16)
+    model.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard)
+    out = save(quantized, tmp_path / "half")
+    sizes = [sum(path.stat().st_size for path in (folder / "vae").glob("*.safetensors")) for folder in (out, tmp_path / "half")]
+    assert sizes[0] == sizes[1]
+    loaded = DiTPipeline.from_pretrained(out).vae.state_dict()
+    assert all(torch.equal(tensor.float(), loaded[name]) for name, tensor in model.vae.state_dict().items())
+
+
 def test_a_tokenizers_vocabulary_belongs_to_it_and_other_files_do_not(tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model", "secret.txt"):
         put(tmp_path / name, "{}")
@@ -175,6 +187,20 @@ def test_an_index_of_shards_names_only_files_beside_it(tmp_path, shard):
     put(tmp_path / "model" / "vae" / "x.bin")
     put(tmp_path / "model" / "vae" / f"{VAE}.index.json", json.dumps({"weight_map": {"key": shard}}))
     assert part_files(tmp_path / "model" / "vae") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion_pytorch_model.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json"]
+    + ["model-00001-of-00002.safetensors", "model.fp16-00001-of-00002.safetensors"],
+)
+def test_a_name_without_a_variant_stays(name):
+    assert without_variant(name) == name
+
+
+def test_names_of_variants():
+    assert without_variant("model.fp16.safetensors") == "model.safetensors"
+    assert without_variant(f"{VAE}.index.bf16.json") == f"{VAE}.index.json"
 
 
 def as_links(folder: Path, blobs: Path) -> None:
@@ -217,8 +243,15 @@ def test_the_record_says_how_it_was_made(quantized, half):
     assert other.settings_hash != found["settings_hash"]
 
 
-def test_without_a_record_the_model_says_what_it_knows(tmp_path, quantized):
+def test_what_was_made_in_this_process_knows_how(tmp_path, quantized):
     vq4dit.save(quantized, tmp_path / "out")
+    settings = quick_settings(recipe="kmeans")
+    assert read_origin(tmp_path / "out") == made_by(settings, fingerprint(new_pipeline()))
+    assert is_result(tmp_path / "out", settings, fingerprint(new_pipeline()))
+
+
+def test_what_was_loaded_knows_as_much_as_its_configuration(tmp_path, quantized_folder):
+    vq4dit.save(DiTPipeline.from_pretrained(quantized_folder), tmp_path / "out")
     assert read_origin(tmp_path / "out").settings == {"bits": 2, "recipe": "kmeans", "seed": 0}
 
 

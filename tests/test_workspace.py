@@ -3,10 +3,13 @@
 import os
 import signal
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from vq4dit import archive
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 from vq4dit.workspace import Event, Status, Workspace, check_space, folder_bytes
@@ -132,6 +135,49 @@ def test_old_projects_are_swept_and_running_ones_never(workspace):
     assert running.folder.exists() and fresh.folder.exists()
 
 
+def test_a_project_that_waits_for_its_next_turn_is_not_swept(workspace):
+    waiting, paused = (workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS) for _ in range(2))
+    for project, phase in ((waiting, "waiting"), (paused, "paused")):
+        project.set_status(Status(phase))
+        age(project, 10 * 86400)
+    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=0) == [paused.folder]
+    assert waiting.status().phase == "waiting"
+
+
+def test_a_project_that_nobody_will_come_back_to_is_swept_though_it_waits(workspace, project):
+    project.set_status(Status("waiting"))
+    age(project, 40 * 86400)
+    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=10**9) == [project.folder]
+
+
+def test_a_project_that_is_being_packed_is_not_swept_and_may_be_worked_on(workspace, project, tmp_path, monkeypatch):
+    (project.result / "vae").mkdir(parents=True)
+    for name in ("model_index.json", "vae/config.json"):
+        (project.result / name).write_text("{}")
+    project.set_status(Status("done"))
+    swept = []
+
+    def packed(*arguments):
+        age(project, 1000)
+        swept.extend(workspace.sweep(max_age_seconds=500.0, max_bytes=0))
+        with project.claim():
+            return write(*arguments)
+
+    write = archive._packed
+    monkeypatch.setattr(archive, "_packed", packed)
+    names = zipfile.ZipFile(archive.pack(project, tmp_path)).namelist()
+    assert swept == [] and names == [f"{project.name}/model_index.json", f"{project.name}/vae/config.json"]
+    age(project, 1000)
+    assert workspace.sweep(max_age_seconds=500.0, max_bytes=10**9) == [project.folder]
+
+
+def test_who_comes_for_a_project_while_it_is_swept_is_told_so(project, monkeypatch):
+    (project.folder / "project.json").unlink()
+    with pytest.raises(JobError, match="removed to make room.*press Quantize"):
+        with project.claim():
+            pass
+
+
 def test_when_all_are_too_large_the_oldest_go_first(workspace):
     projects = [workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS) for _ in range(3)]
     for seconds, project in zip((300, 200, 100), projects, strict=True):
@@ -174,3 +220,9 @@ def test_a_full_disk_is_told_before_the_work(tmp_path):
     check_space(tmp_path, 1000)
     with pytest.raises(JobError, match=r"the disk has .* GB left and this needs 1100000.0 GB: remove old results"):
         check_space(tmp_path, 10**15)
+
+
+def test_a_disk_that_is_nearly_full_is_told_in_bytes_that_are_not_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr("vq4dit.workspace.shutil.disk_usage", lambda folder: SimpleNamespace(free=900))
+    with pytest.raises(JobError, match=r"the disk has 900 bytes left and this needs 2.2 kB"):
+        check_space(tmp_path, 2000)

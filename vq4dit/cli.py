@@ -32,6 +32,7 @@ from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.memory import is_out_of_memory, out_of_memory
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
+from vq4dit.repository import located
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.terminal import (
     Console,
@@ -191,8 +192,8 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 def quantize_command(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    check_place(args.output)
     device = chosen_device(args)
+    check_place(args.output)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
     found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
@@ -210,7 +211,7 @@ def quantize_command(args: argparse.Namespace) -> None:
     check(pipeline, settings)
     if seems_done and is_result(args.output, settings, fingerprint(pipeline)):  # it was killed before it had cleaned up
         quantized = load_pipeline(str(args.output)).to(device)
-        if (folder / "job.json").exists():
+        if folder.exists():
             with Job.open(folder, settings, pipeline, resume=True) as job:
                 job.remove()
     else:
@@ -243,7 +244,7 @@ def report_quantized(args: argparse.Namespace, revision: str | None, original: A
 
 def check_not_inside(model: str, output: Path) -> None:
     """Raise `JobError` if writing the output would replace the model itself or a folder around it."""
-    folder = Path(model).resolve()
+    folder = (located(model) or Path(model)).resolve()
     if output.exists() and any(part.exists() and output.samefile(part) for part in (folder, *folder.parents)):
         raise JobError(f"the output {output} is, or holds, the model {model} itself: choose another output")
 
@@ -276,8 +277,8 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> None:
-    check_picture(args.output)
     device = chosen_device(args)
+    check_picture(args.output)
     with decode_mode(args.decode):
         pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)

@@ -20,8 +20,8 @@ from vq4dit.zero_data import num_classes
 
 
 def compare_command(args: argparse.Namespace) -> None:
-    check_comparison_output(args.output, args.overwrite)
     device = chosen_device(args)
+    check_comparison_output(args.output, args.overwrite)
     with decode_mode(args.decode):
         original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
     check_comparable(original, quantized)

@@ -25,6 +25,7 @@ TEMPORARY = re.compile(r"\.vq4dit-[0-9a-f]{16}\.partial")
 WINDOWS = os.name == "nt"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FULL_WORDS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")  # safetensors' errors have no number
+FULL_PAGE = "the disk of this server is full: what is finished is kept, try again later or choose a smaller model"
 SHOWN = 5  # names in a message
 
 # The names below a folder of the files that we wrote; None if the folder is not one of ours.
@@ -80,7 +81,8 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if is_full(error):
-            raise JobError(f"the disk is full: {path} needs {amount(len(content))}. Free some space and {advice}") from error
+            needed = amount(len(content))
+            raise JobError(f"the disk is full: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE) from error
         raise
 
 
@@ -204,7 +206,8 @@ def whole_folder(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # nobody else knows its name
         if is_full(error):
-            raise JobError(f"the disk is full: {folder} could not be written. Free some space and {advice}") from error
+            told_where = f"the disk is full: {folder} could not be written. Free some space and {advice}"
+            raise JobError(told_where, page=FULL_PAGE) from error
         raise
     sync_folder(folder.parent)
     if previous is not None:

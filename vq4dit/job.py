@@ -32,11 +32,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import JobError
+from vq4dit.errors import FormatError, JobError
 from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_atomically
+from vq4dit.json_files import read_object
 from vq4dit.locks import lock, unlock
 
 VERSION = 10  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+ANEW = "what was kept of this work is damaged, or of another model or version: choose another seed, which begins anew"
 MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
 
 
@@ -121,7 +123,7 @@ class Job:
         """
         path = self._path(piece)
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise JobError(f"{path} is damaged (it is a link or a folder): remove it and resume")
+            raise JobError(f"{path} is damaged (it is a link or a folder): remove it and resume", page=ANEW)
         return path.exists()
 
     def read(self, piece: str) -> dict[str, Tensor]:
@@ -136,11 +138,12 @@ class Job:
                 said = _sealed(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise JobError(f"{path} is damaged ({error}): delete this file and resume") from error
+            raise JobError(f"{path} is damaged ({error}): delete this file and resume", page=ANEW) from error
         if said != (piece, self._seal(piece, tensors)):
             raise JobError(
                 f"{path} is damaged, or belongs to another layer or another job (its checksum does not fit): delete this file "
-                "and resume"
+                "and resume",
+                page=ANEW,
             )
         return tensors
 
@@ -262,11 +265,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         JobError: if it cannot be read, or is none of ours of this version.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_job(path, f"it is damaged: {error}") from error
+        found = read_object(path, "it is damaged")
+    except (OSError, FormatError) as error:
+        raise _no_job(path, str(error)) from error
     kinds = {"version": int, "settings": dict, "fingerprint": str}
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise _no_job(path, "it describes no job, or is of another version of vq4dit")
     if found["version"] != VERSION:
         raise _no_job(path, "it is of another version of vq4dit")
@@ -276,14 +279,16 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _no_job(path: Path, reason: str) -> JobError:
     return JobError(
         f"{path} cannot be gone on with ({reason}): if nothing in {path.parent} is yours, delete the folder and start again, "
-        "or choose another output"
+        "or choose another output",
+        page=ANEW,
     )
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     if found["fingerprint"] != wanted["fingerprint"]:
         raise JobError(
-            f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it"
+            f"{folder} was started with other weights, labels or another scheduler: resume with the same model, or delete it",
+            page=ANEW,
         )
     if found["settings"] != wanted["settings"]:
         there, now = found["settings"], wanted["settings"]

@@ -52,6 +52,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> str:
     """The allocator's refusal in a sentence."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is used up ({brief(error)}): close what else uses it, or work on the CPU (--device cpu)"
     return (
         f"the memory is used up ({brief(error)}), {gigabytes(available_memory())} are free: close other programs, or take a "
         "machine with more memory or a smaller model"
@@ -62,10 +64,8 @@ def _limits() -> list[int]:
     """What is left of the limits that this process was given."""
     left = [*_left_of_cgroups()]
     if sys.platform == "linux":
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
+        limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
+        if limit != psutil.RLIM_INFINITY:
             left.append(limit - psutil.Process().memory_info().vms)
     return left or [sys.maxsize]
 
@@ -73,7 +73,9 @@ def _limits() -> list[int]:
 def _left_of_cgroups() -> list[int]:
     """Limit minus use of our group and those around it; files that are only cached do not count as used."""
     try:
-        groups = [line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [
+            line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        ]
     except OSError:  # no Linux
         return []
     left = []
@@ -87,8 +89,8 @@ def _left_of_cgroups() -> list[int]:
 
 def _left(folder: Path, limit: str, used: str, cached: str) -> list[int]:
     try:
-        most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-        lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        most, taken = int((folder / limit).read_text(encoding="utf-8")), int((folder / used).read_text(encoding="utf-8"))
+        lines = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):  # not there, or "max"
         return []
     return [most - taken + int(lines.get(cached, 0))]

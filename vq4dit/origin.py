@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.files import write_atomically
 from vq4dit.job import VERSION as VERSION_OF_RECIPES
+from vq4dit.json_files import read_object
+from vq4dit.repository import located
 from vq4dit.version import VERSION
 
 FILENAME = "vq4dit.json"
@@ -73,11 +75,15 @@ class Origin:
 
 def origin_of(model: str, revision: str | None, settings: QuantizationSettings) -> Origin:
     """The origin of what is quantized now, from a folder, or from a Hub id at a commit (see `loading.pinned`)."""
-    is_folder = Path(model).is_dir()
+    if folder := located(model):
+        return replace(made_by(settings), metadata=folder_metadata(folder))
+    return replace(made_by(settings), model=model, revision=revision or "")
+
+
+def made_by(settings: QuantizationSettings, fingerprint: str = "") -> Origin:
+    """How something is made here and now, of a base with this fingerprint."""
     return Origin(
-        model="" if is_folder else model,
-        revision="" if is_folder else revision or "",
-        metadata=folder_metadata(Path(model)) if is_folder else {},
+        fingerprint=fingerprint,
         recipe={"name": settings.recipe, "version": VERSION_OF_RECIPES},
         settings=settings.to_dict(),
         settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
@@ -139,17 +145,17 @@ def read_origin(folder: Path) -> Origin:
         FormatError: if the record is damaged.
     """
     path = folder / FILENAME
-    if not path.is_file():
+    if not path.exists():
         return Origin()
+    advice = "delete it, and name the base with --base"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path, advice)
         empty = asdict(Origin())
-        known = {name: value for name, value in values.items() if name in empty}  # a newer version may say more
-        if wrong := [name for name, value in known.items() if not isinstance(value, type(empty[name]))]:
-            raise TypeError(f"{wrong[0]} is of another kind")
-        return Origin(**known)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if wrong := [name for name, value in values.items() if not isinstance(value, type(empty.get(name)))]:
+            raise TypeError(f"{wrong[0]:.50} is not known, or of another kind")
+        return Origin(**values)
+    except (OSError, ValueError, TypeError) as error:
         raise FormatError(
-            f"{path} is damaged ({error}): delete it, and name the base with --base",
+            f"{path} is damaged ({error}): {advice}",
             page=f"the record of where this model comes from is damaged ({error}): quantize it again",
         ) from error

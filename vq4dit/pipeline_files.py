@@ -7,12 +7,17 @@ put it there: it is not copied, not published and not deleted.
 
 from __future__ import annotations
 
-import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vq4dit.errors import FormatError, VQ4DiTError
+from vq4dit.json_files import read_object
+from vq4dit.repository import STEM, choose
+
 INDEX = "model_index.json"
+OF_TRANSFORMERS = "model"  # what it calls its weights; diffusers has another stem
 CONFIGURATION = (
     "config.json",
     "generation_config.json",
@@ -39,28 +44,37 @@ VOCABULARY = (  # of transformers' tokenizers
     "tokenizer.model",
 )
 PART = re.compile(r"[A-Za-z]\w*", re.ASCII)
-SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 
 
 def part_names(folder: Path) -> list[str]:
     """The parts that the folder's index names."""
-    entries = read_object(folder / INDEX).items()
+    entries = _object(folder / INDEX).items()
     named = (name for name, value in entries if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str))
     return [name for name in named if PART.fullmatch(name)]
 
 
 def weight_files(part: Path) -> list[str]:
-    """The safetensors of a part that would be loaded, with their index; none if it has none.
+    """The safetensors of a part that would be loaded, with their index; none if it has none that can be.
 
-    Where an index and a single file lie side by side, diffusers takes the index and transformers the file.
+    Where an index and a single file lie side by side, diffusers takes the index and transformers the file. A variant (`.fp16`)
+    is taken where there is nothing else.
     """
-    diffusers, transformers = "diffusion_pytorch_model.safetensors", "model.safetensors"
-    if shards := _sharded(part, diffusers):
-        return shards
-    for single in (diffusers, transformers):
-        if (part / single).is_file():
-            return [single]
-    return _sharded(part, transformers)
+    names = [path.name for path in part.iterdir() if path.is_file()] if part.is_dir() else []
+    if f"{OF_TRANSFORMERS}.safetensors" in names and not any(name.startswith(STEM) for name in names):
+        return [f"{OF_TRANSFORMERS}.safetensors"]
+    for stem in (STEM, OF_TRANSFORMERS):
+        with suppress(VQ4DiTError):
+            files, variant = choose(names, str(part), lambda name: read_object(part / name), stem)
+            index = ".".join(filter(None, (f"{stem}.safetensors.index", variant, "json")))
+            return [index, *files] if index in names else list(files)
+    return []
+
+
+def without_variant(name: str) -> str:
+    """The name of a file of weights, or of an index, as it is loaded if nobody asks for a variant."""
+    return re.sub(
+        rf"^({STEM}|{OF_TRANSFORMERS})(?:\.\w+)?\.safetensors(\.index)?(?:\.\w+)??(\.json)?$", r"\1.safetensors\2\3", name
+    )
 
 
 def part_files(part: Path) -> list[str]:
@@ -80,21 +94,9 @@ def stays_inside(path: Path, folder: Path) -> bool:
     return any(path.resolve().is_relative_to(place) for place in (whole, whole.parent / "blobs", whole.parent.parent / "blobs"))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if the file is missing or holds none: loading it will tell why."""
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is none that can be read: loading it will tell why."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(path)
+    except (OSError, FormatError):
         return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _sharded(part: Path, single: str) -> list[str]:
-    index = f"{single}.index.json"
-    places = read_object(part / index).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) and all(map(_is_shard, places.values())) else []
-    return [index, *names] if names and all((part / name).is_file() for name in names) else []
-
-
-def _is_shard(name: Any) -> bool:
-    return isinstance(name, str) and SHARD.fullmatch(name) is not None

@@ -31,6 +31,7 @@ from vq4dit.errors import UnsupportedModelError
 from vq4dit.job import Job, TimeBudget
 from vq4dit.kmeans import fit_codebook
 from vq4dit.layers import VQLinear
+from vq4dit.origin import made_by
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.soft_layers import SoftVQLinear, start_logits
@@ -74,12 +75,12 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     targets = check(pipeline, job.settings)
     if job.settings.recipe == "best":
         student = quantize_best(job, pipeline, targets, budget, on_progress)
-        return None if student is None else _finish(pipeline, student, job.settings)
+        return None if student is None else _finish(pipeline, student, job)
     if not _cluster(job, targets, budget, on_progress):
         return None
     if job.settings.recipe == "kmeans":
         hardened = {name: _clustered_layer(job, name, linear) for name, linear in targets.items()}
-        return _finish(pipeline, student_with(pipeline.transformer, hardened), job.settings)
+        return _finish(pipeline, student_with(pipeline.transformer, hardened), job)
     soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
     student = student_with(pipeline.transformer, soft)
     with torch.enable_grad():
@@ -87,9 +88,10 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
             return None
     for name, layer in soft.items():
         student.set_submodule(name, layer.harden(targets[name].weight.dtype))
-    return _finish(pipeline, student, job.settings)
+    return _finish(pipeline, student, job)
 
 
+@torch.no_grad()
 def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
     """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
 
@@ -224,8 +226,9 @@ def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, o
     return True
 
 
-def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -> Any:
-    """The pipeline with the student in place of the transformer."""
+def _finish(pipeline: Any, student: Any, job: Job) -> Any:
+    """The pipeline with the student in place of the transformer, which knows how it was made."""
+    settings = job.settings
     shared = equal_embedders(student)
     dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
     config = VQ4DiTConfig(
@@ -237,6 +240,7 @@ def _finish(pipeline: Any, student: nn.Module, settings: QuantizationSettings) -
         shared_embedders=shared,
     )
     attach(student, config)
+    student.vq4dit_origin = made_by(settings, job.fingerprint)
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
     quantized.register_modules(transformer=student)
     if labels := getattr(pipeline, "labels", None):  # DiTPipeline reads them from model_index.json but does not write them

@@ -17,8 +17,9 @@ from torch import nn
 from vq4dit.config import QuantizationSettings, QuantMethod
 from vq4dit.errors import FormatError
 from vq4dit.files import check_free, whole_folder
+from vq4dit.json_files import read_object
 from vq4dit.origin import FILENAME, Origin, read_origin, versions, write_origin
-from vq4dit.pipeline_files import INDEX, part_files, pipeline_files, read_object, stays_inside, weight_files
+from vq4dit.pipeline_files import CONFIGURATION, INDEX, part_files, pipeline_files, stays_inside, weight_files, without_variant
 
 
 def save(
@@ -42,6 +43,7 @@ def save(
             killed; by default the one around `folder`.
 
     Raises:
+        ValueError: if the folder has no name.
         JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours, or the disk is
             full.
     """
@@ -60,12 +62,12 @@ def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path 
             shards = {"max_shard_size": max_shard_size} if isinstance(parts[name], nn.Module) else {}
             parts[name].save_pretrained(folder / name, **shards)
         pipeline.save_config(folder)
-        named = read_object(source / INDEX) if source else {}
-        _change(folder / INDEX, lambda index: index | {name: named[name] for name in copied if name in named})
+        named = read_object(Path(source or folder) / INDEX)
+        _change(folder / INDEX, lambda index: index | {name: named[name] for name in copied})
     else:
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     for path in folder.rglob("*.json"):
-        if path.parent.name not in copied:
+        if path.name in (INDEX, *CONFIGURATION) and path.parent.name not in copied:
             _change(path, _without_local_path)
 
 
@@ -83,12 +85,12 @@ def _copy_part(part: Any, source: Path, target: Path, root: Path) -> bool:
         return False
     target.mkdir()
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / name, target / without_variant(name))
     return True
 
 
 def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_object(path)
     if (after := change(before)) != before:
         path.write_text(json.dumps(after, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -101,7 +103,10 @@ def _without_local_path(values: dict[str, Any]) -> dict[str, Any]:
 
 def _origin_of(pipeline: Any) -> Origin:
     """What a quantized pipeline knows of how it was made, if nobody else says it."""
-    made = dict(pipeline.transformer.config).get("quantization_config") or {}
+    transformer = getattr(pipeline, "transformer", None)
+    if origin := getattr(transformer, "vq4dit_origin", None):  # it was made in this process
+        return origin
+    made = dict(getattr(transformer, "config", {})).get("quantization_config") or {}
     values = made if isinstance(made, dict) else made.to_dict()
     return Origin(settings={name: values[name] for name in ("bits", "recipe", "seed") if name in values}, versions=versions())
 
@@ -131,8 +136,8 @@ def _origin_of_result(folder: Path) -> Origin | None:
     """How a result of ours was made; None if the folder holds something else."""
     try:
         origin = read_origin(folder)
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = read_object(folder / "transformer" / "config.json")
         method = config["quantization_config"]["quant_method"]
-    except (FormatError, OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (FormatError, OSError, TypeError, KeyError):
         return None
     return origin if origin.versions and method == "vq4dit" else None

@@ -57,9 +57,11 @@ def run(request: dict) -> dict:
     changes = mmap.mmap(-1, 8)  # how many there were, told by the child while it lives
     before = resident_bytes()
     started = time.monotonic()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     child = os.fork()
     if not child:
-        os._exit(work(request, changes))
+        os._exit(work(request, log, changes))
+    os.close(log)
     deadline = started + PATIENCE * request["seconds"]
     moment = started + request["kill_after"] if request["kill_after"] else deadline
     hung = False
@@ -85,9 +87,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def work(request: dict, changes: mmap.mmap) -> int:
+def work(request: dict, log: int, changes: mmap.mmap) -> int:
     """The forked process: returns what the interpreter would exit with."""
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

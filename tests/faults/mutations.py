@@ -232,7 +232,7 @@ def check(source: str, mutate: Mutation, seed: int, name: str, worker: Worker, h
     folder = shutil.copytree(worker.folder / source, home / source)
     path = min(folder.rglob("diffusion_pytorch_model.safetensors"), key=str)
     path.write_bytes(mutate(path.read_bytes(), r))
-    outcome = worker.run(home, "load", source, r.choice(("load", "forward")))
+    outcome = worker.run(home, "load", source, r.choice(("load", "forward")), r.choice(("float32", "float16", "bfloat16")))
     yield from outcome.complaints(growth=int(BASE_BYTES + 2 * path.stat().st_size))
     for line in outcome.output.splitlines():
         if line.startswith("not finite: "):

@@ -93,14 +93,16 @@ def cli(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def load(folder: str, mode: str = "load") -> int:
+def load(folder: str, mode: str, dtype_name: str) -> int:
     """Load a pipeline or a golden model; 0 if all its numbers are finite, 1 if it was refused in the way that it should be."""
+    dtype = getattr(torch, dtype_name)
     try:
         with vq4dit.decode_mode(mode):
             if "golden" in folder:
-                model = (DiTTransformer2DModel if "mixed" in folder else GoldenLayers).from_pretrained(folder)
+                kind = DiTTransformer2DModel if "mixed" in folder else GoldenLayers
+                model = kind.from_pretrained(folder, torch_dtype=dtype)
             else:
-                model = load_pipeline(folder).transformer
+                model = load_pipeline(folder, dtype).transformer
     except vq4dit.VQ4DiTError as error:
         print(f"error: {error}")
         return 1
@@ -109,7 +111,7 @@ def load(folder: str, mode: str = "load") -> int:
             raise
         print(f"error: {error}")
         return 1
-    tensors = model.state_dict() | {name: layer.reconstruct(torch.float32) for name, layer in packed_layers(model).items()}
+    tensors = model.state_dict() | {name: layer.reconstruct(dtype) for name, layer in packed_layers(model).items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             print(f"not finite: {name}")
