@@ -40,6 +40,15 @@ class Far(Tensor):
     def __repr__(self) -> str:
         return f"Far({self.near})"
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        assert isinstance(new, Far)
+        self.near = new.near
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["near"], None
 
