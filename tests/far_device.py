@@ -1,7 +1,8 @@
 """A second device, made of the CPU: what lies there says so, and is never mixed with what lies here, as with a GPU's memory.
 
-Operations on its tensors are done by the CPU, so results are those of here but for roundings. With `FLOAT64 = False` it refuses float64 as Apple's GPUs do. As a program it quantizes the tiny model there and here by
-one recipe, and prints what agreed: `python tests/far_device.py RECIPE [without-float64]`.
+Operations on its tensors are done by the CPU, so results are those of here but for roundings. With `FLOAT64 = False` it
+refuses float64 as Apple's GPUs do. As a program it quantizes the tiny model there and here by one recipe, and prints how far
+they are apart: `python tests/far_device.py RECIPE [without-float64]`.
 """
 
 from __future__ import annotations
