@@ -1,5 +1,7 @@
 """Of what diffusers says while a model is loaded, exactly one remark and the bars are held back."""
 
+import logging
+
 import pytest
 from diffusers import DiTPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -8,12 +10,23 @@ from vq4dit.loading import load_pipeline
 from vq4dit.quiet import SPEAKER, quiet_loading
 
 
+class Listener(logging.Handler):
+    """The remarks that are passed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @pytest.fixture
-def said(caplog):
-    """The remarks that are passed on; diffusers' loggers do not pass them to the root by themselves."""
-    SPEAKER.addHandler(caplog.handler)
-    yield caplog
-    SPEAKER.removeHandler(caplog.handler)
+def said():
+    listener = Listener()
+    SPEAKER.addHandler(listener)
+    yield listener
+    SPEAKER.removeHandler(listener)
 
 
 def test_loading_a_model_with_labels_says_nothing(model_folder, said, capfd):

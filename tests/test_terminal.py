@@ -36,27 +36,27 @@ def log(monkeypatch):
 
 
 def test_a_line_tells_stage_counter_and_time_left(clock):
-    lines = ProgressLines(file := io.StringIO())
-    lines.write()  # nothing is known yet
+    lines = ProgressLines((file := io.StringIO()).write)
+    lines.tell()  # nothing is known yet
     lines.show(Progress("fit", 0, 40))
-    lines.write()
+    lines.tell()
     clock.seconds += 20
     lines.show(Progress("fit", 4, 40, {"error": 0.1234}))
-    lines.write()
+    lines.tell()
     assert file.getvalue().splitlines() == ["fitting layers: 0/40", "fitting layers: 4/40, about 3 min left, error 0.123"]
 
 
 def test_the_time_left_of_a_resumed_job_does_not_count_what_was_done_before(clock):
-    lines = ProgressLines(file := io.StringIO())
+    lines = ProgressLines((file := io.StringIO()).write)
     lines.show(Progress("cluster", 30, 40))
     clock.seconds += 10
     lines.show(Progress("cluster", 35, 40))
-    lines.write()
+    lines.tell()
     assert file.getvalue() == "clustering layers: 35/40, about 10 s left\n"
 
 
 def test_every_stage_ends_with_one_line_of_its_own(clock):
-    lines = ProgressLines(file := io.StringIO())
+    lines = ProgressLines((file := io.StringIO()).write)
     for stage in ("cluster", "calibrate", "calibrate"):
         for done in (0, 1, 2, 2):
             lines.show(Progress(stage, done, 2))
@@ -65,9 +65,9 @@ def test_every_stage_ends_with_one_line_of_its_own(clock):
 
 
 def test_bytes_are_told_in_megabytes(clock):
-    lines = ProgressLines(file := io.StringIO())
+    lines = ProgressLines((file := io.StringIO()).write)
     lines.show(Progress("upload", 2_500_000, 10_000_000))
-    lines.write()
+    lines.tell()
     assert file.getvalue() == "uploading: 2.5/10.0 MB\n"
 
 

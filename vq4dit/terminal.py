@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import rich.console
 import torch
@@ -123,18 +123,18 @@ def amount(progress: Progress) -> str:
 
 def progress_bars() -> AbstractContextManager[OnProgress]:
     """Progress on standard error: bars in a terminal, elsewhere (a log, a pipe) a line now and then."""
-    return _bars() if sys.stderr.isatty() else _lines(sys.stderr)
+    return _bars() if sys.stderr.isatty() else _lines(sys.stderr.write)
 
 
 @contextmanager
-def _lines(file: IO[str]) -> Iterator[OnProgress]:
+def _lines(write: Callable[[str], object]) -> Iterator[OnProgress]:
     """A line every `LINE_SECONDS`, whether something happened or not, and one at the end of each stage; plain text."""
-    lines = ProgressLines(file)
+    lines = ProgressLines(write)
     ended = threading.Event()
 
     def tick() -> None:
         while not ended.wait(LINE_SECONDS):
-            lines.write()
+            lines.tell()
 
     ticking = threading.Thread(target=tick, daemon=True)
     ticking.start()
@@ -148,8 +148,8 @@ def _lines(file: IO[str]) -> Iterator[OnProgress]:
 class ProgressLines:
     """What was told last, and how fast its stage goes on."""
 
-    def __init__(self, file: IO[str]):
-        self._file = file
+    def __init__(self, write: Callable[[str], object]):
+        self._write = write  # a line
         self._last: Progress | None = None
         self._begun, self._first = 0.0, 0  # when the stage was first heard of, and what was done by then
         self._one_at_a_time = threading.Lock()
@@ -160,9 +160,9 @@ class ProgressLines:
             if before is None or progress.stage != before.stage or progress.done < before.done:
                 self._begun, self._first = time.monotonic(), progress.done
         if progress.done >= progress.total and (before is None or before.done < before.total or before.stage != progress.stage):
-            self.write()
+            self.tell()
 
-    def write(self) -> None:
+    def tell(self) -> None:
         with self._one_at_a_time:
             if (progress := self._last) is None:
                 return
@@ -173,8 +173,7 @@ class ProgressLines:
             elif progress.done > self._first:
                 left = seconds * (progress.total - progress.done) / (progress.done - self._first)
                 line += f", about {_duration(left)} left"
-            self._file.write(line + "".join(f", {key} {value:.3g}" for key, value in progress.metrics.items()) + "\n")
-            self._file.flush()
+            self._write(line + "".join(f", {key} {value:.3g}" for key, value in progress.metrics.items()) + "\n")
 
 
 def _duration(seconds: float) -> str:
