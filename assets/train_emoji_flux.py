@@ -49,7 +49,15 @@ DROPPED = 0.1  # share of prompts replaced by "", so that there is something to 
 STYLED = 0.75  # share of the other prompts that name a style
 FAMILIAR = 159  # the subjects of emoji-dit are drawn twice as often as the others
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
-CALL = {"height": 64, "width": 64, "max_sequence_length": T5_LENGTH, "negative_prompt": "", "true_cfg_scale": 3.0}
+CALL = {"height": 64, "width": 64, "max_sequence_length": T5_LENGTH, "true_cfg_scale": 3.0}
+
+UNFINISHED_CARD = """# emoji-flux, unfinished
+
+A text-to-image model in the middle of its training: {step} of {steps} steps; loss {loss:.3f}, mean of the last {count}. It is
+here so that the training can go on anywhere: `python assets/train_emoji_flux.py train`. Nothing should be measured on it.
+
+Images: those of `assets/emoji-dit`, whose card names their licences. Words: npm `emojilib` 4.0.3, MIT, (c) 2014 Mu-An Chiou.
+"""
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -264,7 +272,8 @@ def sheet(work: Path, seed: int, columns: int = 10, rows: int = 4) -> None:
     styles = [STYLE_WORDS[style][0] for style in STYLE_NAMES]
     prompts = [f"{words[i * len(words) // count][0]}, {styles[i % len(styles)]}" for i in range(count)]
     noises = [torch.Generator().manual_seed(seed) for _ in prompts]
-    images = pipeline(prompts, generator=noises, num_inference_steps=25, **CALL).images
+    nothing = [""] * count
+    images = pipeline(prompts, negative_prompt=nothing, generator=noises, num_inference_steps=25, **CALL).images
     canvas = Image.new("RGB", (64 * columns, 64 * rows), "white")
     for i, image in enumerate(images):
         canvas.paste(image, (64 * (i % columns), 64 * (i // columns)))
@@ -282,9 +291,10 @@ def save(work: Path, seed: int) -> None:
     pipeline.vae.half()
     pipeline.save_pretrained(folder, max_shard_size="8MB")
     if step < STEPS:
+        (folder / "training.json").write_text(json.dumps({"step": step}) + "\n")
         losses = [float(line.split()[1]) for line in (work / "flux.txt").read_text().splitlines()[-500:]]
-        state = {"step": step, "of": STEPS, "loss": round(sum(losses) / len(losses), 4)}
-        (folder / "training.json").write_text(json.dumps(state, indent=1) + "\n")
+        card = UNFINISHED_CARD.format(step=step, steps=STEPS, count=len(losses), loss=sum(losses) / len(losses))
+        (folder / "README.md").write_text(card)
 
 
 def main() -> None:

@@ -250,7 +250,8 @@ def test_a_picture_of_ours_is_replaced_and_no_other(tmp_path, model_folder, caps
         changed.save(tmp_path / "b.png", pnginfo=PngInfo(image))
     Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
     (tmp_path / "d.png").write_text("not a picture")
-    for name in "bcd":
+    shutil.copy(tmp_path / "a.png", tmp_path / "e.png")  # the best of all, kept under a name of its own
+    for name in "bcde":
         before = (tmp_path / f"{name}.png").read_bytes()
         assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / f"{name}.png"))
         assert (tmp_path / f"{name}.png").read_bytes() == before
@@ -275,6 +276,12 @@ def test_a_comparison_of_ours_is_replaced_as_a_whole(tmp_path, model_folder):
     drawn = {f"fox-seed5-{kind}.png" for kind in ("original", "quantized", "difference")}
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"report.json", "pairs.png", *drawn}
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_sample_that_somebody_put_into_a_comparison_is_not_replaced_with_it(tmp_path, model_folder, capsys):
+    assert run(*compare(model_folder, tmp_path / "c", "--labels", "cat")) == 0
+    assert run(*sample(model_folder, tmp_path / "c" / "best-of-all.png")) == 0
+    assert "would be lost: best-of-all.png" in failure(capsys, *compare(model_folder, tmp_path / "c", "--overwrite"))
 
 
 @pytest.mark.parametrize("theirs", ["report.json", "notes.txt", "cat-seed0-original.png", "pairs.png", "layers.json"])

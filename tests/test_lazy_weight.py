@@ -156,6 +156,14 @@ def test_gradients_pass_through_to_what_is_beside_it(layer, mode, x):
     assert scale.grad.abs().sum() > 0 and not layer.is_changed
 
 
+def test_what_was_learned_and_is_merged_takes_its_graph_nowhere(layer, mode, delta):
+    learned = delta.clone().requires_grad_()
+    layer.weight.data += 2 * learned
+    assert not layer.weight.requires_grad and not layer.decoded_weight.requires_grad and layer.decoded_weight.is_leaf
+    layer.weight.data -= 2 * learned
+    assert not layer.is_changed
+
+
 def test_two_layers_can_be_compared_and_one_given_the_weight_of_another(generator, x):
     one, other = new_vector_quantized(ROWS, COLUMNS, generator), new_vector_quantized(ROWS, COLUMNS, generator)
     assert not torch.equal(one.weight, other.weight)

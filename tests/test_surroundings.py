@@ -41,23 +41,21 @@ def same(found: nn.Module, wanted: dict[str, torch.Tensor]) -> bool:
     return tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
-@other_types
+@pytest.mark.parametrize(
+    "dtype, called_in_inference_mode, made_in_inference_mode",
+    [(torch.bfloat16, False, False), (torch.float64, True, False), (torch.float32, False, True)],
+    ids=["bf16 by default", "fp64 by default, called in inference mode", "made in inference mode"],
+)
 @every_recipe
-def test_the_default_type_does_not_show_in_what_is_quantized(made, recipe, dtype, default_dtype):
-    pipeline = new_pipeline()
-    default_dtype(dtype)
-    quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
-    assert torch.get_default_dtype() == dtype
-    assert same(quantized.transformer, made[recipe])
-
-
-@pytest.mark.parametrize("where", ["called", "made"])
-@every_recipe
-def test_inference_mode_does_not_show_in_what_is_quantized(made, recipe, where):
-    with torch.inference_mode(where == "made"):
+def test_it_does_not_show_in_what_is_quantized(
+    made, recipe, dtype, called_in_inference_mode, made_in_inference_mode, default_dtype
+):
+    with torch.inference_mode(made_in_inference_mode):
         pipeline = new_pipeline()
-    with torch.inference_mode(where == "called"):
+    default_dtype(dtype)
+    with torch.inference_mode(called_in_inference_mode):
         quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
+    assert torch.get_default_dtype() == dtype
     assert same(quantized.transformer, made[recipe])
     assert not any(p.is_inference() for p in quantized.transformer.parameters())
 

@@ -161,7 +161,7 @@ def test_settings_that_do_not_fit_are_told(answers, visitor):
 def test_a_full_disk_is_told_before_the_job(answers, visitor, monkeypatch):
     monkeypatch.setattr("vq4dit.workspace.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     told = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")[0]
-    assert "The disk has 0.0 GB left" in told and "Remove old results or choose a smaller model." in told
+    assert "The disk has 1.0 kB left" in told and "Remove old results or choose a smaller model." in told
 
 
 def test_anothers_project_opens_nothing(answers, studio, visitor, compare):

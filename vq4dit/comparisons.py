@@ -1,7 +1,7 @@
 """Pictures and comparisons as files.
 
-Every picture says in a text chunk of its PNG that we drew it, with a checksum of its pixels. So a picture of ours may be
-replaced by a new one, and what somebody else drew, or changed since, may not. A comparison is a folder that is written whole:
+Every picture says in a text chunk of its PNG that we drew it, with a checksum of its pixels and its name. So a picture of
+ours may be replaced by a new one, and what somebody else drew, changed or gave another name may not. A comparison is a folder that is written whole:
 
     report.json                  all figures
     layers.json                  what each layer adds to the error, if that was asked for
@@ -27,30 +27,31 @@ from vq4dit.evaluation import Comparison, SamplePair, as_image, grid
 from vq4dit.files import check_free, check_place, told, whole_folder, write_atomically
 
 KINDS = ("original", "quantized", "difference")
-CHUNK = "vq4dit"  # of our pictures: the checksum of their pixels
+CHUNK = "vq4dit"  # of our pictures: their checksum
+PICTURE = re.compile(rf".+-seed-?\d+-({'|'.join(KINDS)})\.png|pairs\.png")  # of a comparison
 NAME_BYTES = 100  # of a class in a file's name
 
 
 def write_picture(path: Path, image: Image.Image) -> None:
     """Write a PNG, whole or not at all."""
     content, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
-    chunks.add_text(CHUNK, _checksum(image))
+    chunks.add_text(CHUNK, _checksum(path.name, image))
     image.save(content, "PNG", pnginfo=chunks)
     write_atomically(path, content.getvalue())
 
 
 def is_our_picture(path: Path) -> bool:
-    """Whether we drew this picture, and nobody changed it since."""
+    """Whether we drew this picture, and nobody changed it or its name since."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             with Image.open(path, formats=["PNG"]) as image:
-                return CHUNK in image.info and image.info[CHUNK] == _checksum(image)
+                return CHUNK in image.info and image.info[CHUNK] == _checksum(path.name, image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return False
 
 
-def _checksum(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+def _checksum(name: str, image: Image.Image) -> str:
+    return hashlib.sha256(f"{name} {image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def check_picture(path: Path) -> None:
@@ -73,7 +74,8 @@ def comparison_files(folder: Path) -> set[str] | None:
         Comparison(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    pictures = {path.name for path in folder.glob("*.png") if path.is_file() and is_our_picture(path)}
+    found = (path for path in folder.glob("*.png") if PICTURE.fullmatch(path.name) and path.is_file())
+    pictures = {path.name for path in found if is_our_picture(path)}
     return {"report.json", *pictures} | ({"layers.json"} if _is_table(folder / "layers.json") else set())
 
 

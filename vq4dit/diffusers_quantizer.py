@@ -260,12 +260,12 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         """Drop the embedders' copies, and store every number in the 16 bits it came in, every byte as a byte.
 
         Raises:
-            FormatError: if the file could not be read again, or would not hold what the model computes with.
+            FormatError: if the file could not be read again, or packed tensors were cast to types that do not hold them. (What
+                the model computes with was looked at before: `is_serializable`.)
         """
         assert self.model is not None  # set when loading, and by `attach`
         if not safe_serialization:
             raise FormatError("packed models are saved as safetensors only: leave out safe_serialization=False")
-        self._check_saveable(self.model)
         duplicates = duplicate_keys(self.model, self.quantization_config.shared_embedders)
         packed = {key: tensor for key, tensor in state_dict.items() if key not in duplicates}
         emptied = tuple(f"{name}.base_layer." for name in adapter_layers(self.model, empty=True))
@@ -281,8 +281,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
             adapters, fused = ", ".join(adapter_names(wrapper)), " and fused into it" if wrapper.merged_adapters else ""
             raise FormatError(
                 f"the adapter {adapters} is attached to {name}{fused}, and a packed file has no place for it: save the adapter "
-                "by itself (save_lora_adapter, or save_pretrained of the PEFT model), and detach it (unload_lora, unload) "
-                "before saving the model"
+                "by itself (save_pretrained of the PEFT model, or get_peft_model_state_dict), and detach it (unload_lora, "
+                "unload) before saving the model"
             )
         for name, layer in packed_layers(model).items():
             if layer.is_changed:

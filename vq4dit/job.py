@@ -32,8 +32,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import JobError
+from vq4dit.errors import FormatError, JobError
 from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_atomically
+from vq4dit.json_files import read_object
 from vq4dit.locks import lock, unlock
 
 VERSION = 10  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
@@ -264,11 +265,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         JobError: if it cannot be read, or is none of ours of this version.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_job(path, f"it is damaged: {error}") from error
+        found = read_object(path, "it is damaged")
+    except (OSError, FormatError) as error:
+        raise _no_job(path, str(error)) from error
     kinds = {"version": int, "settings": dict, "fingerprint": str}
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise _no_job(path, "it describes no job, or is of another version of vq4dit")
     if found["version"] != VERSION:
         raise _no_job(path, "it is of another version of vq4dit")

@@ -109,8 +109,8 @@ class VQLinear(PackedLinear):
                     "the file is damaged: download or quantize it again"
                 )
 
-        largest_scale = 1.0 if self.row_scale is None else float(self.row_scale.abs().max())
-        if not float(self.codebook.abs().max()) * largest_scale <= torch.finfo(self.dtype).max:
+        largest_scale = 1.0 if self.row_scale is None else self.row_scale.abs().max().item()
+        if not self.codebook.abs().max().item() * largest_scale <= torch.finfo(self.dtype).max:
             check_weight(self.numbers(), name)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ The folder may be a stranger's: what stands in code or in a table must be what i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from vq4dit.dit import find_targets
 from vq4dit.errors import FormatError, HubError
 from vq4dit.evaluation import Comparison
 from vq4dit.inspection import tensor_bytes
+from vq4dit.json_files import read_object, shown
 from vq4dit.loading import check_pipeline
 from vq4dit.markdown import plain
 from vq4dit.origin import REVISION, Origin, copied, is_hub_id, read_origin
@@ -79,16 +81,15 @@ def read_report(folder: Path) -> Comparison:
     Raises:
         HubError: if there are none, or they are of another version.
     """
+    advice = "make one with `python -m vq4dit compare`"
     try:
-        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        wrong = [name for name, value in values.items() if type(value) not in (int, float) or not math.isfinite(value)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r:.100} is not a number")
-        return Comparison(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise HubError(
-            f"{folder} has no report.json that can be read ({error}): make one with `python -m vq4dit compare`", "card"
-        ) from error
+        found = Comparison(**read_object(folder / "report.json", advice))
+    except (OSError, FormatError, TypeError) as error:
+        raise HubError(f"{folder} has no report.json that can be read ({error}): {advice}", "card") from error
+    for name, value in dataclasses.asdict(found).items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(value)}: {advice}", "card")
+    return found
 
 
 def model_card(

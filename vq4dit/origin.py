@@ -28,6 +28,7 @@ from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError
 from vq4dit.files import write_atomically
 from vq4dit.job import VERSION as VERSION_OF_RECIPES
+from vq4dit.json_files import read_object
 from vq4dit.repository import located
 from vq4dit.version import VERSION
 
@@ -144,16 +145,17 @@ def read_origin(folder: Path) -> Origin:
         FormatError: if the record is damaged.
     """
     path = folder / FILENAME
-    if not path.is_file():
+    if not path.exists():
         return Origin()
+    advice = "delete it, and name the base with --base"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path, advice)
         empty = asdict(Origin())
         if wrong := [name for name, value in values.items() if not isinstance(value, type(empty.get(name)))]:
             raise TypeError(f"{wrong[0]:.50} is not known, or of another kind")
         return Origin(**values)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise FormatError(
-            f"{path} is damaged ({error}): delete it, and name the base with --base",
+            f"{path} is damaged ({error}): {advice}",
             page=f"the record of where this model comes from is damaged ({error}): quantize it again",
         ) from error

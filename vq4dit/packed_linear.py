@@ -110,7 +110,7 @@ class PackedLinear(nn.Linear):
             value = value.layer.numbers()
         if value.shape != (shape := (self.out_features, self.in_features)):
             raise ValueError(f"the weight of this layer is {shape[0]} x {shape[1]}, got {tuple(value.shape)}")
-        self.was_written(value.detach(), None)
+        self.was_written(value, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would make a parameter of it
@@ -127,7 +127,7 @@ class PackedLinear(nn.Linear):
 
     def was_written(self, weight: Float[Tensor, "rows columns"], added: Tensor | None) -> None:
         """Use this weight from now on, in which something was `added` or (None) all may have changed."""
-        self.decoded_weight = weight
+        self.decoded_weight = weight.detach()  # what is merged may know how it was learned
         self.written.append(Written(None if added is None else _sums(added)))
 
     def takes_back(self, amount: Tensor) -> bool:
@@ -138,7 +138,8 @@ class PackedLinear(nn.Linear):
         """
         if self.decoded_weight is None or not self.written:
             return False
-        dtype, undone = self.decoded_weight.dtype, Written(_sums(amount))
+        amount, dtype = amount.detach(), self.decoded_weight.dtype
+        undone = Written(_sums(amount))
         if undone in self.written:
             self.written.remove(undone)
         elif len(self.written) == 1 and torch.equal(self.decoded_weight, self.reconstruct(dtype) + amount):
@@ -247,7 +248,8 @@ def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
 
 def _sums(values: Tensor) -> tuple[float, float]:
     """Two numbers that tell what was added once from everything else that might be taken away."""
-    return values.sum(dtype=torch.float64).item(), values.double().square().sum().item()
+    values = values.detach().double()
+    return values.sum().item(), values.square().sum().item()
 
 
 def frozen(values: Tensor) -> nn.Parameter:

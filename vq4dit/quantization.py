@@ -91,6 +91,7 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     return _finish(pipeline, student, job)
 
 
+@torch.no_grad()
 def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
     """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
 
