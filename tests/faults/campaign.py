@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path, PurePath
 from queue import SimpleQueue
@@ -24,7 +24,7 @@ class Case:
     """One thing to try. `check` gets a worker and an empty folder, and says all that is wrong."""
 
     id: str  # "kind/group/name": repeats the case alone
-    check: Callable[[Worker, Path], Iterable[Complaint]]
+    check: Callable[[Worker, Path], Iterable[Complaint]] = field(repr=False)
 
     @property
     def group(self) -> str:
