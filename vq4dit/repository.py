@@ -180,8 +180,8 @@ def choose(
     if not variants:
         model, _, part = where.rpartition("/")
         raise VQ4DiTError(
-            f"{model} has no safetensors in {part}/ ({stem}.safetensors, or an index and its shards; a variant such as .fp16 will "
-            "do): vq4dit loads nothing else; convert it first"
+            f"{model} has no safetensors in {part}/ ({stem}.safetensors, or an index and its shards; a variant such as .fp16 "
+            "will do): vq4dit loads nothing else; convert it first"
         )
     variant = variants[0]
     if variant not in indices:
