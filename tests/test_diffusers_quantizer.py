@@ -47,7 +47,7 @@ def test_both_decode_modes_give_the_same_output(quantized_folder, one_step_input
 
 def test_auto_decodes_only_if_memory_allows(quantized_folder, monkeypatch):
     assert decoded_bytes(load(quantized_folder)) > 0
-    monkeypatch.setattr("vq4dit.diffusers_quantizer._free_memory", lambda device: 1000)
+    monkeypatch.setattr("vq4dit.diffusers_quantizer.available_memory", lambda device: 1000)
     assert decoded_bytes(load(quantized_folder)) == 0
 
 

@@ -178,9 +178,10 @@ def choose(
     singles = _by_variant(rf"{stem}(?:\.(\w+))?\.safetensors", present)
     variants = sorted(indices.keys() | singles.keys(), key=_preference)
     if not variants:
+        model, _, part = where.rpartition("/")
         raise VQ4DiTError(
-            f"{where} has no safetensors that can be loaded ({stem}.safetensors, or an index and its shards; a variant such as "
-            ".fp16 will do): vq4dit loads nothing else; convert it first"
+            f"{model} has no safetensors in {part}/ ({stem}.safetensors, or an index and its shards; a variant such as .fp16 "
+            "will do): vq4dit loads nothing else; convert it first"
         )
     variant = variants[0]
     if variant not in indices:
