@@ -92,6 +92,8 @@ def _check_types(values: dict[str, Any]) -> None:
         raise FormatError(f"quantization_config: bits must be a number of bits per weight, got {bits!r:.60}: download it again")
     if not isinstance(recipe := values.get("recipe", "best"), str):
         raise FormatError(f"quantization_config: recipe must be a name, got {recipe!r:.60}: download it again")
+    if not isinstance(seed := values.get("seed", 0), int):
+        raise FormatError(f"quantization_config: seed must be a whole number, got {seed!r:.60}: download it again")
 
 
 @dataclass(frozen=True, kw_only=True)
