@@ -287,7 +287,7 @@ def test_the_record_of_a_stranger_is_told_in_plain_words(stranger, origin, recip
 )
 def test_a_record_that_cannot_be_is_damaged(stranger, record):
     (stranger / "vq4dit.json").write_text(json.dumps(record))
-    with pytest.raises(FormatError, match="is damaged"):
+    with pytest.raises(FormatError, match="vq4dit.json (is damaged|must hold a JSON object).*delete it"):
         read_origin(stranger)
 
 
@@ -306,7 +306,7 @@ def test_a_report_holds_numbers(tmp_path, reports, value):
     figures = json.loads((reports / "report.json").read_text())
     for name in ("num_pairs", "psnr_db"):
         (tmp_path / "report.json").write_text(json.dumps(figures | {name: value}))
-        with pytest.raises(HubError, match="no report.json that can be read .*is not a number"):
+        with pytest.raises(HubError, match=f"report.json: {name} must be a number, found"):
             read_report(tmp_path)
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(HubError, match="no report.json that can be read"):

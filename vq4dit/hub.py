@@ -13,6 +13,7 @@ repository, pull request or commit, and nothing that exists is replaced unless `
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,7 +125,10 @@ def _staged(folder: Path, card: str, extras: Mapping[str, Path]) -> Iterator[Pat
         stage = Path(name).resolve()
         for place, path in {**{name: folder / name for name in names}, **extras}.items():
             (stage / place).parent.mkdir(parents=True, exist_ok=True)
-            (stage / place).symlink_to(path.resolve())
+            try:
+                (stage / place).symlink_to(path.resolve())
+            except OSError:  # Windows lets only some people make links
+                shutil.copyfile(path, stage / place)
         (stage / "README.md").write_text(card, encoding="utf-8")
         yield stage
 

@@ -14,7 +14,7 @@ import torch
 from vq4dit.errors import VQ4DiTError, brief
 
 CGROUPS = Path("/sys/fs/cgroup")
-OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "Unable to allocate")
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "Unable to allocate", "out of memory")
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
