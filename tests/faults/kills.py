@@ -109,7 +109,7 @@ def quantize(recipe: str, options: str = "") -> str:
 
 OLD: Tree = {"out": Ours("paper")}
 KMEANS: Tree = {"kmeans": Of("kmeans")}
-COMPARING, SAMPLING = f"{COMPARE} --output out", f"{SAMPLE} --output a.png"
+COMPARING, SAMPLING = f"{COMPARE} --output out", f"{SAMPLE} --output sample.png"
 COMMANDS: dict[str, tuple[int, Killed]] = {  # and how many times at moments
     "kmeans": (8, Killed(quantize("kmeans"), "kmeans", quantize("kmeans", " --resume"))),
     "best": (6, Killed(quantize("best"), "best", quantize("best", " --resume"))),
@@ -119,7 +119,7 @@ COMMANDS: dict[str, tuple[int, Killed]] = {  # and how many times at moments
     "save over": (5, Killed("save model out overwrite", "saved", "", OLD)),
     "compare": (5, Killed(COMPARING, "comparison", "", KMEANS)),
     "compare over": (5, Killed(f"{COMPARING} --overwrite", "comparison", "", {**KMEANS, "out": Ours("comparison of best")})),
-    "sample": (3, Killed(SAMPLING, "sample.png", "", KMEANS, "a.png")),
+    "sample": (3, Killed(SAMPLING, "sample.png", "", KMEANS, "sample.png")),
 }
 
 
