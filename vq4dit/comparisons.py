@@ -23,9 +23,10 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from vq4dit.errors import JobError
+from vq4dit.errors import FormatError, JobError
 from vq4dit.evaluation import Comparison, SamplePair, as_image, grid
 from vq4dit.files import check_free, check_place, told, whole_folder, write_atomically
+from vq4dit.json_files import read_object
 
 KINDS = ("original", "quantized", "difference")
 CHUNK = "vq4dit"  # of our pictures: their checksum
@@ -72,8 +73,8 @@ def check_comparison_output(folder: Path, overwrite: bool) -> None:
 def comparison_files(folder: Path) -> set[str] | None:
     """The names of the files of a comparison that we wrote; None if the folder is no comparison of ours."""
     try:
-        Comparison(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        Comparison(**read_object(folder / "report.json"))
+    except (OSError, FormatError, TypeError):
         return None
     found = (path for path in folder.glob("*.png") if PICTURE.fullmatch(path.name) and path.is_file())
     pictures = {path.name for path in found if is_our_picture(path)}
@@ -83,10 +84,10 @@ def comparison_files(folder: Path) -> set[str] | None:
 def _is_table(path: Path) -> bool:
     """Whether a file holds numbers by the names of layers."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_object(path)
+    except (OSError, FormatError):
         return False
-    return isinstance(values, dict) and all(isinstance(value, float | int) for value in values.values())
+    return all(isinstance(value, float | int) for value in values.values())
 
 
 def write_comparison(
