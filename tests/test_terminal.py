@@ -28,13 +28,6 @@ def clock(monkeypatch):
     return Clock
 
 
-@pytest.fixture
-def log(monkeypatch):
-    file = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", file)
-    return file
-
-
 def test_a_line_tells_stage_counter_and_time_left(clock):
     lines = ProgressLines((file := io.StringIO()).write)
     lines.tell()  # nothing is known yet
@@ -71,7 +64,8 @@ def test_bytes_are_told_in_megabytes(clock):
     assert file.getvalue() == "uploading: 2.5/10.0 MB\n"
 
 
-def test_a_line_comes_though_nothing_happens(log, monkeypatch):
+def test_a_line_comes_though_nothing_happens(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())  # here: between fixture and test pytest sets its own again
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.05)
     with progress_bars() as on_progress:
         on_progress(Progress("fit", 1, 3))
@@ -84,7 +78,8 @@ def test_a_line_comes_though_nothing_happens(log, monkeypatch):
     assert log.getvalue() == told  # the clock stopped with the work
 
 
-def test_lines_hold_no_control_characters_whatever_colours_are_forced(log, monkeypatch):
+def test_lines_hold_no_control_characters_whatever_colours_are_forced(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     monkeypatch.setenv("FORCE_COLOR", "1")
     with progress_bars() as on_progress:
         on_progress(Progress("sample", 1, 1))
