@@ -1,5 +1,6 @@
 """What `pip install` brings is complete, and what is missing is said in one sentence."""
 
+import ast
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from vq4dit.version import VERSION
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-IMPORTED_AS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+IMPORTED_AS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+IF_THERE = {"peft", "hf_xet"}  # used where somebody else brought them
 OURS_ON_A_SPACE = {"spaces"}  # imported by app.py, and only where a Space lends GPUs
 
 
@@ -34,8 +36,10 @@ def name(requirement: str) -> str:
 
 def imported(paths: list[Path]) -> set[str]:
     """The packages that modules import, whether at their top or inside."""
-    found = (re.findall(r"^\s*(?:from|import) ([A-Za-z_0-9]+)", path.read_text(), re.MULTILINE) for path in paths)
-    outside = set().union(*map(set, found)) - set(sys.stdlib_module_names) - {"vq4dit"}
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    named = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    named += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    outside = {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - {"vq4dit"} - IF_THERE
     return {name(IMPORTED_AS.get(package, package)) for package in outside}
 
 
