@@ -8,7 +8,6 @@ The folder may be a stranger's: what stands in code or in a table must be what i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -83,13 +82,13 @@ def read_report(folder: Path) -> Comparison:
     """
     advice = "make one with `python -m vq4dit compare`"
     try:
-        found = Comparison(**read_object(folder / "report.json", advice))
+        figures = read_object(folder / "report.json", advice)
+        for name, value in figures.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(value)}: {advice}", "card")
+        return Comparison(**figures)
     except (OSError, FormatError, TypeError) as error:
         raise HubError(f"{folder} has no report.json that can be read ({error}): {advice}", "card") from error
-    for name, value in dataclasses.asdict(found).items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(value)}: {advice}", "card")
-    return found
 
 
 def model_card(
