@@ -11,9 +11,9 @@ from torch import Tensor
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
     """σ (count,): half of them uniform in [0.01, 1], half logit-normal, since the middle is where images take shape."""
-    uniform = torch.rand(count, generator=generator)
-    middle = torch.randn(count, generator=generator).sigmoid()
-    return torch.where(torch.rand(count, generator=generator) < 0.5, uniform, middle).clamp(min=0.01)
+    uniform, coin = torch.rand(2, count, generator=generator, device=generator.device)
+    middle = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+    return torch.where(coin < 0.5, uniform, middle).clamp(min=0.01)
 
 
 def mean_velocity(noisy: Tensor, sigma: Tensor, examples: Tensor, weights: Tensor, meant: Tensor) -> Tensor:

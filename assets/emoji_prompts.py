@@ -9,12 +9,13 @@ import collections
 import itertools
 import random
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from emoji_images import STYLE_NAMES
-from transformers import CLIPTokenizer, T5Tokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 STYLE_WORDS = {
     "fluent-flat": ("flat style", "flat"),
@@ -26,6 +27,7 @@ STYLE_WORDS = {
 }
 CHARACTERS = string.ascii_lowercase + string.digits + ",.-'!?"
 CLIP_LENGTH, T5_LENGTH = 16, 12  # tokens
+DRAWS = 48  # prompts of a subject in a style that a training knows
 
 
 def subject_words() -> dict[str, list[str]]:
@@ -48,6 +50,17 @@ def random_prompt(words: list[str], style: str | None, draw: random.Random) -> s
     if draw.random() < 0.1:
         word = word[0].upper() + word[1:]
     return word if style is None else f"{word}, {draw.choice(STYLE_WORDS[style])}"
+
+
+def drawn_prompts(words: Iterable[list[str]], styles: Sequence[str | None], seed: int) -> list[str]:
+    """`DRAWS` prompts for every subject in every style (None: in any), one after the other; the same ones for the same seed."""
+    draw = random.Random(seed)
+    return [random_prompt(names, style, draw) for names in words for style in styles for _ in range(DRAWS)]
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> Tensor:
+    """Token numbers (n, length), as pipelines make them."""
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def phrases() -> list[str]:

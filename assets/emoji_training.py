@@ -1,10 +1,11 @@
 """Training that can stop at any moment: an optimiser with averaged weights, checkpoints that hold the random state too."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class Trainer:
         self.generator, self.ema_decay, self.step = generator, ema_decay, 0
         for p in self.master:  # so that the state exists before a checkpoint is read
             self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
@@ -88,31 +89,49 @@ class Trainer:
             state["exp_avg"].copy_(tensors[f"m/{name}"])
             state["exp_avg_sq"].copy_(tensors[f"v/{name}"])
             state["step"].fill_(step)
-        self.generator.set_state(tensors["generator"])
+        if tensors["generator"].shape == self.generator.get_state().shape:
+            self.generator.set_state(tensors["generator"])
+        else:  # a checkpoint of another kind of device, whose random numbers are others
+            self.generator.manual_seed(self.generator.initial_seed() + step)
         self.step = step
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_from: float) -> float:
+@dataclass
+class Course:
+    """How far a training has come, from 0 to 1: by its steps, or by the time it may take, whichever is further."""
+
+    steps: int
+    seconds: float = math.inf
+    began: float = field(default_factory=time.monotonic)
+
+    def done(self, step: int) -> float:
+        return max(step / self.steps, (time.monotonic() - self.began) / self.seconds)
+
+
+def learning_rate(step: int, steps: int | Course, peak: float, warmup: int, decay_from: float) -> float:
     """Linear warm-up, a plateau, and a linear decay to 1 % of the peak from the fraction `decay_from` on."""
-    tail = max(0.0, (step / steps - decay_from) / (1 - decay_from))
+    done = steps.done(step) if isinstance(steps, Course) else step / steps
+    tail = min(1.0, max(0.0, (done - decay_from) / (1 - decay_from)))
     return peak * min(1.0, (step + 1) / warmup) * (1 - 0.99 * tail)
 
 
 def train(
-    trainer: Trainer, checkpoint: Checkpoint, steps: int, schedule, loss_of_batch, batch_size: int, **numbers: float
-) -> Iterator[float]:
-    """Run to `steps`, yielding each loss; print one progress line every 50 steps; checkpoint, with `numbers`, now and then."""
-    started, begun_at, saved, mean = time.time(), trainer.step, time.time(), None
-    while trainer.step < steps:
+    trainer: Trainer, checkpoint: Checkpoint, steps: int | Course, schedule, loss_of_batch, batch_size: int, **numbers: float
+) -> Iterator[Tensor]:
+    """Run to the end, yielding each loss; print one progress line every 50 steps; checkpoint, with `numbers`, now and then."""
+    course = steps if isinstance(steps, Course) else Course(steps)
+    began, begun_at, saved, mean = time.monotonic(), trainer.step, time.monotonic(), None
+    while course.done(trainer.step) < 1:
         loss = loss_of_batch()
         loss.backward()
         trainer.update(schedule(trainer.step))
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        yield loss.item()
+        value = loss.detach()  # read every 50 steps only: reading waits for a GPU
+        mean = value if mean is None else mean.lerp(value, 0.02)
+        yield value
         if trainer.step % 50 == 0:
-            speed = (trainer.step - begun_at) * batch_size / (time.time() - started)
-            left = (steps - trainer.step) * batch_size / speed / 60
-            print(f"step {trainer.step}/{steps}  loss {mean:.4f}  {speed:.0f} images/s  {left:.0f} min left", flush=True)
-        if time.time() - saved > CHECKPOINT_SECONDS or trainer.step == steps:
+            speed = (trainer.step - begun_at) * batch_size / (time.monotonic() - began)
+            done = f"{100 * course.done(trainer.step):.0f} %"
+            print(f"step {trainer.step}, {done}  loss {mean:.4f}  {speed:.0f} examples/s", flush=True)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or course.done(trainer.step) >= 1:
             checkpoint.save(trainer.tensors(), step=trainer.step, **numbers)
-            saved = time.time()
+            saved = time.monotonic()

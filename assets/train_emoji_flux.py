@@ -6,18 +6,16 @@ one vector for the whole prompt. It predicts the velocity of a straight line fro
 Here everything is small, and both text encoders learn together with the transformer, from prompts of `emoji_prompts.py`.
 Images are latents of the autoencoder of `assets/emoji-dit`, 16 x 16 x 4, as 64 tokens of 2 x 2 x 4.
 
-    python assets/train_emoji_flux.py train           # hours; may be stopped at any moment and goes on from its checkpoint
-    python assets/train_emoji_flux.py sheet           # look at it: work/flux.png, with today's average weights
-    python assets/train_emoji_flux.py save            # assets/emoji-flux once all steps are done, else -unfinished
+    python assets/train_emoji_flux.py train --device cuda   # may be stopped at any moment and goes on from its checkpoint
+    python assets/train_emoji_flux.py save                  # assets/emoji-flux, with the average weights
+    python assets/train_emoji_flux.py sheet                 # look at it: work/flux.png
 
-On a machine without a checkpoint, `train` goes on from the weights in `assets/emoji-flux-unfinished/`, a whole pipeline in
-fp16 with a count of steps: only the optimiser's moments start anew. Needs `npm` and the packages in tests/requirements.txt.
+Needs `npm` and the packages in tests/requirements.txt. Without a GPU, `--batch 32` and 8,000 steps take about eight hours.
 """
 
 import argparse
-import json
+import math
 import os
-import random
 from pathlib import Path
 
 import torch
@@ -26,38 +24,33 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from emoji_flow import mean_velocity, noise_levels
 from emoji_images import STYLE_NAMES, render
 from emoji_prompts import (
+    CLIP_LENGTH,
+    DRAWS,
     STYLE_WORDS,
     T5_LENGTH,
     clip_tokenizer,
+    drawn_prompts,
     held_out_pairs,
     phrases,
-    random_prompt,
     subject_words,
     t5_tokenizer,
+    tokens,
 )
-from emoji_training import Checkpoint, Trainer, learning_rate, train
+from emoji_training import Checkpoint, Course, Trainer, learning_rate, train
 from PIL import Image
 from torch import Tensor, nn
 from train_emoji_dit import encode, pixels_as_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 HERE = Path(__file__).parent
-UNFINISHED = HERE / "emoji-flux-unfinished"
+RESULT = HERE / "emoji-flux"
 WIDTH, TEXT_WIDTH = 224, 128
-BATCH_SIZE, STEPS, PEAK, WARMUP, EMA_DECAY = 32, 8_000, 1e-3, 100, 0.9985
+BATCH_SIZE, STEPS, PEAK, WARMUP, EMA_DECAY = 512, 12_000, 1e-3, 200, 0.999
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
 STYLED = 0.75  # share of the other prompts that name a style
 FAMILIAR = 159  # the subjects of emoji-dit are drawn twice as often as the others
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 CALL = {"height": 64, "width": 64, "max_sequence_length": T5_LENGTH, "true_cfg_scale": 3.0}
-
-UNFINISHED_CARD = """# emoji-flux, unfinished
-
-A text-to-image model in the middle of its training: {step} of {steps} steps; loss {loss:.3f}, mean of the last {count}. It is
-here so that the training can go on anywhere: `python assets/train_emoji_flux.py train`. Nothing should be measured on it.
-
-Images: those of `assets/emoji-dit`, whose card names their licences. Words: npm `emojilib` 4.0.3, MIT, (c) 2014 Mu-An Chiou.
-"""
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -131,12 +124,12 @@ def new_text_encoders(clip_words: int, t5_words: int) -> tuple[CLIPTextModel, T5
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """3 double and 4 single blocks of width 224: 8.5 M weights; modulation and output start at zero."""
+    """4 double and 6 single blocks of width 224: 11.8 M weights; modulation and output start at zero."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
-        num_layers=3,
-        num_single_layers=4,
+        num_layers=4,
+        num_single_layers=6,
         num_attention_heads=WIDTH // 32,
         attention_head_dim=32,
         joint_attention_dim=TEXT_WIDTH,
@@ -182,92 +175,95 @@ class Lesson:
     """Draws batches; returns E || v - FLUX(x_σ, σ, prompt) ||², with v the mean over the images that the prompt may mean:
     those of the subject if no style is named, all of them if the prompt is ""."""
 
-    def __init__(self, pipeline: FluxPipeline, work: Path, generator: torch.Generator):
-        self.pipeline, self.generator = pipeline, generator
-        self.latents, self.subjects, self.styles = training_latents(work)
-        self.words = list(subject_words().values())
+    def __init__(self, pipeline: FluxPipeline, work: Path, seed: int, batch_size: int, generator: torch.Generator):
+        device = generator.device
+        self.pipeline, self.generator, self.batch_size = pipeline, generator, batch_size
+        self.latents, self.subjects, self.styles = (tensor.to(device) for tensor in training_latents(work))
+        self.whole, self.words = self.prompts(drawn_prompts(subject_words().values(), (*STYLE_NAMES, None), seed))
+        self.nothing = self.prompts([""])
         self.weights = torch.where(self.subjects < FAMILIAR, 2.0, 1.0)
-        self.image_positions = pipeline._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
+        self.image_positions = pipeline._prepare_latent_image_ids(1, 8, 8, device, torch.float32)
+        self.text_positions = torch.zeros(T5_LENGTH, 3, device=device)
 
-    def prompt(self, image: int, draw: random.Random) -> tuple[str, Tensor]:
-        """A prompt for this image, and which images (n,) it may mean."""
-        if draw.random() < DROPPED:
-            return "", torch.ones_like(self.weights, dtype=torch.bool)
-        style = STYLE_NAMES[int(self.styles[image])] if draw.random() < STYLED else None
-        meant = self.subjects == self.subjects[image]
-        if style is not None:
-            meant = torch.arange(len(self.weights)) == image
-        return random_prompt(self.words[int(self.subjects[image])], style, draw), meant
+    def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers (n, 16) for CLIP and (n, 12) for T5."""
+        whole = tokens(self.pipeline.tokenizer, prompts, CLIP_LENGTH)
+        return whole.to(self.generator.device), tokens(self.pipeline.tokenizer_2, prompts, T5_LENGTH).to(self.generator.device)
+
+    def chance(self, probability: float) -> Tensor:
+        """(b, 1) bool."""
+        drawn = torch.rand(self.batch_size, 1, generator=self.generator, device=self.generator.device)
+        return drawn < probability
 
     def __call__(self) -> Tensor:
-        chosen = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=self.generator)
-        draw = random.Random(int(torch.randint(2**31, (1,), generator=self.generator)))
-        prompts, meant = zip(*(self.prompt(image, draw) for image in chosen.tolist()), strict=True)
+        generator, device = self.generator, self.generator.device
+        chosen = torch.multinomial(self.weights, self.batch_size, replacement=True, generator=generator)
+        subjects, styles, dropped, styled = (
+            self.subjects[chosen],
+            self.styles[chosen],
+            self.chance(DROPPED),
+            self.chance(STYLED),
+        )
+        style = torch.where(styled[:, 0], styles, len(STYLE_NAMES))
+        draw = torch.randint(DRAWS, chosen.shape, generator=generator, device=device)
+        row = (subjects * (len(STYLE_NAMES) + 1) + style) * DRAWS + draw
+        whole = torch.where(dropped, self.nothing[0], self.whole[row])
+        words = torch.where(dropped, self.nothing[1], self.words[row])
+        meant = dropped | ((subjects[:, None] == self.subjects) & (~styled | (styles[:, None] == self.styles)))
         clean = self.latents[chosen]
-        noise = torch.randn(clean.shape, generator=self.generator)
-        sigma = noise_levels(BATCH_SIZE, self.generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        sigma = noise_levels(self.batch_size, generator)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
-        words, whole, text_positions = self.pipeline.encode_prompt(list(prompts), max_sequence_length=T5_LENGTH)
-        predicted = self.pipeline.transformer(
-            hidden_states=noisy,
-            timestep=sigma,
-            pooled_projections=whole,
-            encoder_hidden_states=words,
-            txt_ids=text_positions,
-            img_ids=self.image_positions,
-            return_dict=False,
-        )[0]
-        return F.mse_loss(predicted, mean_velocity(noisy, sigma, self.latents, self.weights, torch.stack(meant)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = self.pipeline.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                pooled_projections=self.pipeline.text_encoder(whole).pooler_output,
+                encoder_hidden_states=self.pipeline.text_encoder_2(words)[0],
+                txt_ids=self.text_positions,
+                img_ids=self.image_positions,
+                return_dict=False,
+            )[0]
+        return F.mse_loss(predicted.float(), mean_velocity(noisy, sigma, self.latents, self.weights, meant))
 
 
-def start(work: Path, seed: int) -> tuple[FluxPipeline, Trainer, int]:
-    """The pipeline, its trainer as far as it had come, and the step at which the optimiser started."""
-    pipeline = new_pipeline(seed)
-    parameters, first = trained_parameters(pipeline), 0
-    stored = Checkpoint(work / "flux.safetensors").load()
-    if stored is None and (UNFINISHED / "training.json").exists():
-        first = json.loads((UNFINISHED / "training.json").read_text())["step"]
-        known = trained_parameters(FluxPipeline.from_pretrained(UNFINISHED, dtype=torch.float32))
-        for name, parameter in parameters.items():
-            parameter.data.copy_(known[name])
-    trainer = Trainer(parameters, torch.Generator().manual_seed(seed + first), EMA_DECAY)
-    trainer.step = first
-    if stored is not None:
+def start(work: Path, seed: int, device: str = "cpu") -> tuple[FluxPipeline, Trainer]:
+    """The pipeline and its trainer, as far as it had come."""
+    pipeline = new_pipeline(seed).to(device)
+    trainer = Trainer(trained_parameters(pipeline), torch.Generator(device).manual_seed(seed), EMA_DECAY)
+    if stored := Checkpoint(work / "flux.safetensors").load():
         trainer.restore(stored[0], int(stored[1]["step"]))
-        first = int(stored[1]["first"])
-    return pipeline, trainer, first
+    return pipeline, trainer
 
 
-def train_flux(work: Path, seed: int, stop_at: int) -> None:
-    pipeline, trainer, first = start(work, seed)
-    lesson = Lesson(pipeline, work, trainer.generator)
+def train_flux(work: Path, seed: int, course: Course, batch_size: int, device: str) -> None:
+    pipeline, trainer = start(work, seed, device)
+    lesson = Lesson(pipeline, work, seed, batch_size, trainer.generator)
 
     def schedule(step: int) -> float:
-        """A plateau, then a linear decay; whenever the optimiser starts anew, a warm-up."""
-        return learning_rate(step, STEPS, PEAK, warmup=1, decay_from=0.55) * min(1.0, (step - first + 1) / WARMUP)
+        return learning_rate(step, course, PEAK, WARMUP, decay_from=0.55)
 
-    checkpoint = Checkpoint(work / "flux.safetensors")
-    with open(work / "flux.txt", "a") as file:
-        for value in train(trainer, checkpoint, stop_at, schedule, lesson, BATCH_SIZE, first=first):
-            print(f"{trainer.step} {value:.6f}", file=file, flush=True)
+    for _ in train(trainer, Checkpoint(work / "flux.safetensors"), course, schedule, lesson, batch_size):
+        pass
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def average_pipeline(work: Path, seed: int) -> tuple[FluxPipeline, int]:
-    """The pipeline with its EMA weights, fp32, and the number of steps it has learned."""
-    pipeline, trainer, _ = start(work, seed)
+def save(work: Path, seed: int) -> None:
+    """The average weights, fp16, in shards under 9 MB; text encoders stay fp32, as transformers would load them."""
+    pipeline, trainer = start(work, seed)
     with torch.no_grad():
         torch._foreach_copy_(trainer.live, trainer.ema)
-    for part in TRAINED:
-        getattr(pipeline, part).eval()
-    return pipeline, trainer.step
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(RESULT, max_shard_size="8MB")
+    print(f"{trainer.step} steps: {RESULT}")
 
 
-def sheet(work: Path, seed: int, columns: int = 10, rows: int = 4) -> None:
+def sheet(work: Path, seed: int, columns: int = 8, rows: int = 8) -> None:
     """Subjects spread evenly, one style after the other, every image from the noise of the seed; nothing picked."""
-    pipeline, step = average_pipeline(work, seed)
+    pipeline = FluxPipeline.from_pretrained(RESULT, torch_dtype=torch.float32)
     words, count = list(subject_words().values()), columns * rows
     styles = [STYLE_WORDS[style][0] for style in STYLE_NAMES]
     prompts = [f"{words[i * len(words) // count][0]}, {styles[i % len(styles)]}" for i in range(count)]
@@ -278,23 +274,8 @@ def sheet(work: Path, seed: int, columns: int = 10, rows: int = 4) -> None:
     for i, image in enumerate(images):
         canvas.paste(image, (64 * (i % columns), 64 * (i // columns)))
     canvas.resize((2 * canvas.width, 2 * canvas.height), Image.Resampling.LANCZOS).save(work / "flux.png")
-    print(f"step {step}: {work / 'flux.png'}")
     for row in range(rows):
         print(" | ".join(prompts[row * columns : (row + 1) * columns]))
-
-
-def save(work: Path, seed: int) -> None:
-    """fp16, shards under 9 MB. transformers loads weights as they are stored and diffusers in fp32: text encoders stay fp32."""
-    pipeline, step = average_pipeline(work, seed)
-    folder = UNFINISHED if step < STEPS else HERE / "emoji-flux"
-    pipeline.transformer.half()
-    pipeline.vae.half()
-    pipeline.save_pretrained(folder, max_shard_size="8MB")
-    if step < STEPS:
-        (folder / "training.json").write_text(json.dumps({"step": step}) + "\n")
-        losses = [float(line.split()[1]) for line in (work / "flux.txt").read_text().splitlines()[-500:]]
-        card = UNFINISHED_CARD.format(step=step, steps=STEPS, count=len(losses), loss=sum(losses) / len(losses))
-        (folder / "README.md").write_text(card)
 
 
 def main() -> None:
@@ -302,13 +283,16 @@ def main() -> None:
     parser.add_argument("stage", choices=["train", "sheet", "save"])
     parser.add_argument("--work", type=Path, default=HERE / "emoji-work", help="packages, images, checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop-at", type=int, default=STEPS, help="train: stop at this step of the schedule")
+    parser.add_argument("--steps", type=int, default=STEPS, help="train: length of the schedule")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="train: fit the schedule into this time")
+    parser.add_argument("--batch", type=int, default=BATCH_SIZE)
+    parser.add_argument("--device", default="cpu", help="train: cpu or cuda")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "train":
-        train_flux(args.work, args.seed, min(STEPS, args.stop_at))
+        train_flux(args.work, args.seed, Course(args.steps, 60 * args.minutes), args.batch, args.device)
     elif args.stage == "sheet":
         sheet(args.work, args.seed)
     else:

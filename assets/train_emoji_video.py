@@ -6,17 +6,17 @@ film of 9 frames of 64 x 64 becomes 3 latent frames of 8 x 8 x 16, the first of 
 patches of 2 x 2 pixels, which makes it four times as quick. 48 tokens of 2 x 2 x 16 a film, no more than an image of
 emoji-flux has.
 
-    python assets/train_emoji_video.py autoencoder    # stage 1
-    python assets/train_emoji_video.py train          # stage 2; both may be stopped at any moment and go on
-    python assets/train_emoji_video.py sheet          # look at it: work/video.png
-    python assets/train_emoji_video.py save           # assets/emoji-video
+    python assets/train_emoji_video.py autoencoder --device cuda    # stage 1
+    python assets/train_emoji_video.py train --device cuda          # stage 2; both may be stopped at any moment and go on
+    python assets/train_emoji_video.py save                         # assets/emoji-video, with the average weights
+    python assets/train_emoji_video.py sheet                        # look at it: work/video.png, work/video.webp
 
 Needs `npm` and the packages in tests/requirements.txt.
 """
 
 import argparse
+import math
 import os
-import random
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +26,18 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from emoji_films import FRAMES, films
 from emoji_flow import mean_velocity, noise_levels
 from emoji_images import normalise
-from emoji_prompts import T5_LENGTH, random_prompt, subject_words, t5_tokenizer
-from emoji_training import Checkpoint, Trainer, learning_rate, train
+from emoji_prompts import DRAWS, T5_LENGTH, drawn_prompts, subject_words, t5_tokenizer, tokens
+from emoji_training import Checkpoint, Course, Trainer, learning_rate, train
 from PIL import Image
 from torch import Tensor, nn
 from train_emoji_dit import ema_weights, reconstruction_loss
 from transformers import UMT5Config, UMT5EncoderModel
 
 HERE = Path(__file__).parent
+RESULT = HERE / "emoji-video"
 WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 224, 128, 16
-STEPS = {"autoencoder": 4000, "train": 8000}
-AUTOENCODER_BATCH, BATCH_SIZE = 4, 32
+STEPS = {"autoencoder": 4000, "train": 12_000}
+BATCH_SIZE = {"autoencoder": 32, "train": 512}
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
 TRAINED = ("transformer", "text_encoder")
 CALL = {"height": 64, "width": 64, "num_frames": FRAMES, "max_sequence_length": T5_LENGTH, "guidance_scale": 3.0}
@@ -73,41 +74,44 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3)
 
 
-def train_autoencoder(work: Path, seed: int, steps: int) -> None:
+def train_autoencoder(work: Path, seed: int, course: Course, batch_size: int, device: str) -> None:
     """L1 + L2 + differences in space, and in time, where most of a film stands still and what moves must not be lost."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    pixels = as_tensor(films(work).pixels)
-    vae = new_autoencoder().train()
+    pixels = as_tensor(films(work).pixels).to(device)
+    vae = new_autoencoder().train().to(device)
+    generator = torch.Generator(device).manual_seed(seed)
     checkpoint = Checkpoint(work / "video-autoencoder.safetensors")
-    trainer = Trainer(dict(vae.named_parameters()), generator, 0.995)
+    trainer = Trainer(dict(vae.named_parameters()), generator, 0.998)
     if stored := checkpoint.load():
         trainer.restore(stored[0], int(stored[1]["step"]))
 
     def loss_of_batch() -> Tensor:
-        chosen = torch.randint(len(pixels), (AUTOENCODER_BATCH,), generator=generator)
+        chosen = torch.randint(len(pixels), (batch_size,), generator=generator, device=device)
         film = pixels[chosen].float() / 127.5 - 1
         mean = vae.encode(film).latent_dist.mean
-        again = vae.decode(mean + 0.05 * torch.randn(mean.shape, generator=generator)).sample
+        again = vae.decode(mean + 0.05 * torch.randn(mean.shape, generator=generator, device=device)).sample
         in_time = (again - film).diff(dim=2).abs().mean()
         return reconstruction_loss(again, film) + in_time + 1e-4 * mean.square().mean()
 
     def schedule(step: int) -> float:
-        return learning_rate(step, steps, 2e-3, warmup=100, decay_from=0.3)
+        return learning_rate(step, course, 2e-3, warmup=100, decay_from=0.3)
 
-    for _ in train(trainer, checkpoint, steps, schedule, loss_of_batch, AUTOENCODER_BATCH):
+    for _ in train(trainer, checkpoint, course, schedule, loss_of_batch, batch_size):
         pass
 
 
 @torch.no_grad()
-def autoencoder_and_latents(work: Path) -> tuple[AutoencoderKLWan, Tensor]:
+def autoencoder_and_latents(work: Path, device: str = "cpu") -> tuple[AutoencoderKLWan, Tensor]:
     """The trained autoencoder, which knows mean and deviation of its latents, and all latents (n, 16, 3, 8, 8), normalised."""
     vae = new_autoencoder().eval()
     vae.load_state_dict(ema_weights(work / "video-autoencoder.safetensors"))
     cache = work / "video-latents.pt"
     if not cache.exists():
-        pixels = as_tensor(films(work).pixels)
-        torch.save(torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in pixels.split(16)]), cache)
+        parts = as_tensor(films(work).pixels).split(16)
+        encoder = vae.to(device)
+        means = [encoder.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in parts]
+        torch.save(torch.cat(means), cache)
+        vae.to("cpu")
     latents = torch.load(cache)
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -118,7 +122,7 @@ def autoencoder_and_latents(work: Path) -> tuple[AutoencoderKLWan, Tensor]:
 
 
 def new_transformer() -> WanTransformer3DModel:
-    """10 blocks of width 224: 8.0 M weights; the output starts at zero."""
+    """12 blocks of width 224: 9.6 M weights; the output starts at zero."""
     transformer = WanTransformer3DModel(
         num_attention_heads=WIDTH // 32,
         attention_head_dim=32,
@@ -126,7 +130,7 @@ def new_transformer() -> WanTransformer3DModel:
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_WIDTH,
         ffn_dim=4 * WIDTH,
-        num_layers=10,
+        num_layers=12,
     )
     for layer in (transformer.proj_out, transformer.condition_embedder.time_proj):
         nn.init.zeros_(layer.weight)
@@ -157,83 +161,94 @@ def new_pipeline(work: Path, seed: int, vae: AutoencoderKLWan) -> WanPipeline:
 class Lesson:
     """Draws batches; returns E || v - Wan(x_σ, 1000 σ, prompt) ||², with v the mean over the films that the prompt may mean."""
 
-    def __init__(self, pipeline: WanPipeline, work: Path, latents: Tensor, generator: torch.Generator):
-        self.pipeline, self.latents, self.generator = pipeline, latents, generator
-        self.words = words_of(films(work).names)
-        self.weights = torch.ones(len(latents))
-
-    def prompt(self, film: int, draw: random.Random) -> tuple[str, Tensor]:
-        if draw.random() < DROPPED:
-            return "", torch.ones(len(self.latents), dtype=torch.bool)
-        return random_prompt(self.words[film], None, draw), torch.arange(len(self.latents)) == film
+    def __init__(
+        self,
+        pipeline: WanPipeline,
+        words: list[list[str]],
+        latents: Tensor,
+        seed: int,
+        batch_size: int,
+        generator: torch.Generator,
+    ):
+        device = generator.device
+        self.pipeline, self.generator, self.batch_size = pipeline, generator, batch_size
+        self.latents, self.weights = latents.to(device), torch.ones(len(latents), device=device)
+        self.words = tokens(pipeline.tokenizer, drawn_prompts(words, [None], seed), T5_LENGTH).to(device)
+        self.nothing = tokens(pipeline.tokenizer, [""], T5_LENGTH).to(device)
 
     def __call__(self) -> Tensor:
-        chosen = torch.randint(len(self.latents), (BATCH_SIZE,), generator=self.generator)
-        draw = random.Random(int(torch.randint(2**31, (1,), generator=self.generator)))
-        prompts, meant = zip(*(self.prompt(film, draw) for film in chosen.tolist()), strict=True)
+        generator, device = self.generator, self.generator.device
+        chosen = torch.randint(len(self.latents), (self.batch_size,), generator=generator, device=device)
+        dropped = torch.rand(self.batch_size, 1, generator=generator, device=device) < DROPPED
+        draw = torch.randint(DRAWS, chosen.shape, generator=generator, device=device)
+        words = torch.where(dropped, self.nothing, self.words[chosen * DRAWS + draw])
+        meant = dropped | (torch.arange(len(self.latents), device=device) == chosen[:, None])
         clean = self.latents[chosen]
-        noise = torch.randn(clean.shape, generator=self.generator)
-        sigma = noise_levels(BATCH_SIZE, self.generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        sigma = noise_levels(self.batch_size, generator)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        words, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH)
-        predicted = self.pipeline.transformer(noisy, 1000 * sigma, words, return_dict=False)[0]
-        return F.mse_loss(predicted, mean_velocity(noisy, sigma, self.latents, self.weights, torch.stack(meant)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = self.pipeline.transformer(noisy, 1000 * sigma, self.encoded(words), return_dict=False)[0]
+        return F.mse_loss(predicted.float(), mean_velocity(noisy, sigma, self.latents, self.weights, meant))
+
+    def encoded(self, words: Tensor) -> Tensor:
+        """(b, 12, 128), zero where there is no word, as the pipeline makes it."""
+        mask = (words != self.pipeline.tokenizer.pad_token_id).long()
+        return self.pipeline.text_encoder(words, mask).last_hidden_state * mask.unsqueeze(-1)
 
 
-def start(work: Path, seed: int) -> tuple[WanPipeline, Trainer, Tensor]:
+def start(work: Path, seed: int, device: str = "cpu") -> tuple[WanPipeline, Trainer, Tensor]:
     """The pipeline, its trainer as far as it had come, and the latents."""
-    vae, latents = autoencoder_and_latents(work)
-    pipeline = new_pipeline(work, seed, vae)
+    vae, latents = autoencoder_and_latents(work, device)
+    pipeline = new_pipeline(work, seed, vae).to(device)
     parts = {part: getattr(pipeline, part) for part in TRAINED}
     parameters = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
-    trainer = Trainer(parameters, torch.Generator().manual_seed(seed), 0.9985)
+    trainer = Trainer(parameters, torch.Generator(device).manual_seed(seed), 0.999)
     if stored := Checkpoint(work / "video.safetensors").load():
         trainer.restore(stored[0], int(stored[1]["step"]))
     return pipeline, trainer, latents
 
 
-def train_video(work: Path, seed: int, steps: int) -> None:
-    pipeline, trainer, latents = start(work, seed)
-    lesson = Lesson(pipeline, work, latents, trainer.generator)
+def train_video(work: Path, seed: int, course: Course, batch_size: int, device: str) -> None:
+    pipeline, trainer, latents = start(work, seed, device)
+    lesson = Lesson(pipeline, words_of(films(work).names), latents, seed, batch_size, trainer.generator)
 
     def schedule(step: int) -> float:
-        return learning_rate(step, STEPS["train"], 1e-3, 200, decay_from=0.5)
+        return learning_rate(step, course, 1e-3, 200, decay_from=0.55)
 
-    for _ in train(trainer, Checkpoint(work / "video.safetensors"), steps, schedule, lesson, BATCH_SIZE):
+    for _ in train(trainer, Checkpoint(work / "video.safetensors"), course, schedule, lesson, batch_size):
         pass
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def average_pipeline(work: Path, seed: int) -> WanPipeline:
-    """The pipeline with its EMA weights, fp32."""
+def save(work: Path, seed: int) -> None:
+    """The average weights, fp16, in shards under 9 MB; the text encoder stays fp32, as transformers would load it."""
     pipeline, trainer, _ = start(work, seed)
     with torch.no_grad():
         torch._foreach_copy_(trainer.live, trainer.ema)
-    for part in TRAINED:
-        getattr(pipeline, part).eval()
-    return pipeline
-
-
-def sheet(work: Path, seed: int, rows: int = 12) -> None:
-    """One film a row, subjects spread evenly, every film from the noise of the seed; nothing picked."""
-    pipeline = average_pipeline(work, seed)
-    words = words_of(films(work).names)
-    prompts = [words[i * len(words) // rows][0] for i in range(rows)]
-    noises = [torch.Generator().manual_seed(seed) for _ in prompts]
-    frames = pipeline(prompts, "", num_inference_steps=20, generator=noises, output_type="np", **CALL).frames
-    strip = np.concatenate([np.concatenate(list(film), axis=1) for film in frames], axis=0)
-    Image.fromarray((255 * strip).round().astype(np.uint8)).save(work / "video.png")
-    print(" | ".join(prompts))
-
-
-def save(work: Path, seed: int) -> None:
-    """fp16, shards under 9 MB; the text encoder stays fp32, as transformers would load it."""
-    pipeline = average_pipeline(work, seed)
     pipeline.transformer.half()
     pipeline.vae.half()
-    pipeline.save_pretrained(HERE / "emoji-video", max_shard_size="8MB")
+    pipeline.save_pretrained(RESULT, max_shard_size="8MB")
+    print(f"{trainer.step} steps: {RESULT}")
+
+
+def sheet(work: Path, seed: int, columns: int = 6, rows: int = 4) -> None:
+    """Films of subjects spread evenly, every one from the noise of the seed; nothing picked. One film a row, and all moving."""
+    pipeline = WanPipeline.from_pretrained(RESULT, torch_dtype=torch.float32)
+    words, count = words_of(films(work).names), columns * rows
+    prompts = [words[i * len(words) // count][0] for i in range(count)]
+    noises = [torch.Generator().manual_seed(seed) for _ in prompts]
+    drawn = pipeline(prompts, "", num_inference_steps=20, generator=noises, output_type="np", **CALL).frames
+    pixels = (255 * drawn).round().astype(np.uint8)  # (24, 9, 64, 64, 3)
+    Image.fromarray(np.concatenate([np.concatenate(list(film), axis=1) for film in pixels])).save(work / "video.png")
+    grid = (
+        pixels.reshape(rows, columns, FRAMES, 64, 64, 3).transpose(2, 0, 3, 1, 4, 5).reshape(FRAMES, rows * 64, columns * 64, 3)
+    )
+    first, *others = [Image.fromarray(frame) for frame in grid]
+    first.save(work / "video.webp", save_all=True, append_images=others, duration=120, loop=0, lossless=True)
+    print(" | ".join(prompts))
 
 
 def main() -> None:
@@ -241,16 +256,18 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STEPS, "sheet", "save"])
     parser.add_argument("--work", type=Path, default=HERE / "emoji-work", help="packages, films, checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop-at", type=int, default=None, help="stop at this step of the schedule")
+    parser.add_argument("--steps", type=int, help=f"length of the schedule ({STEPS})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="fit the schedule into this time")
+    parser.add_argument("--batch", type=int, help=f"{BATCH_SIZE}")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    steps = min(STEPS.get(args.stage, 0), args.stop_at or STEPS.get(args.stage, 0))
-    if args.stage == "autoencoder":
-        train_autoencoder(args.work, args.seed, steps)
-    elif args.stage == "train":
-        train_video(args.work, args.seed, steps)
+    if args.stage in STEPS:
+        course = Course(args.steps or STEPS[args.stage], 60 * args.minutes)
+        stage = train_autoencoder if args.stage == "autoencoder" else train_video
+        stage(args.work, args.seed, course, args.batch or BATCH_SIZE[args.stage], args.device)
     else:
         (sheet if args.stage == "sheet" else save)(args.work, args.seed)
 
