@@ -21,7 +21,7 @@ def mean_velocity(noisy: Tensor, sigma: Tensor, examples: Tensor, weights: Tenso
 
     `examples` (n, ...) are drawn as often as `weights` (n,) say; of them the prompts mean those in `meant` (b, n) bool.
     """
-    flat, level = examples.flatten(1), sigma.unsqueeze(1)
-    near = (1 - level) * (noisy.flatten(1) @ flat.T) - (1 - level).square() * flat.square().sum(1) / 2
+    flat, level = examples.flatten(1).double(), sigma.unsqueeze(1).double()  # what differs by little is divided by σ²
+    near = (1 - level) * (noisy.flatten(1).double() @ flat.T) - (1 - level).square() * flat.square().sum(1) / 2
     likely = (near / level.square() + weights.log()).masked_fill(~meant, -torch.inf).softmax(dim=1)
-    return ((noisy.flatten(1) - likely @ flat) / level).view_as(noisy)
+    return ((noisy.flatten(1) - likely @ flat) / level).view_as(noisy).to(noisy.dtype)

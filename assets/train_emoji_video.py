@@ -36,7 +36,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 HERE = Path(__file__).parent
 RESULT = HERE / "emoji-video"
 WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 224, 128, 16
-STEPS = {"autoencoder": 4000, "train": 12_000}
+STEPS = {"autoencoder": 900, "train": 1850}
 BATCH_SIZE = {"autoencoder": 32, "train": 512}
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
 TRAINED = ("transformer", "text_encoder")
@@ -187,9 +187,8 @@ class Lesson:
         noise = torch.randn(clean.shape, generator=generator, device=device)
         sigma = noise_levels(self.batch_size, generator)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = self.pipeline.transformer(noisy, 1000 * sigma, self.encoded(words), return_dict=False)[0]
-        return F.mse_loss(predicted.float(), mean_velocity(noisy, sigma, self.latents, self.weights, meant))
+        predicted = self.pipeline.transformer(noisy, 1000 * sigma, self.encoded(words), return_dict=False)[0]
+        return F.mse_loss(predicted, mean_velocity(noisy, sigma, self.latents, self.weights, meant))
 
     def encoded(self, words: Tensor) -> Tensor:
         """(b, 12, 128), zero where there is no word, as the pipeline makes it."""
@@ -263,6 +262,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in STEPS:
         course = Course(args.steps or STEPS[args.stage], 60 * args.minutes)
