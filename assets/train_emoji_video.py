@@ -7,7 +7,8 @@ patches of 2 x 2 pixels, which makes it four times as quick. 48 tokens of 2 x 2 
 emoji-flux has.
 
     python assets/train_emoji_video.py autoencoder --device cuda    # stage 1
-    python assets/train_emoji_video.py train --device cuda          # stage 2; both may be stopped at any moment and go on
+    python assets/train_emoji_video.py decoder --device cuda        # stage 2: its second half alone
+    python assets/train_emoji_video.py train --device cuda          # stage 3; all may be stopped at any moment and go on
     python assets/train_emoji_video.py save                         # assets/emoji-video, with the average weights
     python assets/train_emoji_video.py sheet                        # look at it: work/video.png, work/video.webp
 
@@ -36,10 +37,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 HERE = Path(__file__).parent
 RESULT = HERE / "emoji-video"
 WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 224, 128, 16
-STEPS = {"autoencoder": 900, "train": 1850}
-BATCH_SIZE = {"autoencoder": 32, "train": 512}
+STEPS = {"autoencoder": 900, "decoder": 1500, "train": 3500}
+BATCH_SIZE = {"autoencoder": 32, "decoder": 32, "train": 512}
 DROPPED = 0.1  # share of prompts replaced by "", so that there is something to guide away from
 TRAINED = ("transformer", "text_encoder")
+DECODING = ("decoder", "post_quant_conv")  # of the autoencoder
 CALL = {"height": 64, "width": 64, "num_frames": FRAMES, "max_sequence_length": T5_LENGTH, "guidance_scale": 3.0}
 
 
@@ -90,11 +92,43 @@ def train_autoencoder(work: Path, seed: int, course: Course, batch_size: int, de
         film = pixels[chosen].float() / 127.5 - 1
         mean = vae.encode(film).latent_dist.mean
         again = vae.decode(mean + 0.05 * torch.randn(mean.shape, generator=generator, device=device)).sample
-        in_time = (again - film).diff(dim=2).abs().mean()
-        return reconstruction_loss(again, film) + in_time + 1e-4 * mean.square().mean()
+        return film_loss(again, film) + 1e-4 * mean.square().mean()
 
     def schedule(step: int) -> float:
         return learning_rate(step, course, 2e-3, warmup=100, decay_from=0.3)
+
+    for _ in train(trainer, checkpoint, course, schedule, loss_of_batch, batch_size):
+        pass
+
+
+def film_loss(film: Tensor, original: Tensor) -> Tensor:
+    return reconstruction_loss(film, original) + (film - original).diff(dim=2).abs().mean()
+
+
+def train_decoder(work: Path, seed: int, course: Course, batch_size: int, device: str) -> None:
+    """The decoder goes on alone: nothing waits for an encoder, and latents, which the transformer learns, stay."""
+    torch.manual_seed(seed)
+    vae, latents = autoencoder_and_latents(work, device)
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    pixels, latents = as_tensor(films(work).pixels).to(device), (latents * std + mean).to(device)
+    vae.train().to(device)
+    decoding = {n: p for n, p in vae.named_parameters() if n.startswith(DECODING)}
+    vae.requires_grad_(False)
+    for parameter in decoding.values():
+        parameter.requires_grad_()
+    generator = torch.Generator(device).manual_seed(seed)
+    checkpoint = Checkpoint(work / "video-decoder.safetensors")
+    trainer = Trainer(decoding, generator, 0.998)
+    if stored := checkpoint.load():
+        trainer.restore(stored[0], int(stored[1]["step"]))
+
+    def loss_of_batch() -> Tensor:
+        chosen = torch.randint(len(pixels), (batch_size,), generator=generator, device=device)
+        noisy = latents[chosen] + 0.05 * torch.randn(latents[chosen].shape, generator=generator, device=device)
+        return film_loss(vae.decode(noisy).sample, pixels[chosen].float() / 127.5 - 1)
+
+    def schedule(step: int) -> float:
+        return learning_rate(step, course, 1.5e-3, warmup=100, decay_from=0.2)
 
     for _ in train(trainer, checkpoint, course, schedule, loss_of_batch, batch_size):
         pass
@@ -105,6 +139,8 @@ def autoencoder_and_latents(work: Path, device: str = "cpu") -> tuple[Autoencode
     """The trained autoencoder, which knows mean and deviation of its latents, and all latents (n, 16, 3, 8, 8), normalised."""
     vae = new_autoencoder().eval()
     vae.load_state_dict(ema_weights(work / "video-autoencoder.safetensors"))
+    if (work / "video-decoder.safetensors").exists():
+        vae.load_state_dict(ema_weights(work / "video-decoder.safetensors"), strict=False)
     cache = work / "video-latents.pt"
     if not cache.exists():
         parts = as_tensor(films(work).pixels).split(16)
@@ -235,7 +271,7 @@ def save(work: Path, seed: int) -> None:
 
 def sheet(work: Path, seed: int, columns: int = 6, rows: int = 4) -> None:
     """Films of subjects spread evenly, every one from the noise of the seed; nothing picked. One film a row, and all moving."""
-    pipeline = WanPipeline.from_pretrained(RESULT, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(RESULT, dtype=torch.float32)
     words, count = words_of(films(work).names), columns * rows
     prompts = [words[i * len(words) // count][0] for i in range(count)]
     noises = [torch.Generator().manual_seed(seed) for _ in prompts]
@@ -266,8 +302,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage in STEPS:
         course = Course(args.steps or STEPS[args.stage], 60 * args.minutes)
-        stage = train_autoencoder if args.stage == "autoencoder" else train_video
-        stage(args.work, args.seed, course, args.batch or BATCH_SIZE[args.stage], args.device)
+        stages = {"autoencoder": train_autoencoder, "decoder": train_decoder, "train": train_video}
+        stages[args.stage](args.work, args.seed, course, args.batch or BATCH_SIZE[args.stage], args.device)
     else:
         (sheet if args.stage == "sheet" else save)(args.work, args.seed)
 
