@@ -15,6 +15,7 @@ from vq4dit.errors import FormatError, JobError
 from vq4dit.job import fingerprint
 from vq4dit.origin import Origin, made_by, origin_of, read_origin
 from vq4dit.pipeline_files import part_files, pipeline_files, without_variant
+from vq4dit.record import recorded
 from vq4dit.saving import is_result, result_files
 
 VAE = "diffusion_pytorch_model.safetensors"
@@ -47,7 +48,7 @@ def put(path: Path, content: str = "mine") -> None:
 def test_a_result_of_ours_is_replaced_when_asked_to(tmp_path, quantized):
     vq4dit.save(quantized, str(tmp_path / "out"), max_shard_size="60KB")
     vq4dit.save(quantized, tmp_path / "out", overwrite=True)
-    assert set(contents(tmp_path / "out")) == result_files(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == result_files(tmp_path / "out") == {*recorded(tmp_path / "out"), "vq4dit.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -166,9 +167,30 @@ def test_a_variant_is_copied_under_the_name_that_is_loaded_without_one(tmp_path,
 
 
 def test_a_tokenizers_vocabulary_belongs_to_it_and_other_files_do_not(tmp_path):
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model", "secret.txt"):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model", "secret.txt", "scheduler_config.json"):
         put(tmp_path / name, "{}")
-    assert part_files(tmp_path) == ["tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    assert part_files(tmp_path, "T5TokenizerFast") == ["tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    assert part_files(tmp_path, "DDIMScheduler") == ["scheduler_config.json"]
+
+
+FILES_OF_PARTS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "wanted"),
+    [
+        ("AutoencoderKL", {"config.json"}),
+        ("T5EncoderModel", {"config.json"}),
+        ("FlowMatchEulerDiscreteScheduler", {"scheduler_config.json"}),
+        ("CLIPTokenizer", {"tokenizer_config.json", "vocab.txt"}),
+        ("CLIPImageProcessor", {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}),
+        ("CLIPFeatureExtractor", {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}),
+    ],
+)
+def test_a_part_has_the_files_of_its_kind_and_no_others(tmp_path, class_name, wanted):
+    for name in FILES_OF_PARTS:
+        put(tmp_path / name, "{}")
+    assert set(part_files(tmp_path, class_name)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -186,7 +208,7 @@ def test_an_index_of_shards_names_only_files_beside_it(tmp_path, shard):
     put(tmp_path / "up" / "x.safetensors")
     put(tmp_path / "model" / "vae" / "x.bin")
     put(tmp_path / "model" / "vae" / f"{VAE}.index.json", json.dumps({"weight_map": {"key": shard}}))
-    assert part_files(tmp_path / "model" / "vae") == []
+    assert part_files(tmp_path / "model" / "vae", "AutoencoderKL") == []
 
 
 @pytest.mark.parametrize(
