@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vq4dit.estimate import Device, check_fits, estimate
 from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
 from vq4dit.files import check_place
 from vq4dit.inspection import inspect, tensor_bytes
+from vq4dit.interrupts import code_of
 from vq4dit.job import Job, check_job_folder
 from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.memory import is_out_of_memory, out_of_memory
@@ -72,10 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
-        errors.print("interrupted" + again.get(args.name, ""))
-        return 130
+        with suppress(OSError):  # the terminal may be gone
+            errors.print("interrupted" + again.get(args.name, ""))
+        return code_of(error)
     return 0
 
 
