@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 from vq4dit.errors import JobError
 from vq4dit.evaluation import Comparison, SamplePair, as_image, grid
 from vq4dit.files import check_place, told, write_atomically
-from vq4dit.folders import check_free, whole_folder
+from vq4dit.folders import check_free, sweep, whole_folder
 from vq4dit.record import has_record, intact, is_own_file, recorded
 
 KINDS = ("original", "quantized", "difference")
@@ -78,6 +78,8 @@ def check_picture(path: Path) -> None:
         if path.exists() and not (path.is_file() and is_our_picture(path)):
             raise JobError(f"{path} is there already and was not drawn by `sample`: move it away, or choose another output")
     check_place(path)
+    if path.parent.is_dir():
+        sweep(path.parent)
 
 
 def check_comparison_output(folder: Path, overwrite: bool) -> None:

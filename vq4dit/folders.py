@@ -51,10 +51,10 @@ def whole_folder(
     Raises:
         JobError: if something would be lost (see `check_free`), or the disk is full.
     """
-    check_free(folder, overwrite, mark)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for place in {folder.parent, scratch or folder.parent}:
         sweep(place)
+    check_free(folder, overwrite, mark)
     work, held = temporary_name(scratch or folder.parent), None
     try:
         work.mkdir()
@@ -147,9 +147,9 @@ def remove_recorded(folder: Path) -> list[str]:
                 path.unlink()
     stays = sorted(name for name, path in _entries(folder) if path.is_symlink() or not path.is_dir())
     with suppress(OSError):
-        if stays == [RECORD] and known:
+        if known.intersection(stays) == {RECORD}:
             (folder / RECORD).unlink()
-            stays = []
+            stays.remove(RECORD)
         folder.rmdir()
     return stays
 
