@@ -32,7 +32,7 @@ from vq4dit.locks import lock, unlock
 from vq4dit.record import RECORD, Files, alike_in_size, has_record, intact, recorded, write_record
 
 LOCK, TARGET, NEW, OLD = "lock", "target", "new", "old"
-YOUNG_SECONDS = 60.0  # what is younger may be somebody's who is just beginning
+YOUNG_SECONDS = 60.0
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def whole_folder(
     try:
         work.mkdir()
         held = lock(work / LOCK)
-        (work / TARGET).write_bytes(os.fsencode(folder))
+        (work / TARGET).write_bytes(os.fsencode(os.path.abspath(folder)))
         (work / NEW).mkdir()
         yield work / NEW
         write_record(work / NEW)
@@ -154,22 +154,25 @@ def remove_recorded(folder: Path) -> list[str]:
     return stays
 
 
-def sweep(place: Path) -> None:
+def sweep(place: Path, *, is_alone: bool = False) -> None:
     """Tidy away what killed processes left in a folder.
 
     That is what lies behind a lock that nobody holds any more. What else has such a name is told of and left (`LeftBehind`).
+
+    Args:
+        is_alone: nobody else writes there. Otherwise what is young may be somebody's who is just beginning.
     """
-    found = [path for path in place.iterdir() if TEMPORARY.fullmatch(path.name)]
-    for work in sorted(found):
+    for work in sorted(path for path in place.iterdir() if TEMPORARY.fullmatch(path.name)):
         with suppress(FileNotFoundError):  # its process was just about to leave
-            is_young = time.time() - work.lstat().st_mtime < YOUNG_SECONDS
-            if work.is_symlink() or not (work / LOCK).is_file():
-                if not is_young:
-                    _tell(f"{work} seems to be left by a run that was killed: delete it if no other is at work there")
+            may_begin = not is_alone and time.time() - work.lstat().st_mtime < YOUNG_SECONDS
+            is_folder = work.is_dir() and not work.is_symlink()
+            if may_begin and not (is_folder and any((work / name).exists() for name in (NEW, OLD))):
                 continue
-            if is_young and not any((work / name).exists() for name in (NEW, OLD)):
-                continue
-            if (held := lock(work / LOCK, is_certain=True)) is not None:
+            if is_folder and not any(work.iterdir()):
+                work.rmdir()
+            elif not is_folder or not (work / LOCK).is_file():
+                _tell(f"{work} seems to be left by a run that was killed: delete it if no other is at work there")
+            elif (held := lock(work / LOCK, is_certain=True)) is not None:
                 target = (work / TARGET).read_bytes() if (work / TARGET).exists() else b""  # it had not begun yet
                 _tidy(work, Path(os.fsdecode(target)), held)
 

@@ -177,7 +177,7 @@ class Job:
         for folder in (self.folder / "layers", self.folder):
             for name in filter(chosen, _own_names(folder)):
                 (folder / name).unlink()
-        sweep(self.folder)
+        sweep(self.folder, is_alone=True)
 
     def __enter__(self) -> Job:
         return self
