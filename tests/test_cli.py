@@ -15,7 +15,7 @@ from conftest import new_pipeline, new_transformer
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from vq4dit import CalibrationConfig, Job, QuantizationSettings, comparisons, folders
+from vq4dit import CalibrationConfig, Job, QuantizationSettings, cli, comparisons, folders
 from vq4dit.cli import main
 
 
@@ -370,6 +370,17 @@ def test_a_comparison_that_somebody_edited_is_not_replaced(tmp_path, model_folde
     said = failure(capsys, *compare(model_folder, tmp_path / "c", "--overwrite"))
     assert name in said and "choose another output" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_a_picture_that_came_while_a_sample_was_drawn_is_not_replaced(tmp_path, model_folder, capsys, monkeypatch):
+    def slow(*arguments, **options):
+        (tmp_path / "a.png").write_text("mine")
+        return draw(*arguments, **options)
+
+    draw = cli.sample
+    monkeypatch.setattr(cli, "sample", slow)
+    assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def sample_command(args: argparse.Namespace) -> None:
             on_progress=on_progress,
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(args.output)  # once more: drawing took its time
     write_picture(args.output, grid(images, columns=min(8, len(images))))
     seconds = time.monotonic() - started
     if args.json:

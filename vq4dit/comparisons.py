@@ -48,11 +48,10 @@ def write_picture(path: Path, image: Image.Image) -> None:
 def is_our_picture(path: Path) -> bool:
     """Whether we drew this picture, and nobody changed it or its name since."""
     try:
-        content = path.read_bytes()
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 is_ours = CHUNK in image.info and image.info[CHUNK] == _checksum(path.name, image)
-        return is_ours and _chunks(content) == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
+        return is_ours and _chunks(path.read_bytes()) == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return False
 
@@ -98,8 +97,8 @@ def is_of_comparison(path: Path) -> bool:
     """Whether a file is as `compare` wrote it. Earlier versions kept no record: there, pictures tell of themselves."""
     if (files := comparison_files(path.parent)) is not None:
         return path.name in files
-    is_told = path.name == REPORT or is_our_picture(path)
-    return is_own_file(path.parent, path.name) and is_told and not has_record(path.parent)
+    is_file = is_own_file(path.parent, path.name) and not has_record(path.parent)
+    return is_file and (path.name == REPORT or is_our_picture(path))
 
 
 def write_comparison(
