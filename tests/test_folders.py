@@ -348,6 +348,20 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert names(tmp_path) == {"out"}
 
 
+def test_what_another_user_left_in_a_common_folder_is_no_hindrance(tmp_path, monkeypatch):
+    work = abandoned(tmp_path, tmp_path / "other")
+    lock = folders.lock
+
+    def refuse(path: Path, **options):
+        if path == work / "lock":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return lock(path, **options)
+
+    monkeypatch.setattr(folders, "lock", refuse)
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == {"out", work.name}
+
+
 def test_a_file_that_somebody_put_into_a_folder_whose_replacement_was_killed_is_kept(tmp_path):
     work, target = abandoned(tmp_path / "job", tmp_path / "out"), write(tmp_path / "out", "new")
     shutil.rmtree(work / "new")

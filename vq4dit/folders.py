@@ -162,8 +162,11 @@ def sweep(place: Path, *, is_alone: bool = False) -> None:
     Args:
         is_alone: nobody else writes there. Otherwise what is young may be somebody's who is just beginning.
     """
-    for work in sorted(path for path in place.iterdir() if TEMPORARY.fullmatch(path.name)):
-        with suppress(FileNotFoundError):  # its process was just about to leave
+    found: list[Path] = []
+    with suppress(OSError):  # who may not look there may still write there
+        found = sorted(path for path in place.iterdir() if TEMPORARY.fullmatch(path.name))
+    for work in found:
+        with suppress(OSError):  # its process was just about to leave, or it is another user's
             may_begin = not is_alone and time.time() - work.lstat().st_mtime < YOUNG_SECONDS
             is_folder = work.is_dir() and not work.is_symlink()
             if may_begin and not (is_folder and any((work / name).exists() for name in (NEW, OLD))):
