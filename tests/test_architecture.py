@@ -21,8 +21,8 @@ LADDER = [
         "interrupts",
         "revisions",
     },  # no diffusers
-    {"devices"},  # where the work is done
-    {"codebook", "packing"},
+    {"devices", "json_files"},  # where the work is done; descriptions of strangers
+    {"codebook", "packing", "record"},  # what we wrote into a folder
     {
         "files",
         "config",
@@ -33,10 +33,10 @@ LADDER = [
         "page_words",
         "terminal",
         "entropy_coding",
-        "json_files",
         "memory",
         "casts",
-    },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
+    },  # settings; one codebook; failures; what may be loaded; what commands share; what is free
+    {"folders"},  # whole or not at all
     {
         "packed_linear",
         "dit",
@@ -77,7 +77,7 @@ LADDER = [
         "archive",
     },  # look at the result; what it will cost; pipelines in memory; one file
     {"model_card", "lease", "comparisons"},  # tell what it is; work for a while; pictures and figures as files
-    {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
+    {"account", "pairs", "uploading", "staging"},  # who is signed in; pictures one by one; one file to the Hub; what goes there
     {"hub"},  # give it away
     {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal

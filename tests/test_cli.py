@@ -15,7 +15,7 @@ from conftest import new_pipeline, new_transformer
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from vq4dit import CalibrationConfig, Job, QuantizationSettings, comparisons
+from vq4dit import CalibrationConfig, Job, QuantizationSettings, cli, comparisons, folders
 from vq4dit.cli import main
 
 
@@ -203,6 +203,57 @@ def test_resuming_what_is_done_says_so_again_and_changes_nothing(tmp_path, model
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+def test_resuming_what_is_done_does_not_mind_what_lies_beside_it(tmp_path, model_folder, capsys):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    (tmp_path / "q" / "notes.txt").write_text("mine")
+    assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 0
+    assert (tmp_path / "q" / "notes.txt").read_text() == "mine" and "lost" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "transformer/config.json", "model_index.json"])
+@pytest.mark.parametrize("content", [None, b"{}", "flipped"], ids=["gone", "another", "a flipped bit"])
+def test_resuming_notices_that_what_is_done_was_damaged(tmp_path, model_folder, capsys, name, content):
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    path = tmp_path / "q" / name
+    before = bytearray(path.read_bytes())
+    before[-9] ^= 1
+    path.unlink() if content is None else path.write_bytes(before if content == "flipped" else content)
+    said = failure(capsys, *quick(model_folder, tmp_path / "q", "--resume"))
+    assert f"not as it was written: {name} changed or is missing. Move the folder away and repeat the command" in said
+    assert path.exists() or content is None
+    assert run(*quick(model_folder, tmp_path / "q", "--resume", "--overwrite")) == (0 if content is None else 1)
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler"])
+def test_resuming_notices_that_another_part_is_there_now(tmp_path, model_folder, capsys, part):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    assert run(*quick(model, tmp_path / "q")) == 0
+    config = next((model / part).glob("*config.json"))
+    config.write_text(config.read_text() + "\n")
+    said = failure(capsys, *quick(model, tmp_path / "q", "--resume"))
+    assert f"of other parts than the model has now: {part} differs. Pass --overwrite" in said
+    assert run(*quick(model, tmp_path / "q", "--resume", "--overwrite")) == 0
+    assert (tmp_path / "q" / part / config.name).read_text() == config.read_text()
+    assert run(*quick(model, tmp_path / "q", "--resume")) == 0
+
+
+def test_what_comes_at_the_last_moment_outlives_the_job_and_is_told(tmp_path, model_folder, capsys, monkeypatch):
+    take_place = folders._take_place
+
+    def slow(work, folder):
+        (folder / "notes.txt").write_text("mine")
+        take_place(work, folder)
+
+    assert run(*quick(model_folder, tmp_path / "q")) == 0
+    monkeypatch.setattr(folders, "_take_place", slow)
+    assert run(*quick(model_folder, tmp_path / "q", "--overwrite")) == 0
+    (kept,) = tmp_path.glob("vq4dit-kept-*")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "note: " in said and f"is now in {kept}: notes.txt" in said and [path.name for path in kept.iterdir()] == ["notes.txt"]
+    )
+
+
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: 2026-01-01\n---\n"], ids=repr)
 def test_a_base_whose_card_is_broken_can_be_quantized(tmp_path, model_folder, card):
     base = shutil.copytree(model_folder, tmp_path / "base")
@@ -274,7 +325,7 @@ def test_a_comparison_of_ours_is_replaced_as_a_whole(tmp_path, model_folder):
     assert run(*compare(model_folder, tmp_path / "c", "--layers", "--labels", "cat,dog")) == 0
     assert run(*compare(model_folder, tmp_path / "c", "--overwrite", "--labels", "fox", "--seed", 5)) == 0
     drawn = {f"fox-seed5-{kind}.png" for kind in ("original", "quantized", "difference")}
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"report.json", "pairs.png", *drawn}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"report.json", "pairs.png", "vq4dit.json", *drawn}
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -290,8 +341,58 @@ def test_a_comparison_with_somebody_elses_file_is_not_replaced(tmp_path, model_f
     (tmp_path / "c" / theirs).write_text('{"figures": "mine"}')
     before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
     said = failure(capsys, *compare(model_folder, tmp_path / "c", "--overwrite"))
-    assert "none of our results" in said if theirs == "report.json" else f"not ours and would be lost: {theirs}" in said
+    assert f"not ours and would be lost: {theirs}" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def add_a_comment(path):
+    with Image.open(path) as image:
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in (*image.text.items(), ("Comment", "mine")):
+            chunks.add_text(key, value)
+        image.save(path, pnginfo=chunks)
+
+
+EDITS = {
+    "figures": ("report.json", lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))),
+    "layers": ("layers.json", lambda path: path.write_text('{"a": 1.0}')),
+    "a comment in a picture": ("cat-seed0-original.png", add_a_comment),
+    "something behind a picture": ("pairs.png", lambda path: path.write_bytes(path.read_bytes() + b"PK")),
+    "the record": ("vq4dit.json", lambda path: path.write_text(path.read_text() + " ")),
+}
+
+
+@pytest.mark.parametrize(("name", "edit"), EDITS.values(), ids=EDITS.keys())
+def test_a_comparison_that_somebody_edited_is_not_replaced(tmp_path, model_folder, capsys, name, edit):
+    assert run(*compare(model_folder, tmp_path / "c", "--labels", "cat", "--layers")) == 0
+    edit(tmp_path / "c" / name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    said = failure(capsys, *compare(model_folder, tmp_path / "c", "--overwrite"))
+    assert name in said and "choose another output" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_a_picture_that_came_while_a_sample_was_drawn_is_not_replaced(tmp_path, model_folder, capsys, monkeypatch):
+    def slow(*arguments, **options):
+        (tmp_path / "a.png").write_text("mine")
+        return draw(*arguments, **options)
+
+    draw = cli.sample
+    monkeypatch.setattr(cli, "sample", slow)
+    assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "edit", [add_a_comment, lambda path: path.write_bytes(path.read_bytes() + b"PK")], ids=["comment", "end"]
+)
+def test_a_sample_to_which_somebody_added_is_not_replaced(tmp_path, model_folder, capsys, edit):
+    assert run(*sample(model_folder, tmp_path / "a.png")) == 0
+    assert run(*sample(model_folder, tmp_path / "a.png")) == 0
+    edit(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes() == before
 
 
 def test_a_disk_that_fills_up_leaves_no_half_a_comparison(tmp_path, model_folder, capsys, monkeypatch):
@@ -314,7 +415,7 @@ def test_classes_whose_names_cannot_be_file_names_are_drawn(tmp_path, model_fold
     named = shutil.copytree(model_folder, tmp_path / "model")
     (named / "model_index.json").write_text(json.dumps(index | {"id2label": {str(i): name for i, name in enumerate(names)}}))
     assert run(*compare(named, tmp_path / "c", "--labels", ",".join(map(str, range(8))))) == 0
-    assert len(list((tmp_path / "c").iterdir())) == 2 + 3 * 8 and {path.name for path in tmp_path.iterdir()} == {"c", "model"}
+    assert len(list((tmp_path / "c").iterdir())) == 3 + 3 * 8 and {path.name for path in tmp_path.iterdir()} == {"c", "model"}
 
 
 @pytest.mark.parametrize("output", ["model", "model/", "model/../model", "."])

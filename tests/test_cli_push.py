@@ -128,6 +128,40 @@ def test_wrong_input_is_told_before_anything_is_sent(hub, made, capsys, argument
     assert words in failure(capsys, made / "tiny", *arguments) and not hub.repos
 
 
+def to_a_link(path, secret):
+    path.unlink()
+    path.symlink_to(secret)
+
+
+STRANGE = {
+    "a link": to_a_link,
+    "a dangling link": lambda path, secret: to_a_link(path, secret / "nowhere"),
+    "gone": lambda path, secret: path.unlink(),
+    "another file": lambda path, secret: path.write_bytes(secret.read_bytes()),
+    "a folder": lambda path, secret: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("has_record", [True, False], ids=["", "of an earlier version"])
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE.keys())
+def test_only_pictures_that_compare_drew_are_published(hub, made, tmp_path, capsys, change, has_record):
+    report = shutil.copytree(made / "compared", tmp_path / "compared")
+    if not has_record:
+        (report / "vq4dit.json").unlink()
+        assert run("push", made / "tiny", "tiny", "--report", report, "--card", tmp_path / "card.md") == 0
+    (tmp_path / "id_rsa").write_text("secret")
+    change(report / "pairs.png", tmp_path / "id_rsa")
+    said = failure(capsys, made / "tiny", "tiny", "--report", report)
+    assert f"{report / 'pairs.png'} is missing, or not as `compare` wrote it" in said and not hub.repos
+
+
+def test_a_report_that_is_a_link_is_not_published(hub, made, tmp_path, capsys):
+    report = shutil.copytree(made / "compared", tmp_path / "compared")
+    shutil.move(report / "report.json", tmp_path / "report.json")
+    (report / "report.json").symlink_to(tmp_path / "report.json")
+    assert "report.json is missing, or not as" in failure(capsys, made / "tiny", "tiny", "--report", report) and not hub.repos
+
+
 def test_an_original_model_is_not_pushed(hub, model_folder, capsys):
     assert "quantize first" in failure(capsys, model_folder, "tiny") and not hub.repos
 

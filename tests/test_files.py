@@ -1,29 +1,12 @@
-"""Whole or not at all, and nothing of anybody else's is lost."""
+"""Files are whole or not at all, and places that cannot be written are told before the work."""
 
-import errno
-import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from vq4dit import files
 from vq4dit.errors import JobError
-from vq4dit.files import amount, check_free, check_place, remove_known, unknown_names, whole_folder, write_atomically
-
-OURS = {"index", "part/weights"}
-
-
-def known(folder: Path) -> set[str] | None:
-    return OURS if (folder / "index").is_file() else None
-
-
-def fill(folder: Path, content: str) -> Path:
-    for name in sorted(OURS):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
-    return folder
+from vq4dit.files import amount, check_place, write_atomically
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -46,9 +29,7 @@ def test_a_file_that_seems_to_be_a_left_over_is_not_touched(tmp_path):
 
 def test_a_name_as_long_as_the_system_allows_can_be_written(tmp_path):
     write_atomically(tmp_path / ("n" * 255), b"content")
-    with whole_folder(tmp_path / ("f" * 255), False, known) as partial:
-        fill(partial, "new")
-    assert contents(tmp_path / ("f" * 255)) == dict.fromkeys(OURS, "new")
+    assert contents(tmp_path) == {"n" * 255: "content"}
 
 
 @pytest.mark.parametrize("place", ["n" * 256, "new/" + "n" * 256, "/".join(["n" * 200] * 21), "file/x", "file/x/y"])
@@ -80,121 +61,3 @@ def test_a_disk_that_takes_nothing_is_told_before_the_work(tmp_path, options):
 def test_looking_whether_a_place_can_be_written_leaves_nothing_there(tmp_path):
     check_place(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("theirs", ["part/notes.txt", ".git/config", "lora.safetensors", "part/deep/er/x", "index.bak"])
-def test_a_folder_with_somebody_elses_file_is_not_replaced_and_the_file_is_named(tmp_path, theirs):
-    folder = fill(tmp_path / "out", "old")
-    (folder / theirs).parent.mkdir(parents=True, exist_ok=True)
-    (folder / theirs).write_text("mine")
-    before = contents(folder)
-    with pytest.raises(JobError, match=f"holds what is not ours and would be lost: .*{theirs}"):
-        with whole_folder(folder, True, known) as partial:
-            fill(partial, "new")
-    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(JobError, match="not empty.*--overwrite"):
-        check_free(tmp_path / "out", False, known)
-    with pytest.raises(JobError, match="none of our results"):
-        check_free(tmp_path / "out", True, known)
-
-
-def test_links_and_empty_folders_of_somebody_else_count_as_theirs(tmp_path):
-    folder = fill(tmp_path / "out", "old")
-    assert unknown_names(folder, OURS) == []
-    (tmp_path / "elsewhere").mkdir()
-    (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (folder / "empty").mkdir()
-    (folder / "part" / "weights").rename(tmp_path / "weights")
-    (folder / "part" / "weights").symlink_to(tmp_path / "weights")
-    assert unknown_names(folder, OURS) == ["empty", "link", "part/weights"]
-
-
-def test_removing_follows_no_link(tmp_path):
-    theirs = fill(tmp_path / "theirs", "mine")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "index").symlink_to(theirs / "index")
-    (folder / "part").symlink_to(theirs / "part", target_is_directory=True)
-    remove_known(folder, OURS)
-    assert contents(theirs) == dict.fromkeys(OURS, "mine") and (folder / "part").is_symlink()
-
-
-def test_an_error_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
-    folder = fill(tmp_path / "out", "old")
-    with pytest.raises(OSError, match="I/O error"):
-        with whole_folder(folder, True, known) as partial:
-            fill(partial, "new")
-            raise OSError("I/O error")
-    assert contents(tmp_path) == {f"out/{name}": "old" for name in OURS}
-
-
-def test_a_disk_that_fills_up_is_told_with_what_to_do(tmp_path):
-    with pytest.raises(JobError, match="the disk is full: .*out could not be written. Free some space and use --resume"):
-        with whole_folder(tmp_path / "out", False, known, "use --resume"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_came_into_the_folder_meanwhile_is_not_lost(tmp_path):
-    folder = fill(tmp_path / "out", "old")
-    with pytest.raises(JobError, match="not ours and would be lost: notes.txt"):
-        with whole_folder(folder, True, known) as partial:
-            fill(partial, "new")
-            (folder / "notes.txt").write_text("mine")
-    assert (folder / "notes.txt").read_text() == "mine" and (folder / "index").read_text() == "old"
-
-
-CALLS = ((Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (Path, "rmdir"), (os, "fsync"), (files, "_exchange"))
-
-
-def replace_until(folder: Path, moment: int, exchange: bool) -> int:
-    """Replace a folder in a process of its own, killed before or after its n-th change of the disk; how it ended."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count = 0
-
-    def dying(change):
-        def counted(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == moment // 2 and moment % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = change(*arguments, **options)
-            if count == moment // 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return counted
-
-    try:
-        if not exchange:
-            files._exchange = lambda one, other: False
-        for owner, name in CALLS:
-            setattr(owner, name, dying(getattr(owner, name)))
-        with whole_folder(folder, True, known) as partial:
-            fill(partial, "new")
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-@pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
-def test_killed_at_any_moment_the_old_folder_or_the_new_one_is_there(tmp_path, exchange):
-    old, new = dict.fromkeys(OURS, "old"), dict.fromkeys(OURS, "new")
-    moment, ended = 2, -9
-    while ended != 0:
-        around = tmp_path / str(moment)
-        folder = fill(around / "out", "old")
-        ended = replace_until(folder, moment, exchange)
-        assert ended in (0, -9)
-        found = [contents(path) for path in around.iterdir()]
-        if exchange and os.uname().sysname == "Linux":
-            assert contents(folder) in (old, new)
-        assert old in found or new in found  # in two steps there is a moment at which both have hidden names
-        moment += 1
-    assert contents(folder) == new and [path.name for path in around.iterdir()] == ["out"] and moment > 20

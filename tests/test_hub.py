@@ -48,6 +48,59 @@ def test_a_link_out_of_the_model_is_not_published(hub, ann, quantized_folder, tm
     assert "ann/tiny" not in hub.repos
 
 
+def unrecorded(folder):
+    (folder / "vq4dit.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "of an earlier version"])
+def test_a_link_to_another_file_of_the_folder_is_not_published(hub, ann, quantized_folder, tmp_path, earlier):
+    folder = shutil.copytree(quantized_folder, tmp_path / "q")
+    if earlier:
+        unrecorded(folder)
+    (folder / ".env").write_text((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").unlink()
+    (folder / "vae" / "config.json").symlink_to("../.env")
+    with pytest.raises(HubError, match="vae/config.json is a link to .* no part of the model"):
+        publish(folder, ann)
+    assert "ann/tiny" not in hub.repos
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "of an earlier version"])
+def test_names_of_other_kinds_of_parts_are_not_published(hub, ann, quantized_folder, tmp_path, earlier):
+    folder = shutil.copytree(quantized_folder, tmp_path / "q")
+    wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if earlier:
+        unrecorded(folder)
+    for name in ("vae/vocab.txt", "vae/scheduler_config.json", "scheduler/config.json", "transformer/tokenizer.json"):
+        (folder / name).write_text("{}")
+    publish(folder, ann)
+    assert set(hub.repos["ann/tiny"].head) - {".gitattributes", "README.md"} == wanted
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
+def test_what_was_changed_since_it_was_made_is_not_published(hub, ann, quantized_folder, tmp_path, gone):
+    folder = shutil.copytree(quantized_folder, tmp_path / "q")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.unlink() if gone else path.write_text(path.read_text() + "\n")
+    with pytest.raises(HubError, match="scheduler_config.json is missing, or was changed since the model was quantized.*save"):
+        publish(folder, ann)
+    assert "ann/tiny" not in hub.repos
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "missing", "folder"])
+def test_evidence_that_is_no_file_is_not_published(hub, ann, quantized_folder, tmp_path, kind):
+    path = tmp_path / "pairs.png"
+    if kind in ("link", "dangling"):
+        (tmp_path / "id_rsa").write_text("secret") if kind == "link" else None
+        path.symlink_to(tmp_path / "id_rsa")
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(HubError, match="pairs.png .for samples.png. is missing, or is a link, which is not published"):
+        publish(quantized_folder, ann, extras={"samples.png": path})
+    assert "ann/tiny" not in hub.repos
+
+
 def test_a_card_to_look_at_replaces_no_file(tmp_path):
     write_card(tmp_path / "new" / "card.md", "the card")
     write_card(tmp_path / "new" / "card.md", "the card")

@@ -75,6 +75,42 @@ def test_pressed_twice_while_it_works(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+ENDING = """
+import signal, sys, time
+from pathlib import Path
+from vq4dit.interrupts import leave_at_once, raise_at_the_end, raise_once
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+raise_once()
+raise_at_the_end()
+from vq4dit import cli
+def write(args):
+    from vq4dit.folders import whole_folder
+    with whole_folder(Path(sys.argv[1]), False, "index") as new:
+        (new / "index").write_text("half")
+        print("ready", flush=True)
+        time.sleep(3 if sys.argv[2] == "deaf" else 60)
+cli.inspect_command = write
+sys.exit(cli.main(["inspect", "x"]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=str)
+def test_whoever_asks_a_command_to_end_finds_nothing_half_written(tmp_path, number, code):
+    process = start("-W", "ignore", "-c", ENDING, str(tmp_path / "out"), "")
+    assert process.stdout.readline() == "ready\n" and list(tmp_path.iterdir())
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and said.split() == ["interrupted"] and not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_to_outlive_its_terminal_does(tmp_path):
+    process = start("-W", "ignore", "-c", ENDING, str(tmp_path / "out"), "deaf")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and (tmp_path / "out" / "index").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 3])
 def test_the_app_stops_quietly(tmp_path, times):

@@ -274,8 +274,9 @@ def test_a_result_that_was_half_written_when_its_job_was_killed_is_gone_when_the
     settings = quick_settings(recipe="kmeans")
     half = tmp_path / "job" / ".vq4dit-0123456789abcdef.partial"
     with Job.open(tmp_path / "job", settings, pipeline, resume=False) as opened:
-        (half / "transformer").mkdir(parents=True)
-        (half / "transformer" / "shard").write_bytes(b"half")
+        (half / "new" / "transformer").mkdir(parents=True)
+        (half / "new" / "transformer" / "shard").write_bytes(b"half")
+        (half / "lock").touch()
         half.with_name(".vq4dit-0123456789abcde0.partial").write_bytes(b"half")
     with Job.open(tmp_path / "job", settings, pipeline, resume=True) as opened:
         assert {path.name for path in opened.folder.iterdir()} == {"job.json", "lock", "layers"}

@@ -11,10 +11,12 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 
 import vq4dit
+from vq4dit import record
 from vq4dit.errors import FormatError, JobError
 from vq4dit.job import fingerprint
 from vq4dit.origin import Origin, made_by, origin_of, read_origin
-from vq4dit.pipeline_files import part_files, pipeline_files, without_variant
+from vq4dit.pipeline_files import is_of_pipeline, part_files, pipeline_files, without_variant
+from vq4dit.record import recorded
 from vq4dit.saving import is_result, result_files
 
 VAE = "diffusion_pytorch_model.safetensors"
@@ -47,7 +49,7 @@ def put(path: Path, content: str = "mine") -> None:
 def test_a_result_of_ours_is_replaced_when_asked_to(tmp_path, quantized):
     vq4dit.save(quantized, str(tmp_path / "out"), max_shard_size="60KB")
     vq4dit.save(quantized, tmp_path / "out", overwrite=True)
-    assert set(contents(tmp_path / "out")) == result_files(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == result_files(tmp_path / "out") == {*recorded(tmp_path / "out"), "vq4dit.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -77,6 +79,61 @@ def test_a_result_with_somebody_elses_file_is_not_replaced_and_the_file_is_named
     with pytest.raises(JobError, match=f"holds what is not ours and would be lost: .*{Path(theirs).name}"):
         vq4dit.save(quantized, tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == before
+
+
+CHANGES = {
+    "weights of their own": lambda out: (out / "vae" / VAE).write_bytes(b"mine"),
+    "other weights of that size": lambda out: (out / "vae" / VAE).write_bytes(bytes((out / "vae" / VAE).stat().st_size)),
+    "an edited scheduler": lambda out: put(out / "scheduler" / "scheduler_config.json", '{"beta_end": 1}'),
+    "a part in the index": lambda out: (
+        put(out / "model_index.json", (out / "model_index.json").read_text().replace("{", '{"tagger": ["t", "T"],', 1)),
+        put(out / "tagger" / "config.json", "{}"),
+    ),
+    "an edited record": lambda out: put(out / "vq4dit.json", (out / "vq4dit.json").read_text() + " "),
+    **{
+        name: lambda out, name=name: put(out / name, "{}")
+        for name in ("vae/preprocessor_config.json", "vae/tokenizer.json", "scheduler/vocab.txt", "transformer/merges.txt")
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_result_that_somebody_changed_is_not_replaced(tmp_path, quantized, change):
+    vq4dit.save(quantized, tmp_path / "out")
+    change(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(JobError, match="(would be lost|may be replaced).*[Mm]ove .*away, or choose another output"):
+        vq4dit.save(quantized, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_result_of_an_earlier_version_loads_and_is_not_replaced(tmp_path, quantized):
+    vq4dit.save(quantized, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "vq4dit.json").read_text())
+    put(tmp_path / "out" / "vq4dit.json", json.dumps({key: said[key] for key in said if key not in ("files", "seal")}))
+    assert read_origin(tmp_path / "out").settings == said["settings"]
+    assert is_result(tmp_path / "out", quick_settings(recipe="kmeans"), fingerprint(new_pipeline()))
+    DiTPipeline.from_pretrained(tmp_path / "out")
+    with pytest.raises(
+        JobError, match="is of an earlier version, and does not tell which files are ours. Move the folder away"
+    ):
+        vq4dit.save(quantized, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "vae/../../secret", "", ".", "vae//config.json", "a\\b"])
+def test_a_strangers_record_names_only_what_lies_below_its_folder(tmp_path, name):
+    put(tmp_path / "out" / "vae" / "config.json", "{}")
+    put(tmp_path / "secret")
+    values = {"files": {name: [4, "0" * 64]}}
+    (tmp_path / "out" / "vq4dit.json").write_bytes(record._encoded(values | {"seal": record._seal(values)}))
+    assert recorded(tmp_path / "out") is None
+
+
+def test_a_result_may_be_read_by_whoever_may_read_what_others_write(tmp_path, quantized):
+    vq4dit.save(quantized, tmp_path / "out")
+    put(tmp_path / "other")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
 
 
 def test_left_overs_of_nobody_known_beside_the_output_stay(tmp_path, quantized):
@@ -166,9 +223,30 @@ def test_a_variant_is_copied_under_the_name_that_is_loaded_without_one(tmp_path,
 
 
 def test_a_tokenizers_vocabulary_belongs_to_it_and_other_files_do_not(tmp_path):
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model", "secret.txt"):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model", "secret.txt", "scheduler_config.json"):
         put(tmp_path / name, "{}")
-    assert part_files(tmp_path) == ["tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    assert part_files(tmp_path, "T5TokenizerFast") == ["tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    assert part_files(tmp_path, "DDIMScheduler") == ["scheduler_config.json"]
+
+
+FILES_OF_PARTS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "wanted"),
+    [
+        ("AutoencoderKL", {"config.json"}),
+        ("T5EncoderModel", {"config.json"}),
+        ("FlowMatchEulerDiscreteScheduler", {"scheduler_config.json"}),
+        ("CLIPTokenizer", {"tokenizer_config.json", "vocab.txt"}),
+        ("CLIPImageProcessor", {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}),
+        ("CLIPFeatureExtractor", {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}),
+    ],
+)
+def test_a_part_has_the_files_of_its_kind_and_no_others(tmp_path, class_name, wanted):
+    for name in FILES_OF_PARTS:
+        put(tmp_path / name, "{}")
+    assert set(part_files(tmp_path, class_name)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -186,7 +264,7 @@ def test_an_index_of_shards_names_only_files_beside_it(tmp_path, shard):
     put(tmp_path / "up" / "x.safetensors")
     put(tmp_path / "model" / "vae" / "x.bin")
     put(tmp_path / "model" / "vae" / f"{VAE}.index.json", json.dumps({"weight_map": {"key": shard}}))
-    assert part_files(tmp_path / "model" / "vae") == []
+    assert part_files(tmp_path / "model" / "vae", "AutoencoderKL") == []
 
 
 @pytest.mark.parametrize(
@@ -218,6 +296,35 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path, quantized, half):
     vq4dit.save(quantized, tmp_path / "out", source=snapshot)
     after = contents(tmp_path / "out")
     assert after[f"vae/{VAE}"] == before[f"vae/{VAE}"] and not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+BESIDE = {
+    "blobs of no cache": ("model", "blobs/0"),
+    "blobs around no cache": ("snapshots/model", "blobs/0"),
+    "blobs of another repository": ("models--a--b/snapshots/0123", "models--c--d/blobs/0"),
+    "a cache, but no blob": ("models--a--b/snapshots/0123", "models--a--b/secret"),
+    "deep in the blobs": ("models--a--b/snapshots/0123", "models--a--b/blobs/deep/0"),
+    "another file of the folder": ("model", "model/.env"),
+}
+
+
+@pytest.mark.parametrize(("folder", "target"), BESIDE.values(), ids=BESIDE.keys())
+def test_a_link_is_of_the_pipeline_only_in_the_hubs_cache(tmp_path, folder, target):
+    put(tmp_path / target)
+    (tmp_path / folder / "vae").mkdir(parents=True)
+    (tmp_path / folder / "vae" / "config.json").symlink_to(tmp_path / target)
+    assert not is_of_pipeline(tmp_path / folder, "vae/config.json")
+
+
+def test_a_link_into_its_own_blobs_is_of_a_snapshot(tmp_path):
+    put(tmp_path / "models--a--b" / "blobs" / "0")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    (snapshot / "vae").mkdir(parents=True)
+    (snapshot / "vae" / "config.json").symlink_to("../../../blobs/0")
+    (snapshot / "vae" / "gone.json").symlink_to("../../../blobs/1")
+    (tmp_path / "cache").symlink_to(tmp_path / "models--a--b")  # as people who move their cache have it
+    assert is_of_pipeline(snapshot, "vae/config.json") and not is_of_pipeline(snapshot, "vae/gone.json")
+    assert is_of_pipeline(tmp_path / "cache" / "snapshots" / "0123", "vae/config.json")
 
 
 def test_what_a_link_leads_to_outside_of_the_model_is_not_copied(tmp_path, quantized, half):

@@ -4,7 +4,7 @@ import sys
 import warnings
 
 from vq4dit.extras import of_extra
-from vq4dit.interrupts import CODE, leave, leave_at_once, raise_once
+from vq4dit.interrupts import CODE, ENDINGS, code_of, leave, leave_at_once, raise_at_the_end, raise_once
 
 if not sys.warnoptions:  # packages warn programmers; who uses a command can do nothing about it
     warnings.simplefilter("ignore")
@@ -15,11 +15,12 @@ with of_extra("cli", "the command line"):
 
 try:
     raise_once()
+    raise_at_the_end()
     code = main()
-except KeyboardInterrupt:  # before a command began
-    code = CODE
+except KeyboardInterrupt as error:  # before a command began
+    code = code_of(error)
 finally:
     leave_at_once()
-if code == CODE:
-    leave()
+if code in (CODE, *(128 + number for number in ENDINGS)):
+    leave(code)
 sys.exit(code)

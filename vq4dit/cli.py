@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from vq4dit.estimate import Device, check_fits, estimate
 from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
 from vq4dit.files import check_place
 from vq4dit.inspection import inspect, tensor_bytes
-from vq4dit.job import Job, check_job_folder, fingerprint
+from vq4dit.interrupts import code_of
+from vq4dit.job import Job, check_job_folder
 from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.memory import is_out_of_memory, out_of_memory
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
 from vq4dit.repository import located
-from vq4dit.saving import check_output, is_result, save
+from vq4dit.saving import check_output, is_finished, is_result, save
 from vq4dit.terminal import (
     Console,
     Parser,
@@ -42,6 +44,7 @@ from vq4dit.terminal import (
     finite,
     folder_path,
     model_name,
+    notes,
     picture_path,
     positive,
     progress_bars,
@@ -62,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     errors = Console(stderr=True)
     try:
-        args.command(args)
+        with notes(errors):
+            args.command(args)
     except (VQ4DiTError, ValueError, OSError, MemoryError, RuntimeError) as error:
         if not isinstance(error, VQ4DiTError) and is_out_of_memory(error):
             error = VQ4DiTError(out_of_memory(error))
@@ -70,10 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
-        errors.print("interrupted" + again.get(args.name, ""))
-        return 130
+        with suppress(OSError):  # the terminal may be gone
+            errors.print("interrupted" + again.get(args.name, ""))
+        return code_of(error)
     return 0
 
 
@@ -203,13 +208,15 @@ def quantize_command(args: argparse.Namespace) -> None:
     check_fits(cost, args.model, device)
     folder = args.output.with_name(f"{args.output.name}.job")
     seems_done = args.resume and is_result(args.output, settings)
-    check_output(args.output, args.overwrite or seems_done)
+    if not seems_done:
+        check_output(args.output, args.overwrite)
     check_place(folder)
     check_job_folder(folder)
     origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
-    if seems_done and is_result(args.output, settings, fingerprint(pipeline)):  # it was killed before it had cleaned up
+    source = source_folder(args.model, revision)
+    if seems_done and is_finished(args.output, settings, pipeline, source, args.overwrite):  # killed before it cleaned up
         quantized = load_pipeline(str(args.output)).to(device)
         if folder.exists():
             with Job.open(folder, settings, pipeline, resume=True) as job:
@@ -221,7 +228,6 @@ def quantize_command(args: argparse.Namespace) -> None:
                 quantized = run(job, pipeline, on_progress=on_progress)
                 assert quantized is not None  # it had all the time it wanted
             origin = dataclasses.replace(origin, fingerprint=job.fingerprint)
-            source = source_folder(args.model, revision)
             save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
             job.remove()
     report_quantized(args, revision, pipeline, quantized, time.monotonic() - started)
@@ -294,6 +300,7 @@ def sample_command(args: argparse.Namespace) -> None:
             on_progress=on_progress,
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(args.output)  # once more: drawing took its time
     write_picture(args.output, grid(images, columns=min(8, len(images))))
     seconds = time.monotonic() - started
     if args.json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from vq4dit.account import look_up_base, sign_in
+from vq4dit.comparisons import is_of_comparison
 from vq4dit.errors import HubError, JobError
 from vq4dit.files import told, write_atomically
 from vq4dit.hub import Existing, Target, push, same_image
@@ -51,6 +52,7 @@ def push_command(args: argparse.Namespace) -> None:
     repo_id = account.repo_id(args.repo or default_name(base.model or args.folder.name, bits))
     report = read_report(args.report) if args.report else None
     kmeans = read_report(args.kmeans_report) if args.kmeans_report else None
+    extras = evidence(args.report, args.kmeans_report)
     card = model_card(args.folder, repo_id, base, report, kmeans)
     if args.card:
         write_card(args.card, card)
@@ -61,9 +63,7 @@ def push_command(args: argparse.Namespace) -> None:
     existing: Existing = "pull-request" if args.pr else "commit" if args.commit else "refuse"
     target = Target(repo_id=repo_id, private=private, existing=existing)
     with progress_bars() as on_progress:
-        pushed = push(
-            args.folder, target, account, card=card, extras=evidence(args.report, args.kmeans_report), on_progress=on_progress
-        )
+        pushed = push(args.folder, target, account, card=card, extras=extras, on_progress=on_progress)
     same = same_image(args.folder, pushed, account) if args.verify else None
     if same is False:
         raise HubError(f"{repo_id} was pushed, but loaded from there it gives another image: tell the authors", "checksum")
@@ -85,10 +85,20 @@ def write_card(path: Path, card: str) -> None:
 
 
 def evidence(report: Path | None, kmeans_report: Path | None) -> dict[str, Path]:
-    """The files behind the card's figures, by their name in the repository."""
+    """The files behind the card's figures, by their name in the repository.
+
+    Raises:
+        HubError: if one is missing, or is not as `compare` wrote it: it may be anything.
+    """
     files: dict[str, Path] = {}
     if report:
         files |= {"report.json": report / "report.json", "samples.png": report / "pairs.png"}
     if kmeans_report:
         files["report-kmeans.json"] = kmeans_report / "report.json"
+    if strange := [str(path) for path in files.values() if not is_of_comparison(path)]:
+        raise HubError(
+            f"{', '.join(strange)} is missing, or not as `compare` wrote it (a link, or changed since), and is not published: "
+            "make the comparison again with `python -m vq4dit compare`",
+            "card",
+        )
     return files

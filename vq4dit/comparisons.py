@@ -7,6 +7,7 @@ that is written whole:
     report.json                  all figures
     layers.json                  what each layer adds to the error, if that was asked for
     pairs.png                    original, quantized and difference, row by row
+    vq4dit.json                  the record of these files
     NAME-seedN-original.png      and -quantized.png, -difference.png: one pair
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,14 +25,15 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from vq4dit.errors import FormatError, JobError
+from vq4dit.errors import JobError
 from vq4dit.evaluation import Comparison, SamplePair, as_image, grid
-from vq4dit.files import check_free, check_place, told, whole_folder, write_atomically
-from vq4dit.json_files import read_object
+from vq4dit.files import check_place, told, write_atomically
+from vq4dit.folders import check_free, sweep, whole_folder
+from vq4dit.record import has_record, intact, is_own_file, recorded
 
 KINDS = ("original", "quantized", "difference")
 CHUNK = "vq4dit"  # of our pictures: their checksum
-PICTURE = re.compile(rf".+-seed-?\d+-({'|'.join(KINDS)})\.png|pairs\.png")  # of a comparison
+REPORT = "report.json"
 NAME_BYTES = 100  # of a class in a file's name
 
 
@@ -47,9 +50,21 @@ def is_our_picture(path: Path) -> bool:
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             with Image.open(path, formats=["PNG"]) as image:
-                return CHUNK in image.info and image.info[CHUNK] == _checksum(path.name, image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+                is_ours = CHUNK in image.info and image.info[CHUNK] == _checksum(path.name, image)
+        return is_ours and _chunks(path.read_bytes()) == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return False
+
+
+def _chunks(content: bytes) -> list[bytes]:
+    """The kinds of a PNG's chunks in their order, repeated IDATs once, and whatever comes after the last."""
+    kinds: list[bytes] = []
+    place = 8
+    while place < len(content) and kinds[-1:] != [b"IEND"]:
+        size, kind = struct.unpack_from(">I4s", content, place)
+        kinds += [] if kind == b"IDAT" and kinds[-1:] == [kind] else [kind]
+        place += 12 + size
+    return kinds + ([content[place:]] if place < len(content) else [])
 
 
 def _checksum(name: str, image: Image.Image) -> str:
@@ -62,32 +77,28 @@ def check_picture(path: Path) -> None:
         if path.exists() and not (path.is_file() and is_our_picture(path)):
             raise JobError(f"{path} is there already and was not drawn by `sample`: move it away, or choose another output")
     check_place(path)
+    if path.parent.is_dir():
+        sweep(path.parent)
 
 
 def check_comparison_output(folder: Path, overwrite: bool) -> None:
     """Raise `JobError` unless a comparison can be written to `folder`; with `overwrite` only one of ours is replaced."""
-    check_free(folder, overwrite, comparison_files)
+    check_free(folder, overwrite, REPORT)
     check_place(folder)
 
 
 def comparison_files(folder: Path) -> set[str] | None:
-    """The names of the files of a comparison that we wrote; None if the folder is no comparison of ours."""
-    try:
-        Comparison(**read_object(folder / "report.json"))
-    except (OSError, FormatError, TypeError):
-        return None
-    found = (path for path in folder.glob("*.png") if PICTURE.fullmatch(path.name) and path.is_file())
-    pictures = {path.name for path in found if is_our_picture(path)}
-    return {"report.json", *pictures} | ({"layers.json"} if _is_table(folder / "layers.json") else set())
+    """The names of the files of a comparison that are as we wrote them; None if the folder is no comparison of ours."""
+    files = recorded(folder)
+    return None if files is None or REPORT not in files else intact(folder, files)
 
 
-def _is_table(path: Path) -> bool:
-    """Whether a file holds numbers by the names of layers."""
-    try:
-        values = read_object(path)
-    except (OSError, FormatError):
-        return False
-    return all(isinstance(value, float | int) for value in values.values())
+def is_of_comparison(path: Path) -> bool:
+    """Whether a file is as `compare` wrote it. Earlier versions kept no record: there, pictures tell of themselves."""
+    if (files := comparison_files(path.parent)) is not None:
+        return path.name in files
+    is_file = is_own_file(path.parent, path.name) and not has_record(path.parent)
+    return is_file and (path.name == REPORT or is_our_picture(path))
 
 
 def write_comparison(
@@ -108,7 +119,7 @@ def write_comparison(
     Raises:
         JobError: if something would be lost (see `check_comparison_output`), or the disk is full.
     """
-    with whole_folder(folder, overwrite, comparison_files) as partial:
+    with whole_folder(folder, overwrite, REPORT) as partial:
         for pair in pairs:
             stem = f"{file_stem(names.get(pair.label, ''), pair.label)}-seed{pair.seed}"
             for kind in KINDS:
@@ -117,7 +128,7 @@ def write_comparison(
         write_picture(partial / "pairs.png", grid(rows, columns=len(pairs)))
         if layers:
             write_atomically(partial / "layers.json", (json.dumps(layers, indent=1) + "\n").encode())
-        write_atomically(partial / "report.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
+        write_atomically(partial / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
 
 
 def file_stem(name: str, label: int) -> str:

@@ -59,6 +59,10 @@ class JobError(VQ4DiTError):
     """A job folder or an output folder is not what it should be."""
 
 
+class LeftBehind(UserWarning):
+    """Something stayed on disk that is not ours to delete, or could not be deleted; the message says where and what to do."""
+
+
 class HubError(VQ4DiTError):
     """The Hub refused, broke off or could not be reached.
 

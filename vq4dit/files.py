@@ -1,21 +1,17 @@
-"""Files and folders that are there whole or not at all, whatever kills the process, and never at the cost of what is not ours.
+"""Files that are there whole or not at all, whatever kills the process, and places where something can be written.
 
 What is written gets a random name in the same folder first (nobody else's, so nothing is in its way), is flushed, and takes its
-place by one rename. A folder is replaced only if it is one of ours, and if nothing else lies in it: each kind of folder says
-which of its files we wrote (`Known`), and only those are ever deleted. Links are never followed.
+place by one rename.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 import secrets
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,9 +23,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 FULL_WORDS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")  # safetensors' errors have no number
 FULL_PAGE = "the disk of this server is full: what is finished is kept, try again later or choose a smaller model"
 SHOWN = 5  # names in a message
-
-# The names below a folder of the files that we wrote; None if the folder is not one of ours.
-Known = Callable[[Path], set[str] | None]
 
 
 def temporary_name(folder: Path) -> Path:
@@ -124,129 +117,7 @@ def check_place(path: Path) -> None:
         probe.rmdir()
 
 
-def check_free(folder: Path, overwrite: bool, known: Known) -> None:
-    """Raise `JobError` if something would be lost by writing to `folder`.
-
-    Even with `overwrite` only a folder of ours is replaced, and only if all files in it are known.
-    """
-    with told(folder):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise JobError(f"{folder} is a file: choose another output")
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return
-        if not overwrite:
-            raise JobError(f"{folder} is not empty: choose another output, or pass --overwrite to replace it")
-        ours = known(folder)
-        if ours is None:
-            raise JobError(f"{folder} is none of our results and is not replaced: choose another output")
-        if unknown := unknown_names(folder, ours):
-            raise JobError(
-                f"{folder} holds what is not ours and would be lost: {listed(unknown)}. Move it away, or choose another output"
-            )
-
-
 def listed(names: list[str]) -> str:
     """Some of the names, for a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def unknown_names(folder: Path, known: set[str]) -> list[str]:
-    """What lies below a folder besides the known files: other files, folders without a known file, and every link."""
-    parents = {parent.as_posix() for name in known for parent in Path(name).parents}
-    return sorted(
-        name for name, path in _entries(folder) if path.is_symlink() or name not in (parents if path.is_dir() else known)
-    )
-
-
-def remove_known(folder: Path, known: set[str]) -> None:
-    """Delete the known files below a folder, then the folders that are empty after that, itself too. The rest stays."""
-    for name, path in sorted(_entries(folder), reverse=True):  # what lies in a folder before the folder
-        with suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            elif name in known:
-                path.unlink()
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Everything below a folder, by its name relative to it. Links are listed and not followed."""
-    for parent, folders, files in os.walk(folder):
-        for entry in (*folders, *files):
-            path = Path(parent, entry)
-            yield path.relative_to(folder).as_posix(), path
-
-
-@contextmanager
-def whole_folder(
-    folder: Path, overwrite: bool, known: Known, advice: str = "try again", scratch: Path | None = None
-) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` (no link) at the end; on an error it is gone again.
-
-    A process that is killed leaves the old folder or the new one, and perhaps a hidden `.vq4dit-*.partial` in `scratch`.
-
-    Args:
-        advice: what to do after space was made.
-        scratch: a folder on the same disk for what is not finished; by default the one around `folder`.
-
-    Raises:
-        JobError: if something would be lost (see `check_free`), or the disk is full.
-    """
-    check_free(folder, overwrite, known)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_name(scratch or folder.parent)
-    try:
-        partial.mkdir()
-        yield partial
-        _sync_all(partial)
-        check_free(folder, overwrite, known)  # once more: writing took its time
-        previous = _take_place(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)  # nobody else knows its name
-        if is_full(error):
-            told_where = f"the disk is full: {folder} could not be written. Free some space and {advice}"
-            raise JobError(told_where, page=FULL_PAGE) from error
-        raise
-    sync_folder(folder.parent)
-    if previous is not None:
-        remove_known(previous, known(previous) or set())
-
-
-def _sync_all(folder: Path) -> None:
-    for _, path in _entries(folder):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with open(path, "rb+" if WINDOWS else "rb") as file:  # Windows flushes what may be written
-                os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def _take_place(partial: Path, folder: Path) -> Path | None:
-    """Put a finished folder where another is; returns where that one is now (None if there was nothing in it)."""
-    if not folder.exists() or not any(folder.iterdir()):
-        if WINDOWS and folder.exists():  # elsewhere an empty folder is replaced in the same step
-            folder.rmdir()
-        partial.rename(folder)
-        return None
-    if _exchange(partial, folder):
-        return partial
-    previous = temporary_name(folder.parent)
-    folder.rename(previous)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        previous.rename(folder)
-        raise
-    return previous
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that no moment is without a result. False where the system has no such step."""
-    if sys.platform != "linux":
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

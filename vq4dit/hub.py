@@ -13,10 +13,8 @@ repository, pull request or commit, and nothing that exists is replaced unless `
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -30,10 +28,9 @@ from vq4dit.account import Account
 from vq4dit.errors import HubError
 from vq4dit.evaluation import sample
 from vq4dit.hub_errors import FAILURES, ask, explained, listen, pause, watched
-from vq4dit.loading import check_files, load_pipeline, read_json
-from vq4dit.origin import FILENAME as ORIGIN
-from vq4dit.pipeline_files import pipeline_files, stays_inside
+from vq4dit.loading import load_pipeline
 from vq4dit.progress import OnProgress, Progress, ignore
+from vq4dit.staging import staged
 from vq4dit.uploading import WatchedFile, store
 
 Existing = Literal["refuse", "pull-request", "commit"]
@@ -83,11 +80,11 @@ def push(
         cancel: set it in another thread to stop; nothing is visible on the Hub before the commit.
 
     Raises:
-        HubError: for everything the Hub, the network or the login can do wrong, and with reason "exists" if the repository
-            has other content and `target.existing` is "refuse".
+        HubError: for everything the Hub, the network or the login can do wrong, with reason "exists" if the repository has
+            other content and `target.existing` is "refuse", and if a file is not to be published (see `staged`).
     """
     account.check()
-    with _staged(folder, card, extras or {}) as stage, disable_progress_bars():
+    with staged(folder, card, extras or {}) as stage, disable_progress_bars():
         attempt = _Attempt(target, account, stage, cancel or Event(), on_progress)
         with watched(attempt.wait):
             state = attempt.state()
@@ -103,34 +100,6 @@ def push(
         sizes = [path.stat().st_size for path in attempt.files.values()]
         private = bool(state.private) if state else target.private
         return Pushed(target.repo_id, revision, url, private, len(sizes), sum(sizes), was_there)
-
-
-@contextmanager
-def _staged(folder: Path, card: str, extras: Mapping[str, Path]) -> Iterator[Path]:
-    """A temporary folder with links to exactly what will be published: what the index and configurations of `folder` name.
-
-    Raises:
-        HubError: if one of those is a link to somewhere else: what it leads to may not be meant for the public.
-    """
-    read_json(str(folder), "model_index.json")
-    check_files(folder)
-    names = pipeline_files(folder) + ([ORIGIN] if (folder / ORIGIN).is_file() else [])
-    if strange := [name for name in names if not stays_inside(folder / name, folder)]:
-        raise HubError(
-            f"{folder / strange[0]} is a link to a file outside of the model's folder, and such are not published: put a copy "
-            "of the file in its place",
-            "card",
-        )
-    with tempfile.TemporaryDirectory() as name:
-        stage = Path(name).resolve()
-        for place, path in {**{name: folder / name for name in names}, **extras}.items():
-            (stage / place).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                (stage / place).symlink_to(path.resolve())
-            except OSError:  # Windows lets only some people make links
-                shutil.copyfile(path, stage / place)
-        (stage / "README.md").write_text(card, encoding="utf-8")
-        yield stage
 
 
 class _Attempt:

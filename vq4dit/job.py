@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,7 +32,8 @@ from torch import Tensor
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError, JobError
-from vq4dit.files import TEMPORARY, WINDOWS, listed, told, unknown_names, write_atomically
+from vq4dit.files import TEMPORARY, WINDOWS, listed, told, write_atomically
+from vq4dit.folders import sweep, unknown_names
 from vq4dit.json_files import read_object
 from vq4dit.locks import lock, unlock
 
@@ -173,13 +173,11 @@ class Job:
         self.close()
 
     def _delete(self, chosen: Callable[[str], Any] = bool) -> None:
-        """Delete pieces and what was left half written, also a whole result: those with a chosen name."""
+        """Delete pieces and what was left half written: those with a chosen name. Of whole results, see `sweep`."""
         for folder in (self.folder / "layers", self.folder):
-            for path in (folder / name for name in filter(chosen, _own_names(folder))):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            for name in filter(chosen, _own_names(folder)):
+                (folder / name).unlink()
+        sweep(self.folder, is_alone=True)
 
     def __enter__(self) -> Job:
         return self
@@ -227,7 +225,7 @@ def _own_names(folder: Path) -> set[str]:
     """The names in a job's folder, or in its `layers`, of sealed pieces and of what was being written."""
     if folder.is_symlink() or not folder.is_dir():
         return set()
-    found = [path for path in folder.iterdir() if not path.is_symlink()]
+    found = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
     return {path.name for path in found if TEMPORARY.fullmatch(path.name) or _is_piece(path)}
 
 

@@ -20,15 +20,18 @@ RETRY_SECONDS = 0.01
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}  # what systems without locks say
 
 
-def lock(path: Path, patience: float = 0.0) -> IO[str] | None:
+def lock(path: Path, patience: float = 0.0, *, is_certain: bool = False) -> IO[str] | None:
     """Lock a file (made if there is none) until `unlock` or the end of this process; None if it stays taken for `patience`.
 
     Who opens the file twice is another one the second time, in the same process too.
+
+    Args:
+        is_certain: None also where there are no locks, and nobody can know whether it is taken.
     """
     end = time.monotonic() + patience
     file = open(path, "a", encoding="utf-8")
     try:
-        while not _try(file):
+        while not _try(file, is_certain):
             if time.monotonic() >= end:
                 file.close()
                 return None
@@ -62,10 +65,10 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[bool]:
             unlock(file)
 
 
-def _try(file: IO[str]) -> bool:
+def _try(file: IO[str], is_certain: bool) -> bool:
     try:
         return lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
         if error.errno in NO_LOCKS:
-            return True
+            return not is_certain
         raise

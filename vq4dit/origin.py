@@ -1,10 +1,12 @@
 """Where a quantized model comes from and how it was made: `vq4dit.json` beside its weights, written and read with it.
 
     {"model": "facebook/DiT-XL-2-256", "revision": "<commit>", "fingerprint": "<of the original's weights>",
-     "recipe": {"name": "best", "version": 10}, "settings": {...}, "settings_hash": "<SHA-256>", "versions": {...}}
+     "recipe": {"name": "best", "version": 10}, "settings": {...}, "settings_hash": "<SHA-256>", "versions": {...},
+     "files": {...}, "seal": "<SHA-256>"}
 
-A base that was a folder has no Hub id: `model` and `revision` are empty then, and `metadata` holds what the folder's own
-card says of licence, language and purpose. Paths of this machine are not written.
+The last two are the record of the folder's files (`vq4dit/record.py`); earlier versions wrote none. A base that was a
+folder has no Hub id: `model` and `revision` are empty then, and `metadata` holds what the folder's own card says of licence,
+language and purpose. Paths of this machine are not written.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from vq4dit.errors import FormatError
 from vq4dit.files import write_atomically
 from vq4dit.job import VERSION as VERSION_OF_RECIPES
 from vq4dit.json_files import read_object
+from vq4dit.record import FILES, RECORD, SEAL
 from vq4dit.repository import located
 from vq4dit.version import VERSION
 
-FILENAME = "vq4dit.json"
+FILENAME = RECORD
 # From the base's card to ours, if they look like what they should be: the card of a stranger may say anything.
 COPIED = {
     "license": re.compile(r"[\w.+-]{1,50}", re.ASCII),
@@ -149,7 +152,7 @@ def read_origin(folder: Path) -> Origin:
         return Origin()
     advice = "delete it, and name the base with --base"
     try:
-        values = read_object(path, advice)
+        values = {name: value for name, value in read_object(path, advice).items() if name not in (FILES, SEAL)}
         empty = asdict(Origin())
         if wrong := [name for name, value in values.items() if not isinstance(value, type(empty.get(name)))]:
             raise TypeError(f"{wrong[0]:.50} is not known, or of another kind")

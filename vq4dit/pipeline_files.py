@@ -1,31 +1,28 @@
 """Which files make a pipeline folder: those that its index and its configurations name, and nothing else that lies in it.
 
-`model_index.json` names the parts. A part is a folder with a configuration, weights (the shards of an index or one file:
-what would be loaded, no left-overs beside them) and, of a tokenizer, its vocabulary. Every other file belongs to whoever
-put it there: it is not copied, not published and not deleted.
+`model_index.json` names the parts and their classes. A part is a folder: of a model with its configuration and weights (the
+shards of an index or one file: what would be loaded, no left-overs beside them), of a scheduler with its settings, of a
+tokenizer with its vocabulary. Every other file belongs to whoever put it there, and so does whatever lies behind a link,
+but for the links by which the Hub's cache keeps its files: neither is copied or published.
 """
 
 from __future__ import annotations
 
 import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vq4dit.errors import FormatError, VQ4DiTError
 from vq4dit.json_files import read_object
+from vq4dit.record import is_own_file
 from vq4dit.repository import STEM, choose
 
 INDEX = "model_index.json"
 OF_TRANSFORMERS = "model"  # what it calls its weights; diffusers has another stem
-CONFIGURATION = (
-    "config.json",
-    "generation_config.json",
-    "scheduler_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+CONFIGURATION = ("config.json", "generation_config.json")  # of a model
+SCHEDULER = ("scheduler_config.json",)
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 VOCABULARY = (  # of transformers' tokenizers
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,11 +43,11 @@ VOCABULARY = (  # of transformers' tokenizers
 PART = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
-def part_names(folder: Path) -> list[str]:
-    """The parts that the folder's index names."""
+def part_classes(folder: Path) -> dict[str, str]:
+    """The parts that the folder's index names, and the names of their classes."""
     entries = _object(folder / INDEX).items()
-    named = (name for name, value in entries if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str))
-    return [name for name in named if PART.fullmatch(name)]
+    named = {name: value[1] for name, value in entries if isinstance(value, list) and len(value) == 2}
+    return {name: kind for name, kind in named.items() if PART.fullmatch(name) and isinstance(kind, str)}
 
 
 def weight_files(part: Path) -> list[str]:
@@ -77,21 +74,40 @@ def without_variant(name: str) -> str:
     )
 
 
-def part_files(part: Path) -> list[str]:
-    """The names of the files that make a part: configuration, vocabulary, weights."""
-    return [name for name in (*CONFIGURATION, *VOCABULARY) if (part / name).is_file()] + weight_files(part)
+def part_files(part: Path, class_name: str) -> list[str]:
+    """The names of the files that make a part of this class. What a class is, its name says in every library."""
+    if "Scheduler" in class_name:
+        wanted: tuple[str, ...] = SCHEDULER
+    elif "Tokenizer" in class_name:
+        wanted = VOCABULARY
+    elif "Processor" in class_name or "FeatureExtractor" in class_name:
+        wanted = PROCESSOR + VOCABULARY  # it may have a tokenizer in it
+    else:
+        wanted = CONFIGURATION
+    found = [name for name in wanted if (part / name).is_file()]
+    return found + weight_files(part) if wanted == CONFIGURATION else found
 
 
 def pipeline_files(folder: Path) -> list[str]:
     """The names below a pipeline folder of the files that make it."""
-    found = [f"{name}/{file}" for name in part_names(folder) for file in part_files(folder / name)]
+    found = [f"{name}/{file}" for name, kind in part_classes(folder).items() for file in part_files(folder / name, kind)]
     return [INDEX, *found] if (folder / INDEX).is_file() else []
 
 
-def stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a pipeline folder when all links are followed, or among the blobs of a Hub cache around it."""
-    whole = folder.resolve()
-    return any(path.resolve().is_relative_to(place) for place in (whole, whole.parent / "blobs", whole.parent.parent / "blobs"))
+def is_of_pipeline(folder: Path, name: str) -> bool:
+    """Whether a file below a pipeline folder is no link, or one by which the Hub's cache keeps it.
+
+    models--OWNER--NAME/snapshots/COMMIT/vae/config.json -> models--OWNER--NAME/blobs/<its hash>
+    """
+    if is_own_file(folder, name):
+        return True
+    snapshots = folder.resolve().parent
+    repository = snapshots.parent
+    if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    *parents, _ = PurePosixPath(name).parents
+    blob = (folder / name).resolve()
+    return blob.parent == repository / "blobs" and blob.is_file() and not any((folder / at).is_symlink() for at in parents)
 
 
 def _object(path: Path) -> dict[str, Any]:

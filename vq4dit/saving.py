@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vq4dit.config import QuantizationSettings, QuantMethod
-from vq4dit.errors import FormatError
-from vq4dit.files import check_free, whole_folder
+from vq4dit.errors import FormatError, JobError
+from vq4dit.files import listed
+from vq4dit.folders import check_free, whole_folder
+from vq4dit.job import fingerprint
 from vq4dit.json_files import read_object
-from vq4dit.origin import FILENAME, Origin, read_origin, versions, write_origin
-from vq4dit.pipeline_files import CONFIGURATION, INDEX, part_files, pipeline_files, stays_inside, weight_files, without_variant
+from vq4dit.origin import Origin, read_origin, versions, write_origin
+from vq4dit.pipeline_files import (
+    CONFIGURATION,
+    INDEX,
+    PROCESSOR,
+    SCHEDULER,
+    is_of_pipeline,
+    part_files,
+    weight_files,
+    without_variant,
+)
+from vq4dit.record import RECORD, Files, checksum, has_record, intact, recorded
+
+MAX_SHARD_SIZE = "5GB"
+NOTING_A_PATH = (INDEX, *CONFIGURATION, *SCHEDULER, *PROCESSOR)  # of where something was loaded from
 
 
 def save(
@@ -27,7 +43,7 @@ def save(
     folder: str | Path,
     *,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
     source: str | Path | None = None,
     origin: Origin | None = None,
     scratch: Path | None = None,
@@ -35,7 +51,7 @@ def save(
     """Write a quantized pipeline to `folder` (or where a link of that name leads): whole, or not at all.
 
     Args:
-        overwrite: replace a result of ours that is there; never anything else.
+        overwrite: replace a result of ours that is there, if it is as we wrote it; never anything else.
         source: the original's folder. Parts that are not quantized are copied from it; without it they are written from
             memory, in the type they have there.
         origin: what `vq4dit.json` shall say; without it, as much as the model knows of itself.
@@ -44,12 +60,12 @@ def save(
 
     Raises:
         ValueError: if the folder has no name.
-        JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours, or the disk is
-            full.
+        JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours as it was written,
+            or the disk is full.
     """
     if not str(folder):
         raise ValueError("the folder to save to must have a name, got an empty one")
-    with whole_folder(Path(folder).resolve(), overwrite, result_files, "use --resume", scratch) as partial:
+    with whole_folder(Path(folder).resolve(), overwrite, INDEX, "use --resume", scratch) as partial:
         _write_parts(pipeline, partial, max_shard_size, Path(source) if source else None)
         write_origin(partial, origin or _origin_of(pipeline))
 
@@ -59,34 +75,47 @@ def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path 
     copied = [name for name, part in parts.items() if source and _copy_part(part, source / name, folder / name, source)]
     if copied:
         for name in parts.keys() - set(copied):
-            shards = {"max_shard_size": max_shard_size} if isinstance(parts[name], nn.Module) else {}
-            parts[name].save_pretrained(folder / name, **shards)
+            _write_part(parts[name], folder / name, max_shard_size)
         pipeline.save_config(folder)
         named = read_object(Path(source or folder) / INDEX)
         _change(folder / INDEX, lambda index: index | {name: named[name] for name in copied})
     else:
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
-    for path in folder.rglob("*.json"):
-        if path.name in (INDEX, *CONFIGURATION) and path.parent.name not in copied:
-            _change(path, _without_local_path)
+    _forget_local_paths(folder, copied)
+
+
+def _write_part(part: Any, folder: Path, max_shard_size: str) -> None:
+    """From memory."""
+    part.save_pretrained(folder, **({"max_shard_size": max_shard_size} if isinstance(part, nn.Module) else {}))
 
 
 def _copy_part(part: Any, source: Path, target: Path, root: Path) -> bool:
-    """Copy the files of a part that is not quantized; False if it has to be written from memory.
-
-    That is so for a part without safetensors, or one whose files are links to somewhere outside of the pipeline's folder: what
-    they lead to may be no part of it.
-    """
-    names = part_files(source)
-    is_ours = getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
-    if is_ours or not names or (isinstance(part, nn.Module) and not weight_files(source)):
-        return False
-    if not all(stays_inside(source / name, root) for name in names):
-        return False
-    target.mkdir()
+    """Copy the files of a part that is not quantized; False if it has to be written from memory."""
+    names = _copied_names(part, source, root)
+    if names:
+        target.mkdir()
     for name in names:
         shutil.copyfile(source / name, target / without_variant(name))
-    return True
+    return bool(names)
+
+
+def _copied_names(part: Any, source: Path, root: Path) -> list[str]:
+    """The names of the files of a part that are copied.
+
+    None are if it is quantized or has no safetensors, or if one of them is a link: what that leads to may be no part of the
+    pipeline.
+    """
+    names = part_files(source, type(part).__name__)
+    is_ours = getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
+    if is_ours or (isinstance(part, nn.Module) and not weight_files(source)):
+        return []
+    return names if all(is_of_pipeline(root, f"{source.name}/{name}") for name in names) else []
+
+
+def _forget_local_paths(folder: Path, copied: Collection[str] = ()) -> None:
+    for path in folder.rglob("*.json"):
+        if path.name in NOTING_A_PATH and path.parent.name not in copied:
+            _change(path, _without_local_path)
 
 
 def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -113,31 +142,81 @@ def _origin_of(pipeline: Any) -> Origin:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raise `JobError` if something would be lost by saving to `folder`: see `check_free`."""
-    check_free(folder, overwrite, result_files)
+    check_free(folder, overwrite, INDEX)
 
 
 def result_files(folder: Path) -> set[str] | None:
-    """The names of the files of a quantized pipeline that we wrote; None if the folder is none of ours."""
-    return None if _origin_of_result(folder) is None else {FILENAME, *pipeline_files(folder)}
+    """The names of the files of a quantized pipeline that are as we wrote them; None if the folder is none of ours."""
+    files = recorded(folder)
+    return None if files is None or INDEX not in files else intact(folder, files)
 
 
 def is_result(folder: Path, settings: QuantizationSettings, fingerprint: str = "") -> bool:
-    """Whether `folder` already is what these settings make of the model with this fingerprint (of some model, without one).
-
-    A process may be killed between saving and cleaning up.
-    """
-    origin = _origin_of_result(folder)
-    if origin is None or not origin.fingerprint or origin.settings != settings.to_dict():
-        return False
-    return fingerprint in ("", origin.fingerprint)
-
-
-def _origin_of_result(folder: Path) -> Origin | None:
-    """How a result of ours was made; None if the folder holds something else."""
+    """Whether `folder` says that it is what these settings make of the model with this fingerprint (of some, without one)."""
     try:
         origin = read_origin(folder)
-        config = read_object(folder / "transformer" / "config.json")
-        method = config["quantization_config"]["quant_method"]
+    except FormatError:
+        return False
+    if not origin.versions or not origin.fingerprint or origin.settings != settings.to_dict():
+        return False
+    return fingerprint in ("", origin.fingerprint) and (has_record(folder) or _is_packed(folder))
+
+
+def is_finished(folder: Path, settings: QuantizationSettings, pipeline: Any, source: Path, overwrite: bool) -> bool:
+    """Whether `folder` already is, in every byte, what these settings make of a pipeline.
+
+    A process may be killed between saving and cleaning up. Of what earlier versions made the bytes are not known.
+
+    Args:
+        source: the pipeline's folder, from which parts that are not quantized are copied.
+        overwrite: a result that is another one, or was changed, is none. Without it:
+
+    Raises:
+        JobError: if it is damaged, or its other parts are no longer those of the pipeline.
+    """
+    if not is_result(folder, settings, fingerprint(pipeline)):
+        return False
+    if not has_record(folder):
+        return True
+    files = recorded(folder)
+    changed = [RECORD] if files is None else sorted(files.keys() - intact(folder, files))
+    other = [] if files is None or changed else _other_parts(files, pipeline, source)
+    if changed and not overwrite:
+        raise JobError(
+            f"{folder} is the finished result of this command, but not as it was written: {listed(changed)} changed or is "
+            "missing. Move the folder away and repeat the command, or choose another output"
+        )
+    if other and not overwrite:
+        raise JobError(
+            f"{folder} is finished, but of other parts than the model has now: {', '.join(other)} differs. Pass --overwrite to "
+            "replace it, or choose another output"
+        )
+    return not (changed or other)
+
+
+def _other_parts(files: Files, pipeline: Any, source: Path) -> list[str]:
+    """The parts, but for what is quantized, that saving the pipeline now would write otherwise than they are recorded."""
+    differing = []
+    parts = {name: part for name, part in pipeline.components.items() if part is not None and name != "transformer"}
+    gone = {name.split("/")[0] for name in files if "/" in name} - parts.keys() - {"transformer"}
+    for name, part in parts.items():
+        there = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / name
+            if copied := _copied_names(part, source / name, source):
+                now = {f"{name}/{without_variant(file)}": checksum((source / name / file).resolve()) for file in copied}
+            else:
+                _write_part(part, folder, MAX_SHARD_SIZE)
+                _forget_local_paths(folder)
+                written = [path for path in folder.rglob("*") if path.is_file()]
+                now = {path.relative_to(temporary).as_posix(): checksum(path) for path in written}
+        if now != there:
+            differing.append(name)
+    return sorted([*differing, *gone])
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        return read_object(folder / "transformer" / "config.json")["quantization_config"]["quant_method"] == QuantMethod.VQ4DIT
     except (FormatError, OSError, TypeError, KeyError):
-        return None
-    return origin if origin.versions and method == "vq4dit" else None
+        return False

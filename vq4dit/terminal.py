@@ -8,10 +8,11 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import rich.console
 import torch
@@ -21,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.segment import Segment
 
 from vq4dit.devices import DEVICE, describe, resolve
+from vq4dit.errors import LeftBehind
 from vq4dit.printable import printable
 from vq4dit.progress import OnProgress, Progress
 
@@ -41,6 +43,23 @@ class Console(rich.console.Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+@contextmanager
+def notes(console: Console) -> Iterator[None]:
+    """Show what a command could not tidy away, whichever warnings are shown otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LeftBehind)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, LeftBehind):
+                console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+            else:
+                shown(message, category, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 class Parser(argparse.ArgumentParser):

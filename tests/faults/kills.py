@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class Killed:
             yield Complaint("wrong bytes", f"{self.output} is not as undisturbed: {outcome.output[-300:]}")
         if left := snapshot(home / "out.job").keys() - {"lock"}:  # killed between its last two deletions, it leaves a lock
             yield Complaint("leftovers", f"in out.job: {sorted(left)}")
+        if hidden := [name for name in snapshot(home) if re.fullmatch(r"\.vq4dit-\w+\.partial/(new|old)", name)]:
+            yield Complaint("leftovers", hidden[0])
 
     def _run(self, worker: Worker, home: Path, command: str, **kill: float) -> Outcome:
         call, *arguments = command.split()
@@ -100,6 +103,7 @@ def whole(path: Path) -> Snapshot:
     if isinstance(report := found.get("report.json"), bytes):
         values = json.loads(report)
         found["report.json"] = json.dumps({key: value for key, value in values.items() if key not in MEASURED})
+        found.pop("vq4dit.json", None)  # it has the checksum of that
     return found
 
 
