@@ -15,13 +15,13 @@ LADDER = [
         "extras",
         "version",
         "printable",
-        "lazy_weight",
+        "watched",
         "adapters",
         "surroundings",
         "interrupts",
         "revisions",
     },  # no diffusers
-    {"devices"},  # where the work is done
+    {"devices", "lazy_weight"},  # where the work is done; a weight as others see it
     {"codebook", "packing"},
     {
         "files",

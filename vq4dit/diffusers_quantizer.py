@@ -19,13 +19,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from vq4dit.adapters import adapter_layers, adapter_names
+from vq4dit.casts import check_finite
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
 from vq4dit.json_files import AGAIN
 from vq4dit.memory import available_memory
 from vq4dit.packed_linear import PackedLinear
-from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, check_finite, empty_layer, stored
+from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer, stored
 from vq4dit.repository import TensorHeader, read_header
 from vq4dit.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 

@@ -10,25 +10,21 @@ packed tensors no longer describe it, and can take back what was added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vq4dit.casts import as_bytes
+from vq4dit.casts import as_bytes, as_scales, check_finite
 from vq4dit.errors import FormatError
-from vq4dit.lazy_weight import LazyWeight
+from vq4dit.lazy_weight import LazyWeight, Memory, Source, Variable
+from vq4dit.watched import digest, frozen, is_held_elsewhere, mark
 
 ROUNDING = 16  # times a type's eps, relative to the largest weight: what some additions and subtractions leave
-
-
-class Written(NamedTuple):
-    """What was done to a decoded weight: something was added (by two sums that tell it from others), or all of it replaced."""
-
-    added: tuple[float, float] | None
 
 
 class PackedLinear(nn.Linear):
@@ -45,7 +41,7 @@ class PackedLinear(nn.Linear):
     decoded_weight: Tensor | None
     keeps_decoded: bool  # what `decode` and `drop_decoded` choose
     dtype: torch.dtype  # in which the weight is decoded
-    written: list[Written]  # since it was decoded
+    variable: Variable  # what `weight` is now
 
     def __init__(
         self,
@@ -59,7 +55,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
-        self.keeps_decoded, self.written = False, []
+        self.keeps_decoded, self.variable = False, Variable(Memory())
         self.register_buffer("decoded_weight", None, persistent=False)
         bias_values = torch.zeros(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", frozen(bias_values) if bias else None)
@@ -87,30 +83,39 @@ class PackedLinear(nn.Linear):
         check_weight(self.numbers(), name)
 
     def _keep_decoded(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype or self.dtype
-        with torch.inference_mode(False):  # a model may be loaded there and trained (beside an adapter) elsewhere
-            self.decoded_weight = self.reconstruct(self.dtype)
-        self.keeps_decoded, self.written = True, []
+        self._forget()
+        self.dtype, self.keeps_decoded = dtype or self.dtype, True
+        self.hold(self.variable.memory, self._decoded())
 
     def drop_decoded(self) -> None:
         """Forget the decoded weight; every forward pass looks it up again."""
-        self.decoded_weight, self.keeps_decoded, self.written = None, False, []
+        self._forget()
+        self.keeps_decoded = False
+
+    def _forget(self) -> None:
+        self.decoded_weight = None
+        self.variable.memory.clear()
+
+    def _decoded(self) -> Float[Tensor, "rows columns"]:
+        with torch.inference_mode(False):  # a model may be loaded there and trained (beside an adapter) elsewhere
+            return self.reconstruct(self.dtype)
+
+    # --- what others see as `weight` ---
 
     @property
     def weight(self) -> Tensor:
         """(rows, columns): what `forward` multiplies by, decoded if somebody asks for its numbers."""
         decoded = self.decoded_weight
-        return LazyWeight(self, self.dtype if decoded is None else decoded.dtype, self.device)
+        return LazyWeight(self, self.variable, self.dtype if decoded is None else decoded.dtype, self.device)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if isinstance(value, LazyWeight):
-            if value.layer is self:  # PEFT gives a layer its own weight back
-                return
-            value = value.layer.numbers()
-        if value.shape != (shape := (self.out_features, self.in_features)):
-            raise ValueError(f"the weight of this layer is {shape[0]} x {shape[1]}, got {tuple(value.shape)}")
-        self.was_written(value, None)
+        if isinstance(value, LazyWeight) and value.layer is self:  # PEFT gives a layer its own weight back
+            variable = value.variable
+        else:
+            variable = Variable(self.memory_of(value))
+        with self._exchange():
+            self.variable = variable
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would make a parameter of it
@@ -118,61 +123,165 @@ class PackedLinear(nn.Linear):
         else:
             super().__setattr__(name, value)
 
+    def give(self, variable: Variable, memory: Memory) -> None:
+        """Let a variable have other memory."""
+        with self._exchange():
+            variable.memory = memory
+
+    def memory_of(self, value: Tensor) -> Memory:
+        """That of this layer's own weight, or new memory with the numbers of another tensor."""
+        if isinstance(value, LazyWeight):
+            if value.layer is self:
+                return value.variable.memory
+            value = value.layer.numbers_of(value.variable.memory)
+        if value.shape != (shape := (self.out_features, self.in_features)):
+            raise ValueError(f"the weight of this layer is {shape[0]} x {shape[1]}, got {tuple(value.shape)}")
+        return Memory(value.detach(), [None])
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Put the numbers in use away, and use those of what is the layer's memory afterwards."""
+        self.variable.memory.put_away = self.decoded_weight
+        yield
+        memory = self.variable.memory
+        self.decoded_weight, memory.put_away = memory.put_away, None
+        if self.decoded_weight is not None:
+            self.hold(memory, self.decoded_weight)
+        elif self.keeps_decoded:
+            self._keep_decoded()
+
+    # --- its numbers ---
+
     def numbers(self) -> Float[Tensor, "rows columns"]:
         """The weight as it is used now: what was kept or written, or decoded for once."""
-        if self.decoded_weight is not None:
-            return self.decoded_weight
-        with torch.inference_mode(False):
-            return self.reconstruct(self.dtype)
+        return self.numbers_of(self.variable.memory)
 
-    def was_written(self, weight: Float[Tensor, "rows columns"], added: Tensor | None) -> None:
+    def numbers_of(self, memory: Memory) -> Float[Tensor, "rows columns"]:
+        """Those in some memory."""
+        self.keep_up()
+        found = self._in(memory)
+        return self._decoded() if found is None else found
+
+    def _in(self, memory: Memory) -> Tensor | None:
+        return self.decoded_weight if memory is self.variable.memory else memory.put_away
+
+    def hold(self, memory: Memory, weight: Float[Tensor, "rows columns"]) -> None:
+        """Let these be the numbers in some memory."""
+        if memory.source is None:
+            memory.source = self._source()
+        if memory is self.variable.memory:
+            self.decoded_weight = weight
+        else:
+            memory.put_away = weight
+
+    def lend(self, memory: Memory, weight: Float[Tensor, "rows columns"]) -> None:
+        """The same, and others have a view of them, through which they may write without a word."""
+        self.hold(memory, weight)
+        if memory.seal is None:
+            memory.seal = digest(weight)
+
+    def was_written(self, memory: Memory, weight: Float[Tensor, "rows columns"], added: Tensor | None) -> None:
         """Use this weight from now on, in which something was `added` or (None) all may have changed."""
-        self.decoded_weight = weight.detach()  # what is merged may know how it was learned
-        self.written.append(Written(None if added is None else _sums(added)))
+        self.hold(memory, weight.detach())  # what is merged may know how it was learned
+        memory.written.append(None if added is None else digest(added.detach()))
+        memory.seal = memory.seal and digest(weight.detach())
 
-    def takes_back(self, amount: Tensor) -> bool:
+    def notice(self, memory: Memory) -> None:
+        """Look whether something was written through a view."""
+        weight = self._in(memory)
+        if weight is not None and memory.seal is not None and memory.seal != (found := digest(weight)):
+            memory.written.append(None)
+            memory.seal = found
+
+    def takes_back(self, memory: Memory, amount: Tensor) -> bool:
         """Subtract something that was added before; False, and nothing done, if it was not.
 
         (w + δ) - δ is not w in floating point. So that a LoRA that was fused and is unfused leaves nothing behind, it is known
-        what was added: once all of it is taken back the packed weight is there again, bit by bit.
+        what was added: once all of it is taken back, and nothing else was done, the packed weight is there again, bit by bit.
         """
-        if self.decoded_weight is None or not self.written:
+        weight, amount = self._in(memory), amount.detach()
+        if weight is None or not memory.written:
             return False
-        amount, dtype = amount.detach(), self.decoded_weight.dtype
-        undone = Written(_sums(amount))
-        if undone in self.written:
-            self.written.remove(undone)
-        elif len(self.written) == 1 and torch.equal(self.decoded_weight, self.reconstruct(dtype) + amount):
-            self.written.clear()
+        if (undone := digest(amount)) in memory.written:
+            memory.written.remove(undone)
+        elif len(memory.written) == 1 and torch.equal(weight, (self.reconstruct(weight.dtype) + amount).to(weight.dtype)):
+            memory.written.clear()
         else:
             return False
-        if self.written:
-            self.decoded_weight -= amount
-        elif self.keeps_decoded:
-            self._keep_decoded(dtype)
-        else:
-            self.drop_decoded()
+        if memory.written:
+            weight -= amount
+        elif memory.seal is None and not self.keeps_decoded and memory is self.variable.memory:
+            self._forget()
+            return True
+        else:  # in its place: others may have views of it
+            weight.copy_(self.reconstruct(weight.dtype))
+        memory.seal = memory.seal and digest(weight)
         return True
+
+    def keep_up(self) -> None:
+        """Decode again if the packed tensors are others than those that were decoded; forget what nobody looks at any more.
+
+        Raises:
+            FormatError: if they are others, and something was written into the weight: it cannot be both.
+        """
+        memory, decoded = self.variable.memory, self.decoded_weight
+        if decoded is None or memory.source is None:
+            return
+        if not self.keeps_decoded and not memory.written and not is_held_elsewhere(decoded):
+            self.notice(memory)
+            if not memory.written:
+                self._forget()
+                return
+        source, found = memory.source, self._parameters
+        if all(found.get(name) is tensor and mark(tensor) == noted for name, tensor, noted in source.tensors):
+            return
+        if self.device != source.device:  # moved by somebody who moves each tensor by itself
+            return
+        memory.source = self._source()
+        if memory.source.digest == source.digest:
+            return
+        self.notice(memory)
+        if memory.written:
+            memory.source = source
+            raise FormatError(
+                "the packed tensors of a layer were changed after something was written into its weight (a merged LoRA): take "
+                "that out first (unfuse_lora, unmerge_adapter), or make an ordinary model with vq4dit.dequantize(model)"
+            )
+        self._forget()
+        if self.keeps_decoded:
+            self.decode()
+
+    def _source(self, known: bytes | None = None) -> Source:
+        """What the packed tensors are now; `known` is their digest, if they were only moved."""
+        packed = {name: p for name in (*self.EXACT, *self.BYTES) if (p := self._parameters.get(name)) is not None}
+        for name, tensor in packed.items():
+            if type(tensor) is nn.Parameter:  # somebody's own, or of a pickle
+                self._parameters[name] = packed[name] = frozen(tensor.detach())
+        if known is None and self.device.type != "meta":
+            known = digest(*(as_bytes(p, name) if name in self.BYTES else as_scales(p, name) for name, p in packed.items()))
+        tensors = tuple((name, tensor, mark(tensor)) for name, tensor in packed.items())
+        return Source(tensors, self.device, known or b"")
 
     @property
     def is_changed(self) -> bool:
         """Whether somebody wrote into the decoded weight, so that the packed tensors no longer describe the layer."""
+        self.keep_up()
         decoded = self.decoded_weight
         return decoded is not None and not torch.equal(decoded, self.reconstruct(decoded.dtype))
 
     def told_change(self, name: str) -> str:
         """What was done to a weight that is changed, as far as it is known, in words."""
-        weight = self.numbers()
+        weight, written = self.numbers(), self.variable.memory.written
         packed = self.reconstruct(weight.dtype)
         left = float((weight.float() - packed.float()).abs().max() / packed.float().abs().max().clamp(min=1e-30))
-        if self.written and left < ROUNDING * torch.finfo(weight.dtype).eps:
+        if written and left < ROUNDING * torch.finfo(weight.dtype).eps:
             return (
                 f"the weight of {name} was changed after it was decoded, and changed back (an adapter that was merged and is "
                 f"unmerged): what is left is rounding, {left:.1g} of its largest value"
             )
-        if any(written.added is None for written in self.written):
+        if None in written:
             return f"the weight of {name} was replaced after it was decoded (by a merged LoRA or another adapter, or by hand)"
-        if self.written:
+        if written:
             return f"something was added to the weight of {name} after it was decoded, which is what a merged LoRA does"
         return f"the decoded weight of {name} is not what its packed tensors say: one of the two was changed in place"
 
@@ -188,6 +297,8 @@ class PackedLinear(nn.Linear):
         return next(self.parameters()).device
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        if not torch.compiler.is_compiling():
+            self.keep_up()
         decoded = self.decoded_weight
         weight = self.reconstruct(input.dtype) if decoded is None else decoded.to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
@@ -201,6 +312,7 @@ class PackedLinear(nn.Linear):
         for name in self.BYTES:
             if (packed := getattr(self, name)).dtype != torch.uint8:
                 packed.data = as_bytes(packed.data, name)
+        self.keep_up()
         exact = {name: getattr(self, name).data for name in self.EXACT if getattr(self, name) is not None}
         bias = None if self.bias is None else self.bias.data
         decoded, self.decoded_weight = self.decoded_weight, None
@@ -213,28 +325,81 @@ class PackedLinear(nn.Linear):
             self.bias.data = bias.to(self.bias.device)
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = self.dtype if dtype.itemsize < 2 else dtype
-        self.decoded_weight = None if decoded is None else self._applied(fn, decoded)
+        if decoded is not None:
+            self._hold_applied(fn, decoded)
         return self
 
-    def _applied(self, fn: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
-        told = fn(decoded[:0])
+    def _hold_applied(self, fn: Callable[[Tensor], Tensor], decoded: Tensor) -> None:
+        """Keep what became of the decoded weight by a move or a cast."""
+        memory, told = self.variable.memory, fn(decoded[:0])
+        if memory.source is not None:
+            memory.source = self._source(memory.source.digest)
         if told.dtype == decoded.dtype:
-            return fn(decoded)
+            self.decoded_weight = fn(decoded)
+            return
         if told.dtype.itemsize < 2:
-            return decoded.to(told.device)
-        if self.written or told.device.type == "meta":
-            return fn(decoded)
-        return self.reconstruct(told.dtype)  # rounded once, as if it had been decoded so
+            self.decoded_weight = decoded.to(told.device)
+            return
+        self.decoded_weight = decoded
+        self.notice(memory)
+        if memory.written or told.device.type == "meta":
+            self.decoded_weight = fn(decoded)
+        else:
+            self.decoded_weight = self.reconstruct(told.dtype)  # rounded once, as if it had been decoded so
+        memory.seal = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Other packed tensors are another weight: what was decoded or written before is not it."""
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        if not any(f"{prefix}{name}" in state_dict for name in (*self.EXACT, *self.BYTES)):
+        """Other packed tensors are another weight: what was decoded or written before is not it.
+
+        Raises:
+            FormatError: if they hold no weight; the layer is what it was then.
+        """
+        given = {key: self._checked(key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if not any(f"{prefix}{name}" in given for name in (*self.EXACT, *self.BYTES)):
+            super()._load_from_state_dict(given, prefix, *arguments)
             return
-        if self.keeps_decoded and self.device.type != "meta":
-            self.decode(None, prefix.removesuffix("."))
-        else:
+        before = {name: (p, p.detach().clone()) for name, p in self._parameters.items() if p is not None}
+        errors = arguments[-1]
+        told = len(errors)
+        try:
+            self._make_room(given, prefix)
+            super()._load_from_state_dict(given, prefix, *arguments)
+            if len(errors) == told:
+                self._take_over(prefix.removesuffix("."))
+                return
+        except FormatError:
+            self._restore(before)
+            raise
+        self._restore(before)
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of a state dict, as strictly looked at as those of a file."""
+        name = key.rpartition(".")[2]
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+            return tensor
+        if name in self.BYTES:
+            return as_bytes(tensor, key)
+        check_finite(key, tensor, None if self.bias is None or name != "bias" else self.bias.dtype)
+        return as_scales(tensor, key) if name in self.EXACT else tensor
+
+    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
+        """Change what has another length in a state dict, and may."""
+
+    def _take_over(self, name: str) -> None:
+        """Use the packed tensors that are there now."""
+        if self.device.type == "meta":
             self.drop_decoded()
+        elif self.keeps_decoded:
+            self.decode(None, name)
+        else:
+            self._forget()
+            self.check(name)
+
+    def _restore(self, before: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
+        for name, (parameter, values) in before.items():
+            self._parameters[name] = parameter
+            if parameter.device.type != "meta":
+                parameter.data.copy_(values)
 
 
 def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
@@ -244,13 +409,3 @@ def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
             f"{name}: its weight is not finite, or too large for {weight.dtype}: load the model with dtype=torch.bfloat16 or "
             "torch.float32. If that was so, the file is damaged: download or quantize it again"
         )
-
-
-def _sums(values: Tensor) -> tuple[float, float]:
-    """Two numbers that tell what was added once from everything else that might be taken away."""
-    values = values.detach().double()
-    return values.sum().item(), values.square().sum().item()
-
-
-def frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)
