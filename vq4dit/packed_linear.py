@@ -98,7 +98,7 @@ class PackedLinear(nn.Linear):
 
     def _decoded(self) -> Float[Tensor, "rows columns"]:
         with torch.inference_mode(False):  # a model may be loaded there and trained (beside an adapter) elsewhere
-            return self.reconstruct(self.dtype)
+            return self.reconstruct(self.dtype).detach()  # no view of something else, which would hold the memory as well
 
     # --- what others see as `weight` ---
 

@@ -28,11 +28,11 @@ class WatchedParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func in LOOKS:
                 return func(*args, **(kwargs or {}))
-            watched = [(leaf, version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WatchedParameter)]
+            watched = [(leaf, _state(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WatchedParameter)]
             result = func(*args, **(kwargs or {}))
             for parameter, before in watched:
                 lent = any(shares(leaf, parameter) for leaf in tree_leaves(result) if leaf is not parameter)
-                if lent or func == ASSIGNMENT or version(parameter) != before or parameter.is_inference():
+                if lent or _state(parameter) != before or parameter.is_inference():
                     parameter.changes += 1
         return result
 
@@ -46,6 +46,10 @@ def mark(tensor: Tensor) -> Any:
     """Something that differs as soon as somebody may have written into a tensor. Costs next to nothing."""
     if isinstance(tensor, WatchedParameter):
         return tensor.changes
+    return _state(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), version(tensor)
 
 
@@ -73,8 +77,13 @@ def shares(value: Any, tensor: Tensor) -> bool:
 
 def is_held_elsewhere(tensor: Tensor) -> bool:
     """Whether the memory of a tensor is somebody else's as well: of a view, of a NumPy array, or taken as it is."""
+    return _holders(tensor) != OWN
+
+
+def _holders(tensor: Tensor) -> tuple[int, int]:
+    """How many tensors hold its memory, and how many names the object has that stands for it."""
     storage = tensor.untyped_storage()  # the same object for everybody
-    return torch._C._storage_Use_Count(storage._cdata) > 2 or sys.getrefcount(storage) > 2
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 def _attributes(*names: str) -> set[Callable]:
@@ -94,3 +103,4 @@ LOOKS = {
 }
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 ASSIGNMENT = Tensor.data.__set__  # type: ignore[attr-defined]
+OWN = _holders(torch.empty(0, device="cpu"))  # of memory that is nobody else's
