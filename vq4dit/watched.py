@@ -36,6 +36,11 @@ class WatchedParameter(nn.Parameter):
                     parameter.changes += 1
         return result
 
+    def set_(self, *arguments: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        """The one function that torch does not tell of."""
+        self.changes += 1
+        return super().set_(*arguments, **named)
+
 
 def frozen(values: Tensor) -> nn.Parameter:
     """A watched parameter that takes no gradients."""
