@@ -91,7 +91,7 @@ def _is_table(path: Path) -> bool:
 
 
 def write_comparison(
-    folder: Path,
+    folder: Path | str,
     report: Comparison,
     pairs: Sequence[SamplePair],
     names: Mapping[int, str],
@@ -108,7 +108,7 @@ def write_comparison(
     Raises:
         JobError: if something would be lost (see `check_comparison_output`), or the disk is full.
     """
-    with whole_folder(folder, overwrite, comparison_files) as partial:
+    with whole_folder(Path(folder).expanduser(), overwrite, comparison_files) as partial:
         for pair in pairs:
             stem = f"{file_stem(names.get(pair.label, ''), pair.label)}-seed{pair.seed}"
             for kind in KINDS:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vq4dit.watched import ASSIGNMENT, DATA, LOOKS, shares, version
+from vq4dit.watched import ASSIGNMENT, DATA, LOOKS, REQUESTS, WITHOUT_GRADIENTS, asks_for_gradients, shares, version
 
 
 class Source(NamedTuple):
@@ -77,11 +77,8 @@ class LazyWeight(Tensor):
             weight = args[0]
             return cls(weight.layer, Variable(weight.variable.memory), weight.dtype, weight.device)
         if func in REQUESTS:
-            if kwargs.get("requires_grad", args[1] if len(args) > 1 else True):
-                raise ValueError(
-                    "the weight of a packed layer takes no gradients: train an adapter beside it (peft), or make an ordinary "
-                    "model of this one with vq4dit.dequantize(model)"
-                )
+            if asks_for_gradients(args, kwargs):
+                raise ValueError(WITHOUT_GRADIENTS)
             return args[0]
         if func == ASSIGNMENT and isinstance(args[0], LazyWeight):
             weight, value = args
@@ -97,7 +94,6 @@ class LazyWeight(Tensor):
 
 
 ALIASES = {DATA, Tensor.detach, torch.detach}
-REQUESTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 ADDITION, SUBTRACTION = Tensor.add_, Tensor.sub_
 
 

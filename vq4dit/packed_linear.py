@@ -42,6 +42,7 @@ class PackedLinear(nn.Linear):
     keeps_decoded: bool  # what `decode` and `drop_decoded` choose
     dtype: torch.dtype  # in which the weight is decoded
     variable: Variable  # what `weight` is now
+    room: Any | None  # if it shall be decoded where memory suffices, and not elsewhere: what tells that of a device
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
-        self.keeps_decoded, self.variable = False, Variable(Memory())
+        self.keeps_decoded, self.variable, self.room = False, Variable(Memory()), None
         self.register_buffer("decoded_weight", None, persistent=False)
         bias_values = torch.zeros(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", frozen(bias_values) if bias else None)
@@ -117,7 +118,31 @@ class PackedLinear(nn.Linear):
         with self._exchange():
             self.variable = variable
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what takes the place of a tensor of ours, and would be saved instead of it: a pruned one, say."""
+        self._check_own(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As `register_parameter`."""
+        self._check_own(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        """As `register_parameter`: parametrizations are a module."""
+        self._check_own(name)
+        super().register_module(name, module)
+
+    def _check_own(self, name: str) -> None:
+        if name not in (*self.EXACT, *self.BYTES, "bias", "decoded_weight"):
+            raise ValueError(
+                f"a packed layer has no place for {name}: its tensors cannot be pruned, parametrized or normalised, make an "
+                "ordinary model of it first with vq4dit.dequantize(model)"
+            )
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name != "weight":
+            self._check_own(name)
         if name == "weight":  # nn.Module would make a parameter of it
             object.__setattr__(self, name, value)
         else:
@@ -313,6 +338,10 @@ class PackedLinear(nn.Linear):
             if (packed := getattr(self, name)).dtype != torch.uint8:
                 packed.data = as_bytes(packed.data, name)
         self.keep_up()
+        told = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        suffices = self._finds_room(told.device)
+        if suffices is False and not self.variable.memory.written:
+            self.drop_decoded()
         exact = {name: getattr(self, name).data for name in self.EXACT if getattr(self, name) is not None}
         bias = None if self.bias is None else self.bias.data
         decoded, self.decoded_weight = self.decoded_weight, None
@@ -323,11 +352,18 @@ class PackedLinear(nn.Linear):
                 moved.data = before.to(moved.device)
         if bias is not None and self.bias.dtype.itemsize < 2:
             self.bias.data = bias.to(self.bias.device)
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self.dtype = self.dtype if dtype.itemsize < 2 else dtype
+        self.dtype = self.dtype if told.dtype.itemsize < 2 else told.dtype
         if decoded is not None:
             self._hold_applied(fn, decoded)
+        elif suffices:
+            self.decode()
         return self
+
+    def _finds_room(self, device: torch.device) -> bool | None:
+        """Whether it shall be decoded on a device where it is moved to; None if nothing changes."""
+        if self.room is None or device == self.device or "meta" in (device.type, self.device.type):
+            return None
+        return self.room.suffices(device)
 
     def _hold_applied(self, fn: Callable[[Tensor], Tensor], decoded: Tensor) -> None:
         """Keep what became of the decoded weight by a move or a cast."""

@@ -28,6 +28,8 @@ class WatchedParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func in LOOKS:
                 return func(*args, **(kwargs or {}))
+            if func in REQUESTS and asks_for_gradients(args, kwargs or {}):
+                raise ValueError(WITHOUT_GRADIENTS)
             watched = [(leaf, _state(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WatchedParameter)]
             result = func(*args, **(kwargs or {}))
             for parameter, before in watched:
@@ -36,7 +38,7 @@ class WatchedParameter(nn.Parameter):
                     parameter.changes += 1
         return result
 
-    def set_(self, *arguments: Any, **named: Any) -> Tensor:  # type: ignore[override]
+    def set_(self, *arguments: Any, **named: Any) -> Tensor:
         """The one function that torch does not tell of."""
         self.changes += 1
         return super().set_(*arguments, **named)
@@ -91,6 +93,11 @@ def _holders(tensor: Tensor) -> tuple[int, int]:
     return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
+def asks_for_gradients(args: tuple, kwargs: dict) -> bool:
+    """Of a call of one of REQUESTS."""
+    return bool(kwargs.get("requires_grad", args[1] if len(args) > 1 else True))
+
+
 def _attributes(*names: str) -> set[Callable]:
     """As `__torch_function__` is told that an attribute is read."""
     return {getattr(Tensor, name).__get__ for name in names}
@@ -106,6 +113,11 @@ LOOKS = {
     *(Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_inference),
     *(Tensor.get_device, torch.is_floating_point, torch.is_complex, torch.numel),
 }
+REQUESTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+WITHOUT_GRADIENTS = (
+    "the tensors of a packed layer take no gradients: train an adapter beside it (peft), or make an ordinary model of this one "
+    "with vq4dit.dequantize(model)"
+)
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 ASSIGNMENT = Tensor.data.__set__  # type: ignore[attr-defined]
 OWN = _holders(torch.empty(0, device="cpu"))  # of memory that is nobody else's
