@@ -59,7 +59,7 @@ class PackedLinear(nn.Linear):
         self.keeps_decoded, self.variable, self.room = False, Variable(Memory()), None
         self.register_buffer("decoded_weight", None, persistent=False)
         bias_values = torch.zeros(out_features, device=device, dtype=dtype)
-        self.register_parameter("bias", frozen(bias_values) if bias else None)
+        self.register_parameter("bias", nn.Parameter(bias_values, requires_grad=False) if bias else None)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """Ŵ in `dtype`, from the packed tensors.

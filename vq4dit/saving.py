@@ -64,8 +64,13 @@ def _check_quantized(pipeline: Any) -> None:
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, dict):
         raise ValueError(f"a quantized pipeline is wanted (not its transformer alone), got a {type(pipeline).__name__}")
-    if not any(getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT for part in parts.values()):
+    if not any(_is_ours(part) for part in parts.values()):
         raise ValueError("nothing in this pipeline is quantized: vq4dit.quantize it first, or call its save_pretrained")
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether we quantized it, and it still is."""
+    return getattr(part, "is_quantized", False) and getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
 
 
 def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path | None) -> None:
@@ -92,8 +97,7 @@ def _copy_part(part: Any, source: Path, target: Path, root: Path) -> bool:
     they lead to may be no part of it.
     """
     names = part_files(source)
-    is_ours = getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
-    if is_ours or not names or (isinstance(part, nn.Module) and not weight_files(source)):
+    if _is_ours(part) or not names or (isinstance(part, nn.Module) and not weight_files(source)):
         return False
     if not all(stays_inside(source / name, root) for name in names):
         return False

@@ -25,9 +25,9 @@ class WatchedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in LOOKS or torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            if func in LOOKS:
-                return func(*args, **(kwargs or {}))
             if func in REQUESTS and asks_for_gradients(args, kwargs or {}):
                 raise ValueError(WITHOUT_GRADIENTS)
             watched = [(leaf, _state(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WatchedParameter)]
