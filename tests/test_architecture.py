@@ -38,12 +38,13 @@ LADDER = [
         "casts",
     },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
-        "packed_linear",
+        "held_weight",
         "dit",
         "job",
         "rate_allocation",
         "repository",
-    },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
+    },  # a decoded weight; which layers and blocks; work on disk; where bits go; a pipeline as files
+    {"packed_linear"},  # a packed layer
     {
         "layers",
         "coded_layers",

@@ -132,7 +132,7 @@ def test_what_was_merged_is_not_lost_by_other_packed_tensors(layer, mode, other,
 
 def test_a_layer_that_nobody_touches_is_decoded_and_hashed_once(layer, x, monkeypatch):
     layer.decode()
-    monkeypatch.setattr("vq4dit.packed_linear.digest", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("vq4dit.held_weight.digest", lambda *_: pytest.fail("hashed"))
     monkeypatch.setattr(type(layer), "reconstruct", lambda *_: pytest.fail("decoded"))
     for _ in range(3):
         layer(x)

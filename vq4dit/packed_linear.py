@@ -2,16 +2,13 @@
 
 A layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up in every
 forward pass (`drop_decoded`: as small as the file). The packed tensors are what is saved, always, and nothing that is done to
-a model's types changes what they say.
-
-Somebody may write into the weight: a LoRA that is merged does. Then the layer computes with what was written, knows that its
-packed tensors no longer describe it, and can take back what was added.
+a model's types changes what they say. What becomes of a weight that somebody writes into: `vq4dit/held_weight.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,13 +18,11 @@ from torch import Tensor, nn
 
 from vq4dit.casts import as_bytes, as_scales, check_finite
 from vq4dit.errors import FormatError
-from vq4dit.lazy_weight import LazyWeight, Memory, Source, Variable
-from vq4dit.watched import digest, frozen, is_held_elsewhere, mark
-
-ROUNDING = 16  # times a type's eps, relative to the largest weight: what some additions and subtractions leave
+from vq4dit.held_weight import HeldWeight
+from vq4dit.lazy_weight import Memory, Variable
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(HeldWeight):
     """A linear layer whose weight is held as packed tensors, those of the file, and decoded from them.
 
     It is an `nn.Linear` so that PEFT and others find it. `weight` is not stored: see `vq4dit/lazy_weight.py`. Whatever is
@@ -36,12 +31,6 @@ class PackedLinear(nn.Linear):
     Packed tensors are parameters, not buffers, because that is what offloading moves; none of them takes gradients.
     """
 
-    EXACT: tuple[str, ...]  # names of packed tensors that are fp32 holding fp16 values: `.to(dtype)` leaves them alone
-    BYTES: tuple[str, ...]  # names of packed tensors that are bytes, whatever type somebody gave them
-    decoded_weight: Tensor | None
-    keeps_decoded: bool  # what `decode` and `drop_decoded` choose
-    dtype: torch.dtype  # in which the weight is decoded
-    variable: Variable  # what `weight` is now
     room: Any | None  # if it shall be decoded where memory suffices, and not elsewhere: what tells that of a device
 
     def __init__(
@@ -61,14 +50,6 @@ class PackedLinear(nn.Linear):
         bias_values = torch.zeros(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(bias_values, requires_grad=False) if bias else None)
 
-    def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Ŵ in `dtype`, from the packed tensors.
-
-        Raises:
-            FormatError: if they were cast to a type that does not hold their values.
-        """
-        raise NotImplementedError
-
     def check(self, name: str) -> None:
         """Raise `FormatError` if the packed tensors hold no weight."""
         raise NotImplementedError
@@ -83,42 +64,7 @@ class PackedLinear(nn.Linear):
         self._keep_decoded(dtype)
         check_weight(self.numbers(), name)
 
-    def _keep_decoded(self, dtype: torch.dtype | None = None) -> None:
-        self._forget()
-        self.dtype, self.keeps_decoded = dtype or self.dtype, True
-        self.hold(self.variable.memory, self._decoded())
-
-    def drop_decoded(self) -> None:
-        """Forget the decoded weight; every forward pass looks it up again."""
-        self._forget()
-        self.keeps_decoded = False
-
-    def _forget(self) -> None:
-        self.decoded_weight = None
-        self.variable.memory.clear()
-
-    def _decoded(self) -> Float[Tensor, "rows columns"]:
-        with torch.inference_mode(False):  # a model may be loaded there and trained (beside an adapter) elsewhere
-            return self.reconstruct(self.dtype).detach()  # no view of something else, which would hold the memory as well
-
-    # --- what others see as `weight` ---
-
-    @property
-    def weight(self) -> Tensor:
-        """(rows, columns): what `forward` multiplies by, decoded if somebody asks for its numbers."""
-        decoded = self.decoded_weight
-        return LazyWeight(self, self.variable, self.dtype if decoded is None else decoded.dtype, self.device)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        if isinstance(value, LazyWeight) and value.layer is self:  # PEFT gives a layer its own weight back
-            variable = value.variable
-        else:
-            variable = Variable(self.memory_of(value))
-        with self._exchange():
-            self.variable = variable
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self, name: str, param: Any) -> None:
         """Refuse what takes the place of a tensor of ours, and would be saved instead of it: a pruned one, say."""
         self._check_own(name)
         super().register_parameter(name, param)
@@ -132,6 +78,11 @@ class PackedLinear(nn.Linear):
         """As `register_parameter`: parametrizations are a module."""
         self._check_own(name)
         super().register_module(name, module)
+
+    def __delattr__(self, name: str) -> None:
+        if name in (*self.EXACT, *self.BYTES, "bias", "weight"):  # something else shall be in its place
+            self._check_own(f"something in place of {name}")
+        super().__delattr__(name)
 
     def _check_own(self, name: str) -> None:
         if name not in (*self.EXACT, *self.BYTES, "bias", "decoded_weight"):
@@ -148,178 +99,12 @@ class PackedLinear(nn.Linear):
         else:
             super().__setattr__(name, value)
 
-    def give(self, variable: Variable, memory: Memory) -> None:
-        """Let a variable have other memory."""
-        with self._exchange():
-            variable.memory = memory
-
-    def memory_of(self, value: Tensor) -> Memory:
-        """That of this layer's own weight, or new memory with the numbers of another tensor."""
-        if isinstance(value, LazyWeight):
-            if value.layer is self:
-                return value.variable.memory
-            value = value.layer.numbers_of(value.variable.memory)
-        if value.shape != (shape := (self.out_features, self.in_features)):
-            raise ValueError(f"the weight of this layer is {shape[0]} x {shape[1]}, got {tuple(value.shape)}")
-        return Memory(value.detach(), [None])
-
-    @contextmanager
-    def _exchange(self) -> Iterator[None]:
-        """Put the numbers in use away, and use those of what is the layer's memory afterwards."""
-        self.variable.memory.put_away = self.decoded_weight
-        yield
-        memory = self.variable.memory
-        self.decoded_weight, memory.put_away = memory.put_away, None
-        if self.decoded_weight is not None:
-            self.hold(memory, self.decoded_weight)
-        elif self.keeps_decoded:
-            self._keep_decoded()
-
-    # --- its numbers ---
-
-    def numbers(self) -> Float[Tensor, "rows columns"]:
-        """The weight as it is used now: what was kept or written, or decoded for once."""
-        return self.numbers_of(self.variable.memory)
-
-    def numbers_of(self, memory: Memory) -> Float[Tensor, "rows columns"]:
-        """Those in some memory."""
-        self.keep_up()
-        found = self._in(memory)
-        return self._decoded() if found is None else found
-
-    def _in(self, memory: Memory) -> Tensor | None:
-        return self.decoded_weight if memory is self.variable.memory else memory.put_away
-
-    def hold(self, memory: Memory, weight: Float[Tensor, "rows columns"]) -> None:
-        """Let these be the numbers in some memory."""
-        if memory.source is None:
-            memory.source = self._source()
-        if memory is self.variable.memory:
-            self.decoded_weight = weight
-        else:
-            memory.put_away = weight
-
-    def lend(self, memory: Memory, weight: Float[Tensor, "rows columns"]) -> None:
-        """The same, and others have a view of them, through which they may write without a word."""
-        self.hold(memory, weight)
-        if memory.seal is None:
-            memory.seal = digest(weight)
-
-    def was_written(self, memory: Memory, weight: Float[Tensor, "rows columns"], added: Tensor | None) -> None:
-        """Use this weight from now on, in which something was `added` or (None) all may have changed."""
-        self.hold(memory, weight.detach())  # what is merged may know how it was learned
-        memory.written.append(None if added is None else digest(added.detach()))
-        memory.seal = memory.seal and digest(weight.detach())
-
-    def notice(self, memory: Memory) -> None:
-        """Look whether something was written through a view."""
-        weight = self._in(memory)
-        if weight is not None and memory.seal is not None and memory.seal != (found := digest(weight)):
-            memory.written.append(None)
-            memory.seal = found
-
-    def takes_back(self, memory: Memory, amount: Tensor) -> bool:
-        """Subtract something that was added before; False, and nothing done, if it was not.
-
-        (w + δ) - δ is not w in floating point. So that a LoRA that was fused and is unfused leaves nothing behind, it is known
-        what was added: once all of it is taken back, and nothing else was done, the packed weight is there again, bit by bit.
-        """
-        weight, amount = self._in(memory), amount.detach()
-        if weight is None or not memory.written:
-            return False
-        if (undone := digest(amount)) in memory.written:
-            memory.written.remove(undone)
-        elif len(memory.written) == 1 and torch.equal(weight, (self.reconstruct(weight.dtype) + amount).to(weight.dtype)):
-            memory.written.clear()
-        else:
-            return False
-        if memory.written:
-            weight -= amount
-        elif memory.seal is None and not self.keeps_decoded and memory is self.variable.memory:
-            self._forget()
-            return True
-        else:  # in its place: others may have views of it
-            weight.copy_(self.reconstruct(weight.dtype))
-        memory.seal = memory.seal and digest(weight)
-        return True
-
-    def keep_up(self) -> None:
-        """Decode again if the packed tensors are others than those that were decoded; forget what nobody looks at any more.
-
-        Raises:
-            FormatError: if they are others, and something was written into the weight: it cannot be both.
-        """
-        memory, decoded = self.variable.memory, self.decoded_weight
-        if decoded is None or memory.source is None:
-            return
-        if not self.keeps_decoded and not memory.written and not is_held_elsewhere(decoded):
-            self.notice(memory)
-            if not memory.written:
-                self._forget()
-                return
-        source, found = memory.source, self._parameters
-        if all(found.get(name) is tensor and mark(tensor) == noted for name, tensor, noted in source.tensors):
-            return
-        if self.device != source.device:  # moved by somebody who moves each tensor by itself
-            return
-        memory.source = self._source()
-        if memory.source.digest == source.digest:
-            return
-        self.notice(memory)
-        if memory.written:
-            memory.source = source
-            raise FormatError(
-                "the packed tensors of a layer were changed after something was written into its weight (a merged LoRA): take "
-                "that out first (unfuse_lora, unmerge_adapter), or make an ordinary model with vq4dit.dequantize(model)"
-            )
-        self._forget()
-        if self.keeps_decoded:
-            self.decode()
-
-    def _source(self, known: bytes | None = None) -> Source:
-        """What the packed tensors are now; `known` is their digest, if they were only moved."""
-        packed = {name: p for name in (*self.EXACT, *self.BYTES) if (p := self._parameters.get(name)) is not None}
-        for name, tensor in packed.items():
-            if type(tensor) is nn.Parameter:  # somebody's own, or of a pickle
-                self._parameters[name] = packed[name] = frozen(tensor.detach())
-        if known is None and self.device.type != "meta":
-            known = digest(*(as_bytes(p, name) if name in self.BYTES else as_scales(p, name) for name, p in packed.items()))
-        tensors = tuple((name, tensor, mark(tensor)) for name, tensor in packed.items())
-        return Source(tensors, self.device, known or b"")
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether somebody wrote into the decoded weight, so that the packed tensors no longer describe the layer."""
-        self.keep_up()
-        decoded = self.decoded_weight
-        return decoded is not None and not torch.equal(decoded, self.reconstruct(decoded.dtype))
-
-    def told_change(self, name: str) -> str:
-        """What was done to a weight that is changed, as far as it is known, in words."""
-        weight, written = self.numbers(), self.variable.memory.written
-        packed = self.reconstruct(weight.dtype)
-        left = float((weight.float() - packed.float()).abs().max() / packed.float().abs().max().clamp(min=1e-30))
-        if written and left < ROUNDING * torch.finfo(weight.dtype).eps:
-            return (
-                f"the weight of {name} was changed after it was decoded, and changed back (an adapter that was merged and is "
-                f"unmerged): what is left is rounding, {left:.1g} of its largest value"
-            )
-        if None in written:
-            return f"the weight of {name} was replaced after it was decoded (by a merged LoRA or another adapter, or by hand)"
-        if written:
-            return f"something was added to the weight of {name} after it was decoded, which is what a merged LoRA does"
-        return f"the decoded weight of {name} is not what its packed tensors say: one of the two was changed in place"
-
     @property
     def bits_per_weight(self) -> float:
         """Of all packed tensors in the file: codebook and scales count, the bias does not."""
         packed = {name: p for name, p in self.named_parameters() if name != "bias"}
         num_bytes = sum(p.numel() * (2 if name in self.EXACT else 1) for name, p in packed.items())
         return 8 * num_bytes / (self.in_features * self.out_features)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         if not torch.compiler.is_compiling():
@@ -395,6 +180,7 @@ class PackedLinear(nn.Linear):
             super()._load_from_state_dict(given, prefix, *arguments)
             return
         before = {name: (p, p.detach().clone()) for name, p in self._parameters.items() if p is not None}
+        decoded, memory = self.decoded_weight, copy.copy(self.variable.memory)
         errors = arguments[-1]
         told = len(errors)
         try:
@@ -405,6 +191,7 @@ class PackedLinear(nn.Linear):
                 return
         except FormatError:
             self._restore(before)
+            self.decoded_weight, self.variable.memory = decoded, memory
             raise
         self._restore(before)
 

@@ -115,7 +115,7 @@ LOOKS = {
 }
 REQUESTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 WITHOUT_GRADIENTS = (
-    "the tensors of a packed layer take no gradients: train an adapter beside it (peft), or make an ordinary model of this one "
+    "the weight of a packed layer takes no gradients: train an adapter beside it (peft), or make an ordinary model of this one "
     "with vq4dit.dequantize(model)"
 )
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
