@@ -15,13 +15,13 @@ LADDER = [
         "extras",
         "version",
         "printable",
-        "lazy_weight",
+        "watched",
         "adapters",
         "surroundings",
         "interrupts",
         "revisions",
     },  # no diffusers
-    {"devices", "json_files"},  # where the work is done; descriptions of strangers
+    {"devices", "json_files", "lazy_weight"},  # where the work is done; descriptions of strangers; a weight as others see it
     {"codebook", "packing", "record"},  # what we wrote into a folder
     {
         "files",
@@ -38,12 +38,13 @@ LADDER = [
     },  # settings; one codebook; failures; what may be loaded; what commands share; what is free
     {"folders"},  # whole or not at all
     {
-        "packed_linear",
+        "held_weight",
         "dit",
         "job",
         "rate_allocation",
         "repository",
-    },  # a packed layer; which layers and blocks; work on disk; where bits go; a pipeline as files
+    },  # a decoded weight; which layers and blocks; work on disk; where bits go; a pipeline as files
+    {"packed_linear"},  # a packed layer
     {
         "layers",
         "coded_layers",

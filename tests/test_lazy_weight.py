@@ -176,3 +176,145 @@ def test_decoding_in_inference_mode_leaves_a_weight_that_gradients_pass(layer, x
         layer.decode()
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+
+
+# --- as with an ordinary linear ---
+
+
+def ordinary(layer: PackedLinear) -> nn.Linear:
+    """A linear with the same weight and bias, which takes no gradients either."""
+    linear = nn.Linear(COLUMNS, ROWS)
+    linear.load_state_dict({"weight": layer.reconstruct(torch.float32), "bias": layer.bias})
+    return linear.requires_grad_(False)
+
+
+def swapped(layer, a, b):
+    weight = layer.weight
+    layer.weight = nn.Parameter(a, requires_grad=False)
+    layer.weight = weight
+
+
+def swapped_data(layer, a, b):
+    data = layer.weight.data
+    layer.weight.data = a
+    layer.weight.data = data
+
+
+def swapped_data_of_the_same_variable(layer, a, b):
+    weight = layer.weight
+    layer.weight.data = a
+    layer.weight = weight  # it is that one still
+
+
+def swapped_after_a_write(layer, a, b):
+    layer.weight.data += a
+    swapped(layer, b, a)
+
+
+def written_while_it_was_away(layer, a, b):
+    weight = layer.weight
+    layer.weight = nn.Parameter(a, requires_grad=False)
+    weight.data += b
+    layer.weight = weight
+
+
+def written_and_put_back(layer, a, b):
+    weight = layer.weight
+    layer.weight.data += a
+    layer.weight = weight
+
+
+def swapped_twice(layer, a, b):
+    first = layer.weight
+    layer.weight = nn.Parameter(a, requires_grad=False)
+    second = layer.weight
+    layer.weight = first
+    layer.weight = second
+    layer.weight.data += b
+
+
+def called_with_another(layer, a, b):
+    wanted = F.linear(b, a, layer.bias)
+    torch.testing.assert_close(torch.func.functional_call(layer, {"weight": a}, (b,)), wanted)
+
+
+def through_a_row(layer, a, b):
+    layer.weight.data[0].mul_(2)
+
+
+def through_numpy(layer, a, b):
+    layer.weight.detach().numpy()[1] *= 3
+
+
+def through_a_view_that_stays(layer, a, b):
+    view = layer.weight.data.T
+    layer(b)
+    view[:, 2] = 1
+
+
+def fused(layer, a, b):
+    layer.weight.data += a
+
+
+def unfused(layer, a, b):
+    layer.weight.data -= a
+
+
+def unfused_something_else_with_equal_sums(layer, a, b):
+    layer.weight.data -= a.flip(0)
+
+
+PROGRAMS = {
+    "swap": [swapped],
+    "swap data": [swapped_data],
+    "other data for the same variable": [swapped_data_of_the_same_variable],
+    "write, swap": [swapped_after_a_write],
+    "swap and write": [written_while_it_was_away],
+    "write and put back": [written_and_put_back],
+    "swap twice": [swapped_twice],
+    "call with another": [called_with_another],
+    "write, call with another": [fused, called_with_another],
+    "fuse, unfuse": [fused, unfused],
+    "fuse, unfuse something else": [fused, unfused_something_else_with_equal_sums],
+    "row, fuse, unfuse": [through_a_row, fused, unfused],
+    "fuse, row, unfuse": [fused, through_a_row, unfused],
+    "fuse, numpy, fuse, unfuse twice": [fused, through_numpy, fused, unfused, unfused],
+    "numpy, fuse, unfuse": [through_numpy, fused, unfused],
+    "fuse, view, unfuse": [fused, through_a_view_that_stays, unfused],
+    "view": [through_a_view_that_stays],
+    "row": [through_a_row],
+    "swap, numpy": [swapped, through_numpy],
+    "fuse, swap, unfuse": [fused, swapped, unfused],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_what_is_done_to_a_weight_does_what_it_does_to_an_ordinary_one(layer, mode, program, generator):
+    linear = ordinary(layer)
+    a, b, x = (torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3))
+    packed = layer.reconstruct(torch.float32)
+    for step in program:
+        for module in (linear, layer):
+            step(module, a.clone(), b.clone())
+    torch.testing.assert_close(layer(x), linear(x))
+    torch.testing.assert_close(layer.weight + 0, linear.weight.data)
+    close = torch.allclose(linear.weight, packed, rtol=1e-4, atol=1e-5)
+    assert layer.is_changed is not close, "what is as it was is so bit by bit, and all else is noticed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_write_through_a_view_survives_a_cast(layer, mode, dtype):
+    layer.weight.data[0].mul_(2)
+    wanted = layer.weight + 0
+    layer.to(dtype)
+    assert torch.equal(layer.weight + 0, wanted.to(dtype)) and layer.is_changed
+
+
+@pytest.mark.parametrize("look", [lambda w: w.T, lambda w: w.untyped_storage(), lambda w: w.numpy(), lambda w: w[0][1:]])
+def test_a_view_that_nobody_has_any_more_leaves_nothing_decoded(layer, look, x):
+    wanted = layer(x)
+    view = look(layer.weight)
+    assert torch.equal(layer(x), wanted)
+    assert layer.decoded_weight is not None, "somebody could write into it"
+    del view
+    assert torch.equal(layer(x), wanted) and layer.decoded_weight is None

@@ -1,16 +1,19 @@
 """What torch is set to when we are called (default type, inference mode, training mode) does not show in a result."""
 
+from contextlib import ExitStack, contextmanager
+
 import pytest
 import torch
 from conftest import new_pipeline, quick_settings
 from diffusers import DiTTransformer2DModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vq4dit
 from vq4dit.attribution import layer_noise_errors
 from vq4dit.config import RECIPES
 from vq4dit.evaluation import noise_nmse, sample
-from vq4dit.surroundings import evaluating, ordinary_torch
+from vq4dit.surroundings import OF_THE_PROCESS, evaluating, ordinary_torch
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 other_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -106,11 +109,10 @@ def test_equal_calls_give_equal_figures_in_whatever_mode_the_models_are(figure, 
     assert figure(original, quantized) == wanted == figure(original, quantized)
     assert [module.training for p in (original, quantized) for module in p.transformer.modules()] == modes
     assert original.vae.training
-    if figure is not FIGURES["sample"]:  # which is diffusers' own loop
-        with torch.inference_mode():
-            assert figure(original, quantized) == wanted
-            default_dtype(torch.float64)
-            assert figure(original, quantized) == wanted
+    with torch.inference_mode():
+        assert figure(original, quantized) == wanted
+        default_dtype(torch.float64)
+        assert figure(original, quantized) == wanted
 
 
 def test_a_model_made_in_inference_mode_is_measured_like_another():
@@ -139,3 +141,97 @@ def test_ordinary_torch_makes_fp32_and_gradients_and_puts_everything_back(defaul
             assert x.dtype == torch.float32 and x.grad is not None
             raise KeyError
         assert torch.get_default_dtype() == torch.bfloat16 and torch.is_inference_mode_enabled()
+
+
+# --- what else a program sets ---
+
+
+@contextmanager
+def matmuls(precision: str):
+    torch.set_float32_matmul_precision(precision)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def default_device(device: str):
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def autocast_twice():
+    with torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast twice": autocast_twice,
+    "a device": lambda: torch.device("meta"),
+    "default device": lambda: default_device("meta"),
+    "a product of few bits": lambda: matmuls("medium"),
+    "one kind of attention": lambda: sdpa_kernel(SDPBackend.MATH),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "deterministic": deterministic,
+    "anomalies": lambda: torch.autograd.detect_anomaly(check_nan=False),
+}
+every_surrounding = pytest.mark.parametrize("surrounding", SURROUNDINGS.values(), ids=SURROUNDINGS)
+
+
+@every_recipe
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_nothing_that_a_program_sets_shows_in_what_is_quantized_or_saved(tmp_path, made, recipe):
+    pipeline = new_pipeline()
+    with ExitStack() as all_at_once:
+        for name in SURROUNDINGS.keys() - {"autocast twice"}:
+            all_at_once.enter_context(SURROUNDINGS[name]())
+        quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe))
+        vq4dit.save(quantized, tmp_path / "out")
+    assert same(quantized.transformer, made[recipe])
+    assert same(DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer"), made[recipe])
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """Two pipelines, and all figures of them."""
+    original = new_pipeline()
+    pipelines = original, vq4dit.quantize(original, quick_settings(recipe="kmeans"))
+    return pipelines, {name: figure(*pipelines) for name, figure in FIGURES.items()}
+
+
+@every_surrounding
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_nothing_that_a_program_sets_shows_in_a_figure(figures, surrounding):
+    pipelines, wanted = figures
+    with surrounding():
+        assert {name: figure(*pipelines) for name, figure in FIGURES.items()} == wanted
+
+
+@every_surrounding
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_everything_is_put_back(surrounding):
+    def settings():
+        return (
+            [get() for get, _, _ in OF_THE_PROCESS]
+            + [torch.is_autocast_enabled("cpu"), torch.get_default_device(), torch.is_grad_enabled()]
+            + [torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()]
+        )
+
+    before = settings()
+    with surrounding():
+        inside = settings()
+        with pytest.raises(KeyError), ordinary_torch():
+            assert not torch.is_autocast_enabled("cpu") and torch.zeros(1).device.type == "cpu"
+            raise KeyError
+        assert settings() == inside
+    assert settings() == before == [torch.float32, "highest", True, True, True, False, torch.device("cpu"), True, False, False]

@@ -7,6 +7,8 @@ fp16 values in any that has fp16's precision. In other types numbers are lost, a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -47,3 +49,18 @@ def as_scales(values: Tensor, name: str) -> Float[Tensor, "..."]:
         f"{name} must hold fp16 values, and was cast to {values.dtype}, which rounds them: load the model again, and choose "
         "its type with `dtype` of from_pretrained"
     )
+
+
+def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise `FormatError` if a tensor of a file holds NaN or infinity, or would once it is of the type it is loaded in."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    largest = float(tensor.float().abs().max())  # NaN if there is one
+    if not math.isfinite(largest):
+        raise FormatError(
+            f"{name} holds values that are not finite (NaN or infinity): the file is damaged, download or quantize it again"
+        )
+    if dtype is not None and dtype.is_floating_point and largest > torch.finfo(dtype).max:
+        raise FormatError(
+            f"{name} holds {largest:.6g}, more than {dtype} can: load the model with dtype=torch.bfloat16 or torch.float32"
+        )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Integer, UInt8
@@ -23,7 +22,8 @@ from vq4dit.casts import as_bytes
 from vq4dit.devices import exact
 from vq4dit.entropy_coding import Sides, decode, encode, estimate_levels
 from vq4dit.errors import FormatError
-from vq4dit.packed_linear import PackedLinear, check_weight, frozen
+from vq4dit.packed_linear import PackedLinear, check_weight
+from vq4dit.watched import frozen
 
 STEPS_PER_OCTAVE = 8
 STEP_OF_ONE = 128
@@ -134,12 +134,11 @@ class EntropyCodedLinear(PackedLinear):
                 weight = self.numbers()
             check_weight(weight, name)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
         """Streams of the same shape differ in length."""
-        stream = state_dict.get(f"{prefix}coded_integers")
+        stream = given.get(f"{prefix}coded_integers")
         if stream is not None and stream.ndim == 1 and len(stream) != len(self.coded_integers):
             self.coded_integers = frozen(self.coded_integers.new_zeros(len(stream)))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bytes={len(self.coded_integers)}, bias={self.bias is not None}"

@@ -102,7 +102,7 @@ def is_of_comparison(path: Path) -> bool:
 
 
 def write_comparison(
-    folder: Path,
+    folder: Path | str,
     report: Comparison,
     pairs: Sequence[SamplePair],
     names: Mapping[int, str],
@@ -119,7 +119,7 @@ def write_comparison(
     Raises:
         JobError: if something would be lost (see `check_comparison_output`), or the disk is full.
     """
-    with whole_folder(folder, overwrite, REPORT) as partial:
+    with whole_folder(Path(folder).expanduser(), overwrite, REPORT) as partial:
         for pair in pairs:
             stem = f"{file_stem(names.get(pair.label, ''), pair.label)}-seed{pair.seed}"
             for kind in KINDS:

@@ -8,8 +8,10 @@ the layer's own tensors. `QuantizationSettings` is what a person chooses, `Calib
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -115,6 +117,7 @@ class CalibrationConfig:
     ratio_loss_weight: float = 0.03  # λ_r of eq. 10, with λ_d = 1; open in the paper
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 1 <= self.num_candidates <= 4:
             raise ValueError(f"num_candidates must be 1 to 4, got {self.num_candidates}")
         if self.ratio_start not in ("uniform", "distance"):
@@ -129,6 +132,26 @@ class CalibrationConfig:
             )
 
 
+def _check_numbers(settings: Any) -> None:
+    """Raise `ValueError` unless numbers are numbers, whole ones where they count something, and none is infinite or NaN."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if entry.type == "int":
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{entry.name} must be a whole number, got {value!r:.60}")
+            object.__setattr__(settings, entry.name, int(value))
+        elif entry.type == "float":
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{entry.name} must be a finite number, got {value!r:.60}")
+            object.__setattr__(settings, entry.name, float(value))
+
+
+def check_settings(settings: Any) -> None:
+    """Raise `ValueError` unless these are settings: a dict or a name is taken for them easily."""
+    if not isinstance(settings, QuantizationSettings):
+        raise ValueError(f"settings must be QuantizationSettings(bits=2, ...), got {settings!r:.60}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSettings:
     """What a person chooses. Equal settings, model and machine give equal bytes."""
@@ -140,6 +163,13 @@ class QuantizationSettings:
     calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
+        """Raise `ValueError` for what is no setting: what is wrong is said here, not after minutes."""
+        _check_numbers(self)
+        if isinstance(self.keep, str) or not all(isinstance(pattern, str) for pattern in self.keep):
+            raise ValueError(f"keep must be a tuple of patterns, such as ('*.ff.*',), got {self.keep!r:.60}")
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if not isinstance(self.calibration, CalibrationConfig):
+            raise ValueError(f"calibration must be a CalibrationConfig, got {self.calibration!r:.60}")
         if self.bits not in CODEBOOKS:
             raise ValueError(f"bits must be one of {sorted(CODEBOOKS)}, got {self.bits}")
         if self.recipe not in RECIPES:

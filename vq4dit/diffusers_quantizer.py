@@ -19,13 +19,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from vq4dit.adapters import adapter_layers, adapter_names
+from vq4dit.casts import check_finite
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.dit import block_embedders, duplicate_keys, share_embedders, unshare_embedders
 from vq4dit.errors import FormatError
 from vq4dit.json_files import AGAIN
 from vq4dit.memory import available_memory
 from vq4dit.packed_linear import PackedLinear
-from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, check_finite, empty_layer, stored
+from vq4dit.packed_tensors import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer, stored
 from vq4dit.repository import TensorHeader, read_header
 from vq4dit.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 
@@ -43,7 +44,8 @@ def decode_mode(mode: str) -> Iterator[None]:
     """Choose when models loaded inside this block are decoded.
 
     "load": once, at load; as fast as the original. "forward": in every forward pass; memory as small as the file.
-    "auto" (the default): at load if the decoded weights fit in half of the memory that is free.
+    "auto" (the default): at load if the decoded weights fit in half of the memory that is free, and again by the memory of
+    another device when the model is moved there.
 
     The choice holds in the thread that made it: a thread that is started here has the default, and chooses for itself.
     """
@@ -53,6 +55,19 @@ def decode_mode(mode: str) -> Iterator[None]:
         yield
     finally:
         _decode_mode.reset(token)
+
+
+class Room:
+    """Whether all decoded weights of a model fit in half of the memory that is free, asked wherever the model comes."""
+
+    def __init__(self, layers: Collection[PackedLinear], dtype: torch.dtype | None = None):
+        self._needed = sum(layer.in_features * layer.out_features * (dtype or layer.dtype).itemsize for layer in layers)
+        self._last: tuple[torch.device, bool] | None = None  # one answer for all layers that come together
+
+    def suffices(self, device: torch.device) -> bool:
+        if self._last is None or self._last[0] != device:
+            self._last = device, self._needed <= available_memory(device) / 2
+        return self._last[1]
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
@@ -74,24 +89,19 @@ def set_decode_mode(model: Any, mode: str, dtype: torch.dtype | None = None) -> 
     """
     _check_mode(mode)
     for part in parts_of(model):
-        layers = {name: layer for name, layer in packed_layers(part).items() if layer.device.type != "meta"}
+        layers = packed_layers(part)
         if fused := sorted({adapter for wrapper in adapter_layers(part).values() for adapter in wrapper.merged_adapters}):
             raise ValueError(
                 f"the adapter {', '.join(fused)} is fused into this model: take it out first (unfuse_lora, unmerge_adapter), "
                 "or keep it for good (unload_lora, merge_and_unload)"
             )
-        decoded = mode == "load" or mode == "auto" and _fit_decoded(layers.values(), dtype)
+        room = Room(layers.values(), dtype) if mode == "auto" else None
         for name, layer in layers.items():
-            if decoded:
-                layer.decode(dtype, name)
-            else:
+            layer.room = room
+            if layer.device.type == "meta" or mode == "forward" or (room and not room.suffices(layer.device)):
                 layer.drop_decoded()
-
-
-def _fit_decoded(layers: Collection[PackedLinear], dtype: torch.dtype | None) -> bool:
-    """Whether the decoded weights fit in half of the memory that is free."""
-    needed = sum(layer.in_features * layer.out_features * (dtype or layer.dtype).itemsize for layer in layers)
-    return not layers or needed <= available_memory(next(iter(layers)).device) / 2
+            else:
+                layer.decode(dtype, name)
 
 
 def dequantize(model: Any) -> Any:
@@ -101,6 +111,8 @@ def dequantize(model: Any) -> Any:
     packed parts becomes an ordinary one.
     """
     for part in parts_of(model):
+        if packed_layers(part):
+            check_in_memory(part, "made an ordinary model")
         packed: list[Any] = [m for m in part.modules() if isinstance(vars(m).get("hf_quantizer"), VQ4DiTQuantizer)]
         for module in packed:
             module.dequantize()
@@ -120,6 +132,17 @@ def parts_of(model: Any) -> list[nn.Module]:
     if isinstance(parts := getattr(model, "components", None), dict):
         return [part for part in parts.values() if isinstance(part, nn.Module)]
     raise ValueError(f"a model or a pipeline is wanted, got a {type(model).__name__}")
+
+
+def check_in_memory(model: nn.Module, what: str) -> None:
+    """Raise `FormatError` if numbers of a model are somewhere else; `what` cannot be done then, for the message."""
+    for name, tensor in model.named_parameters():
+        if tensor.device.type == "meta":
+            raise FormatError(
+                f"{name} is not in memory (the model is offloaded), and a model cannot be {what} without its numbers: call "
+                "pipeline.remove_all_hooks() or accelerate.hooks.remove_hook_from_submodules(model), which bring them back, or "
+                "load the model again without offloading"
+            )
 
 
 def unpack_layers(model: Any) -> None:
@@ -191,7 +214,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         """Put empty packed layers where the files have packed tensors, and share the embedders that are stored once."""
         modules = dict(model.named_modules())
@@ -212,7 +235,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
                 )
         if unknown := set(self.quantization_config.shared_embedders) - set(block_embedders(model)):
             raise FormatError(f"config.json says that blocks share {sorted(unknown)[0]}, which this model's blocks do not have")
-        share_embedders(model, self.quantization_config.shared_embedders)
+        if device_map is None:
+            share_embedders(model, self.quantization_config.shared_embedders)
         self._duplicates = duplicate_keys(model, self.quantization_config.shared_embedders)
         # Codebooks and scales keep their bits whatever torch_dtype is. The list is this load's own: diffusers would hand us the
         # class's if we had `use_keep_in_fp32_modules`.
@@ -246,6 +270,8 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.model = model
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            share_embedders(model, self.quantization_config.shared_embedders)
         if not hasattr(model, "_hf_hook"):  # accelerate's offloading moves packed tensors only
             set_decode_mode(model, _decode_mode.get())
         for name, layer in packed_layers(model).items():
@@ -276,6 +302,7 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         }, {}
 
     def _check_saveable(self, model: nn.Module) -> None:
+        check_in_memory(model, "saved")
         if attached := adapter_layers(model):
             name, wrapper = next(iter(attached.items()))
             adapters, fused = ", ".join(adapter_names(wrapper)), " and fused into it" if wrapper.merged_adapters else ""

@@ -138,6 +138,7 @@ def _as_batch(image: np.ndarray) -> Float[Tensor, "1 3 h w"]:
     return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
 
 
+@ordinary_torch()
 def sample(
     pipeline: DiTPipeline,
     labels: Sequence[int],

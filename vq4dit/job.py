@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vq4dit.config import QuantizationSettings
+from vq4dit.config import QuantizationSettings, check_settings
 from vq4dit.errors import FormatError, JobError
 from vq4dit.files import TEMPORARY, WINDOWS, listed, told, write_atomically
 from vq4dit.folders import sweep, unknown_names
@@ -88,7 +88,10 @@ class Job:
             JobError: if there is a job and `resume` is false, or it was started with other settings, another version of
                 these files or another model, or another process works on it, or the folder holds anything but a job.
         """
-        folder = Path(folder)
+        check_settings(settings)
+        if getattr(pipeline, "transformer", None) is None:
+            raise ValueError(f"a pipeline with a transformer is wanted, got a {type(pipeline).__name__}")
+        folder = Path(folder).expanduser()
         check_job_folder(folder)
         path = folder / "job.json"
         if path.exists() and not resume:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vq4dit.casts import as_bytes, as_scales
 from vq4dit.codebook import assignment_bits, reconstruct
 from vq4dit.errors import FormatError
-from vq4dit.packed_linear import PackedLinear, check_weight, frozen
+from vq4dit.packed_linear import PackedLinear, check_weight
 from vq4dit.packing import pack_bits, packed_size, unpack_bits
+from vq4dit.watched import frozen
 
 
 class VQLinear(PackedLinear):

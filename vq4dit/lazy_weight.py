@@ -6,28 +6,66 @@ unless the layer keeps them anyway. Who writes into it (a LoRA that is merged), 
 changes what the layer multiplies by: then the layer keeps the numbers and is told what was done.
 
 No layer holds such a tensor: it is made anew by every `layer.weight`. What layers hold, save and move are plain tensors.
+As with any parameter, three things are told apart: the numbers, the memory that they are in, and the variable that has the
+memory. `layer.weight = other` is another variable, so the one that was there can be put back; `weight.data = other` gives the
+same variable other memory; `weight += other` writes into that memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from vq4dit.watched import ASSIGNMENT, DATA, LOOKS, REQUESTS, WITHOUT_GRADIENTS, asks_for_gradients, shares, version
+
+
+class Source(NamedTuple):
+    """The packed tensors of a layer at some time."""
+
+    tensors: tuple[tuple[str, Tensor, Any], ...]  # name, tensor, and its `mark`
+    device: torch.device
+    digest: bytes
+
+
+class Memory:
+    """Where a weight's numbers are. Those of the memory that a layer uses are its `decoded_weight`, others are put away here.
+
+    None means that nothing was written: they are what the packed tensors say.
+    """
+
+    def __init__(self, put_away: Tensor | None = None, written: Sequence[bytes | None] = ()):
+        self.put_away = put_away
+        self.written = [*written]  # since it was decoded: digests of what was added, None for anything else
+        self.seal: bytes | None = None  # a digest of the numbers, if others have views of them and may write
+        self.source: Source | None = None  # what the packed tensors were when there began to be numbers
+
+    def clear(self) -> None:
+        """Begin anew: nothing was written."""
+        self.put_away, self.written, self.seal, self.source = None, [], None, None
+
+
+class Variable:
+    """What `layer.weight` is, and is given back by who took it away: it has some memory."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
 
 
 class LazyWeight(Tensor):
     """(out_features, in_features) of a layer, in the type and on the device in which it would be decoded."""
 
     layer: Any  # a `PackedLinear`, which is built on this
+    variable: Variable
 
     @staticmethod
-    def __new__(cls, layer: Any, dtype: torch.dtype, device: torch.device) -> LazyWeight:
+    def __new__(cls, layer: Any, variable: Variable, dtype: torch.dtype, device: torch.device) -> LazyWeight:
         shape = (layer.out_features, layer.in_features)
         weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight.layer = layer
+        weight.layer, weight.variable = layer, variable
         return weight
 
     @classmethod
@@ -36,16 +74,15 @@ class LazyWeight(Tensor):
         if func in LOOKS:
             return super().__torch_function__(func, types, args, kwargs)
         if func in ALIASES:
-            return args[0]
+            weight = args[0]
+            return cls(weight.layer, Variable(weight.variable.memory), weight.dtype, weight.device)
         if func in REQUESTS:
-            if kwargs.get("requires_grad", args[1] if len(args) > 1 else True):
-                raise ValueError(
-                    "the weight of a packed layer takes no gradients: train an adapter beside it (peft), or make an ordinary "
-                    "model of this one with vq4dit.dequantize(model)"
-                )
+            if asks_for_gradients(args, kwargs):
+                raise ValueError(WITHOUT_GRADIENTS)
             return args[0]
         if func == ASSIGNMENT and isinstance(args[0], LazyWeight):
-            args[0].layer.weight = args[1]
+            weight, value = args
+            weight.layer.give(weight.variable, weight.layer.memory_of(value))
             return None
         return _compute(func, args, kwargs)
 
@@ -56,60 +93,35 @@ class LazyWeight(Tensor):
         return _compute(func, args, kwargs or {})
 
 
-def _attributes(*names: str) -> set[Callable]:
-    """As `__torch_function__` is told that an attribute is read."""
-    return {getattr(Tensor, name).__get__ for name in names}
-
-
-LOOKS = {
-    *_attributes(
-        "shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad", "grad_fn"
-    ),
-    *_attributes("is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse", "is_quantized", "_version"),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__),
-    *(Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_inference),
-    *(Tensor.get_device, torch.is_floating_point, torch.is_complex, torch.numel),
-}
-ALIASES = {*_attributes("data"), Tensor.detach, torch.detach}
-REQUESTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-ASSIGNMENT = Tensor.data.__set__  # type: ignore[attr-defined]
+ALIASES = {DATA, Tensor.detach, torch.detach}
 ADDITION, SUBTRACTION = Tensor.add_, Tensor.sub_
 
 
 def _compute(func: Callable, args: tuple, kwargs: dict) -> Any:
     """Call a function with numbers in place of lazy weights; whose memory it wrote into or hands out is kept by its layer."""
-    first = args[0] if args else None
+    first = args[0] if args and isinstance(args[0], LazyWeight) else None
     amount = args[1] if len(args) == 2 and not kwargs and isinstance(args[1], Tensor) else None
-    if func is SUBTRACTION and isinstance(first, LazyWeight) and amount is not None and first.layer.takes_back(amount):
-        return first
-    lent: dict[int, tuple[Any, Tensor, int]] = {}
+    amount = amount.clone() if isinstance(amount, LazyWeight) else amount
+    if first is not None and amount is not None and func in (ADDITION, SUBTRACTION):
+        first.layer.notice(first.variable.memory)
+        if func is SUBTRACTION and first.layer.takes_back(first.variable.memory, amount):
+            return first
+    lent: dict[int, tuple[LazyWeight, Tensor, int]] = {}
 
     def lend(weight: LazyWeight) -> Tensor:
-        layer = weight.layer
-        if id(layer) not in lent:
-            numbers = layer.numbers()
-            lent[id(layer)] = (layer, numbers, _version(numbers))
-        return lent[id(layer)][1]
+        memory = weight.variable.memory
+        if id(memory) not in lent:
+            numbers = weight.layer.numbers_of(memory)
+            lent[id(memory)] = (weight, numbers, version(numbers))
+        return lent[id(memory)][1]
 
     args, kwargs = tree_map_only(LazyWeight, lend, (args, kwargs))
     result = func(*args, **kwargs)
-    for layer, numbers, version in lent.values():
-        if _version(numbers) != version:
-            layer.was_written(numbers, amount if func is ADDITION else None)
-        elif result is not numbers and any(_shares(leaf, numbers) for leaf in tree_leaves(result)):
-            layer.decoded_weight = numbers
-    if isinstance(first, LazyWeight) and result is lent[id(first.layer)][1]:
+    for weight, numbers, before in lent.values():
+        if version(numbers) != before:
+            weight.layer.was_written(weight.variable.memory, numbers, amount if func is ADDITION else None)
+        elif result is not numbers and any(shares(leaf, numbers) for leaf in tree_leaves(result)):
+            weight.layer.lend(weight.variable.memory, numbers)
+    if first is not None and result is args[0]:
         return first  # `to`, `contiguous`, `add_`: the same weight again
     return result
-
-
-def _version(numbers: Tensor) -> int:
-    """Counts writes into a tensor (tensors of inference mode do not count)."""
-    return 0 if numbers.is_inference() else numbers._version
-
-
-def _shares(value: Any, numbers: Tensor) -> bool:
-    """Whether a result could be used to write into the numbers: a view, or what is no tensor and no plain value."""
-    if isinstance(value, Tensor):
-        return value.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr()
-    return not isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, type(None)))

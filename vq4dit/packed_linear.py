@@ -2,36 +2,27 @@
 
 A layer can keep its decoded weight beside the packed bytes (`decode`: as fast as the original) or look the weight up in every
 forward pass (`drop_decoded`: as small as the file). The packed tensors are what is saved, always, and nothing that is done to
-a model's types changes what they say.
-
-Somebody may write into the weight: a LoRA that is merged does. Then the layer computes with what was written, knows that its
-packed tensors no longer describe it, and can take back what was added.
+a model's types changes what they say. What becomes of a weight that somebody writes into: `vq4dit/held_weight.py`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vq4dit.casts import as_bytes
+from vq4dit.casts import as_bytes, as_scales, check_finite
 from vq4dit.errors import FormatError
-from vq4dit.lazy_weight import LazyWeight
-
-ROUNDING = 16  # times a type's eps, relative to the largest weight: what some additions and subtractions leave
-
-
-class Written(NamedTuple):
-    """What was done to a decoded weight: something was added (by two sums that tell it from others), or all of it replaced."""
-
-    added: tuple[float, float] | None
+from vq4dit.held_weight import HeldWeight
+from vq4dit.lazy_weight import Memory, Variable
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(HeldWeight):
     """A linear layer whose weight is held as packed tensors, those of the file, and decoded from them.
 
     It is an `nn.Linear` so that PEFT and others find it. `weight` is not stored: see `vq4dit/lazy_weight.py`. Whatever is
@@ -40,12 +31,7 @@ class PackedLinear(nn.Linear):
     Packed tensors are parameters, not buffers, because that is what offloading moves; none of them takes gradients.
     """
 
-    EXACT: tuple[str, ...]  # names of packed tensors that are fp32 holding fp16 values: `.to(dtype)` leaves them alone
-    BYTES: tuple[str, ...]  # names of packed tensors that are bytes, whatever type somebody gave them
-    decoded_weight: Tensor | None
-    keeps_decoded: bool  # what `decode` and `drop_decoded` choose
-    dtype: torch.dtype  # in which the weight is decoded
-    written: list[Written]  # since it was decoded
+    room: Any | None  # if it shall be decoded where memory suffices, and not elsewhere: what tells that of a device
 
     def __init__(
         self,
@@ -59,18 +45,10 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: there is no weight to make
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
-        self.keeps_decoded, self.written = False, []
+        self.keeps_decoded, self.variable, self.room = False, Variable(Memory()), None
         self.register_buffer("decoded_weight", None, persistent=False)
         bias_values = torch.zeros(out_features, device=device, dtype=dtype)
-        self.register_parameter("bias", frozen(bias_values) if bias else None)
-
-    def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Ŵ in `dtype`, from the packed tensors.
-
-        Raises:
-            FormatError: if they were cast to a type that does not hold their values.
-        """
-        raise NotImplementedError
+        self.register_parameter("bias", nn.Parameter(bias_values, requires_grad=False) if bias else None)
 
     def check(self, name: str) -> None:
         """Raise `FormatError` if the packed tensors hold no weight."""
@@ -86,95 +64,40 @@ class PackedLinear(nn.Linear):
         self._keep_decoded(dtype)
         check_weight(self.numbers(), name)
 
-    def _keep_decoded(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype or self.dtype
-        with torch.inference_mode(False):  # a model may be loaded there and trained (beside an adapter) elsewhere
-            self.decoded_weight = self.reconstruct(self.dtype)
-        self.keeps_decoded, self.written = True, []
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Refuse what takes the place of a tensor of ours, and would be saved instead of it: a pruned one, say."""
+        self._check_own(name)
+        super().register_parameter(name, param)
 
-    def drop_decoded(self) -> None:
-        """Forget the decoded weight; every forward pass looks it up again."""
-        self.decoded_weight, self.keeps_decoded, self.written = None, False, []
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As `register_parameter`."""
+        self._check_own(name)
+        super().register_buffer(name, tensor, persistent)
 
-    @property
-    def weight(self) -> Tensor:
-        """(rows, columns): what `forward` multiplies by, decoded if somebody asks for its numbers."""
-        decoded = self.decoded_weight
-        return LazyWeight(self, self.dtype if decoded is None else decoded.dtype, self.device)
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        """As `register_parameter`: parametrizations are a module."""
+        self._check_own(name)
+        super().register_module(name, module)
 
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        if isinstance(value, LazyWeight):
-            if value.layer is self:  # PEFT gives a layer its own weight back
-                return
-            value = value.layer.numbers()
-        if value.shape != (shape := (self.out_features, self.in_features)):
-            raise ValueError(f"the weight of this layer is {shape[0]} x {shape[1]}, got {tuple(value.shape)}")
-        self.was_written(value, None)
+    def __delattr__(self, name: str) -> None:
+        if name in (*self.EXACT, *self.BYTES, "bias", "weight"):  # something else shall be in its place
+            self._check_own(f"something in place of {name}")
+        super().__delattr__(name)
+
+    def _check_own(self, name: str) -> None:
+        if name not in (*self.EXACT, *self.BYTES, "bias", "decoded_weight"):
+            raise ValueError(
+                f"a packed layer has no place for {name}: its tensors cannot be pruned, parametrized or normalised, make an "
+                "ordinary model of it first with vq4dit.dequantize(model)"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name != "weight":
+            self._check_own(name)
         if name == "weight":  # nn.Module would make a parameter of it
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
-
-    def numbers(self) -> Float[Tensor, "rows columns"]:
-        """The weight as it is used now: what was kept or written, or decoded for once."""
-        if self.decoded_weight is not None:
-            return self.decoded_weight
-        with torch.inference_mode(False):
-            return self.reconstruct(self.dtype)
-
-    def was_written(self, weight: Float[Tensor, "rows columns"], added: Tensor | None) -> None:
-        """Use this weight from now on, in which something was `added` or (None) all may have changed."""
-        self.decoded_weight = weight.detach()  # what is merged may know how it was learned
-        self.written.append(Written(None if added is None else _sums(added)))
-
-    def takes_back(self, amount: Tensor) -> bool:
-        """Subtract something that was added before; False, and nothing done, if it was not.
-
-        (w + δ) - δ is not w in floating point. So that a LoRA that was fused and is unfused leaves nothing behind, it is known
-        what was added: once all of it is taken back the packed weight is there again, bit by bit.
-        """
-        if self.decoded_weight is None or not self.written:
-            return False
-        amount, dtype = amount.detach(), self.decoded_weight.dtype
-        undone = Written(_sums(amount))
-        if undone in self.written:
-            self.written.remove(undone)
-        elif len(self.written) == 1 and torch.equal(self.decoded_weight, self.reconstruct(dtype) + amount):
-            self.written.clear()
-        else:
-            return False
-        if self.written:
-            self.decoded_weight -= amount
-        elif self.keeps_decoded:
-            self._keep_decoded(dtype)
-        else:
-            self.drop_decoded()
-        return True
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether somebody wrote into the decoded weight, so that the packed tensors no longer describe the layer."""
-        decoded = self.decoded_weight
-        return decoded is not None and not torch.equal(decoded, self.reconstruct(decoded.dtype))
-
-    def told_change(self, name: str) -> str:
-        """What was done to a weight that is changed, as far as it is known, in words."""
-        weight = self.numbers()
-        packed = self.reconstruct(weight.dtype)
-        left = float((weight.float() - packed.float()).abs().max() / packed.float().abs().max().clamp(min=1e-30))
-        if self.written and left < ROUNDING * torch.finfo(weight.dtype).eps:
-            return (
-                f"the weight of {name} was changed after it was decoded, and changed back (an adapter that was merged and is "
-                f"unmerged): what is left is rounding, {left:.1g} of its largest value"
-            )
-        if any(written.added is None for written in self.written):
-            return f"the weight of {name} was replaced after it was decoded (by a merged LoRA or another adapter, or by hand)"
-        if self.written:
-            return f"something was added to the weight of {name} after it was decoded, which is what a merged LoRA does"
-        return f"the decoded weight of {name} is not what its packed tensors say: one of the two was changed in place"
 
     @property
     def bits_per_weight(self) -> float:
@@ -183,11 +106,9 @@ class PackedLinear(nn.Linear):
         num_bytes = sum(p.numel() * (2 if name in self.EXACT else 1) for name, p in packed.items())
         return 8 * num_bytes / (self.in_features * self.out_features)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        if not torch.compiler.is_compiling():
+            self.keep_up()
         decoded = self.decoded_weight
         weight = self.reconstruct(input.dtype) if decoded is None else decoded.to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
@@ -201,6 +122,11 @@ class PackedLinear(nn.Linear):
         for name in self.BYTES:
             if (packed := getattr(self, name)).dtype != torch.uint8:
                 packed.data = as_bytes(packed.data, name)
+        self.keep_up()
+        told = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        suffices = self._finds_room(told.device)
+        if suffices is False and not self.variable.memory.written:
+            self.drop_decoded()
         exact = {name: getattr(self, name).data for name in self.EXACT if getattr(self, name) is not None}
         bias = None if self.bias is None else self.bias.data
         decoded, self.decoded_weight = self.decoded_weight, None
@@ -211,30 +137,92 @@ class PackedLinear(nn.Linear):
                 moved.data = before.to(moved.device)
         if bias is not None and self.bias.dtype.itemsize < 2:
             self.bias.data = bias.to(self.bias.device)
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self.dtype = self.dtype if dtype.itemsize < 2 else dtype
-        self.decoded_weight = None if decoded is None else self._applied(fn, decoded)
+        self.dtype = self.dtype if told.dtype.itemsize < 2 else told.dtype
+        if decoded is not None:
+            self._hold_applied(fn, decoded)
+        elif suffices:
+            self.decode()
         return self
 
-    def _applied(self, fn: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
-        told = fn(decoded[:0])
+    def _finds_room(self, device: torch.device) -> bool | None:
+        """Whether it shall be decoded on a device where it is moved to; None if nothing changes."""
+        if self.room is None or device == self.device or "meta" in (device.type, self.device.type):
+            return None
+        return self.room.suffices(device)
+
+    def _hold_applied(self, fn: Callable[[Tensor], Tensor], decoded: Tensor) -> None:
+        """Keep what became of the decoded weight by a move or a cast."""
+        memory, told = self.variable.memory, fn(decoded[:0])
+        if memory.source is not None:
+            memory.source = self._source(memory.source.digest)
         if told.dtype == decoded.dtype:
-            return fn(decoded)
+            self.decoded_weight = fn(decoded)
+            return
         if told.dtype.itemsize < 2:
-            return decoded.to(told.device)
-        if self.written or told.device.type == "meta":
-            return fn(decoded)
-        return self.reconstruct(told.dtype)  # rounded once, as if it had been decoded so
+            self.decoded_weight = decoded.to(told.device)
+            return
+        self.decoded_weight = decoded
+        self.notice(memory)
+        if memory.written or told.device.type == "meta":
+            self.decoded_weight = fn(decoded)
+        else:
+            self.decoded_weight = self.reconstruct(told.dtype)  # rounded once, as if it had been decoded so
+        memory.seal = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Other packed tensors are another weight: what was decoded or written before is not it."""
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        if not any(f"{prefix}{name}" in state_dict for name in (*self.EXACT, *self.BYTES)):
+        """Other packed tensors are another weight: what was decoded or written before is not it.
+
+        Raises:
+            FormatError: if they hold no weight; the layer is what it was then.
+        """
+        given = {key: self._checked(key, tensor) for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if not any(f"{prefix}{name}" in given for name in (*self.EXACT, *self.BYTES)):
+            super()._load_from_state_dict(given, prefix, *arguments)
             return
-        if self.keeps_decoded and self.device.type != "meta":
-            self.decode(None, prefix.removesuffix("."))
-        else:
+        before = {name: (p, p.detach().clone()) for name, p in self._parameters.items() if p is not None}
+        decoded, memory = self.decoded_weight, copy.copy(self.variable.memory)
+        errors = arguments[-1]
+        told = len(errors)
+        try:
+            self._make_room(given, prefix)
+            super()._load_from_state_dict(given, prefix, *arguments)
+            if len(errors) == told:
+                self._take_over(prefix.removesuffix("."))
+                return
+        except FormatError:
+            self._restore(before)
+            self.decoded_weight, self.variable.memory = decoded, memory
+            raise
+        self._restore(before)
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of a state dict, as strictly looked at as those of a file."""
+        name = key.rpartition(".")[2]
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+            return tensor
+        if name in self.BYTES:
+            return as_bytes(tensor, key)
+        check_finite(key, tensor, None if self.bias is None or name != "bias" else self.bias.dtype)
+        return as_scales(tensor, key) if name in self.EXACT else tensor
+
+    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
+        """Change what has another length in a state dict, and may."""
+
+    def _take_over(self, name: str) -> None:
+        """Use the packed tensors that are there now."""
+        if self.device.type == "meta":
             self.drop_decoded()
+        elif self.keeps_decoded:
+            self.decode(None, name)
+        else:
+            self._forget()
+            self.check(name)
+
+    def _restore(self, before: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
+        for name, (parameter, values) in before.items():
+            self._parameters[name] = parameter
+            if parameter.device.type != "meta":
+                parameter.data.copy_(values)
 
 
 def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
@@ -244,13 +232,3 @@ def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
             f"{name}: its weight is not finite, or too large for {weight.dtype}: load the model with dtype=torch.bfloat16 or "
             "torch.float32. If that was so, the file is damaged: download or quantize it again"
         )
-
-
-def _sums(values: Tensor) -> tuple[float, float]:
-    """Two numbers that tell what was added once from everything else that might be taken away."""
-    values = values.detach().double()
-    return values.sum().item(), values.square().sum().item()
-
-
-def frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)

@@ -16,8 +16,6 @@ or, from format version 3 on, entropy-coded integers:
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -87,21 +85,6 @@ def _check_coded(name: str, shapes: dict[str, list[int]]) -> None:
     stream = shapes["coded_integers"]
     if len(stream) != 1 or stream[0] % WORD_BYTES:
         raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")
-
-
-def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    """Raise `FormatError` if a tensor of a file holds NaN or infinity, or would once it is of the type it is loaded in."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    largest = float(tensor.float().abs().max())  # NaN if there is one
-    if not math.isfinite(largest):
-        raise FormatError(
-            f"{name} holds values that are not finite (NaN or infinity): the file is damaged, download or quantize it again"
-        )
-    if dtype is not None and dtype.is_floating_point and largest > torch.finfo(dtype).max:
-        raise FormatError(
-            f"{name} holds {largest:.6g}, more than {dtype} can: load the model with dtype=torch.bfloat16 or torch.float32"
-        )
 
 
 def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from vq4dit.best import quantize_best
 from vq4dit.calibration import Calibration
 from vq4dit.codebook import nearest_codewords, split_subvectors
 from vq4dit.coded_layers import coded_layers
-from vq4dit.config import QuantizationSettings, VQ4DiTConfig
+from vq4dit.config import QuantizationSettings, VQ4DiTConfig, check_settings
 from vq4dit.diffusers_quantizer import attach
 from vq4dit.dit import equal_embedders, find_targets
 from vq4dit.errors import UnsupportedModelError
@@ -41,9 +41,11 @@ from vq4dit.zero_data import check_supported
 
 CHECKPOINT_SECONDS = 15.0
 CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
+FINITE_CHUNK = 2**22  # values looked at in one go
 WRITE_BYTES_PER_SECOND = 2e8  # a guess, until the first checkpoint tells
 
 
+@ordinary_torch()
 def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_progress: OnProgress = ignore) -> Any:
     """Quantize the transformer of a pipeline; the original stays as it is.
 
@@ -56,7 +58,7 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
     Raises:
         UnsupportedModelError: see `check`.
     """
-    settings = settings or QuantizationSettings()
+    settings = QuantizationSettings() if settings is None else settings
     check(pipeline, settings)
     with tempfile.TemporaryDirectory() as folder:
         with Job.open(Path(folder), settings, pipeline, resume=False) as job:
@@ -91,14 +93,17 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     return _finish(pipeline, student, job)
 
 
+@ordinary_torch()
 @torch.no_grad()
 def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
     """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
 
     Raises:
         UnsupportedModelError: if the model is quantized already, carries an adapter, is offloaded, is stored in less than 16
-            bit or has no blocks, its pipeline cannot make zero data for the recipe, or a weight is not finite.
+            bit or has no blocks, its pipeline cannot make zero data for the recipe, or a weight of any part is not finite.
+        ValueError: if these are no settings.
     """
+    check_settings(settings)
     transformer = getattr(pipeline, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(
@@ -134,12 +139,7 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
     if settings.recipe != "kmeans":
         check_supported(pipeline)
     targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
-    for name, p in transformer.named_parameters():
-        if p.is_floating_point() and not torch.isfinite(p).all():
-            raise UnsupportedModelError(
-                f"{name} has values that are not finite (NaN or infinity): the file is damaged, or was converted to a type "
-                "too small for it"
-            )
+    _check_finite(pipeline)
     for name, linear in targets.items():
         for p in linear.parameters():
             if p.abs().max() > torch.finfo(torch.float16).max:
@@ -149,6 +149,25 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
                     page=f"{found}: name it under the layers to keep in 16 bit",
                 )
     return targets
+
+
+def _check_finite(pipeline: Any) -> None:
+    """Raise `UnsupportedModelError` if a weight is not finite: of the transformer, or of a part that is copied beside it."""
+    parts = {"transformer": pipeline.transformer, **pipeline.components}
+    for part, module in parts.items():
+        for name, p in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if not _is_finite(p):
+                raise UnsupportedModelError(
+                    f"{name if part == 'transformer' else f'{part}.{name}'} has values that are not finite (NaN or infinity): "
+                    "the file is damaged, or was converted to a type too small for it"
+                )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Looked at in pieces: parts that are not quantized may be large. What is not in memory is not looked at."""
+    if not values.is_floating_point() or values.device.type == "meta":
+        return True
+    return all(bool(torch.isfinite(piece.float()).all()) for piece in values.detach().flatten().split(FINITE_CHUNK))
 
 
 def _is_like(part: Any, transformer: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def save(
     max_shard_size: str = MAX_SHARD_SIZE,
     source: str | Path | None = None,
     origin: Origin | None = None,
-    scratch: Path | None = None,
+    scratch: str | Path | None = None,
 ) -> None:
     """Write a quantized pipeline to `folder` (or where a link of that name leads): whole, or not at all.
 
@@ -59,15 +59,34 @@ def save(
             killed; by default the one around `folder`.
 
     Raises:
-        ValueError: if the folder has no name.
+        ValueError: if the folder has no name, `source` is none, or this is no quantized pipeline.
         JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours as it was written,
             or the disk is full.
     """
     if not str(folder):
         raise ValueError("the folder to save to must have a name, got an empty one")
-    with whole_folder(Path(folder).resolve(), overwrite, INDEX, "use --resume", scratch) as partial:
-        _write_parts(pipeline, partial, max_shard_size, Path(source) if source else None)
+    _check_quantized(pipeline)
+    target = Path(folder).expanduser().resolve()
+    copied, work = (Path(path).expanduser() if path else None for path in (source, scratch))
+    if copied and not copied.is_dir():
+        raise ValueError(f"source must be the folder of the original, got {copied}")
+    with whole_folder(target, overwrite, INDEX, "use --resume", work) as partial:
+        _write_parts(pipeline, partial, max_shard_size, copied)
         write_origin(partial, origin or _origin_of(pipeline))
+
+
+def _check_quantized(pipeline: Any) -> None:
+    """Raise `ValueError` unless this is a pipeline, and a part of it is quantized."""
+    parts = getattr(pipeline, "components", None)
+    if not isinstance(parts, dict):
+        raise ValueError(f"a quantized pipeline is wanted (not its transformer alone), got a {type(pipeline).__name__}")
+    if not any(_is_ours(part) for part in parts.values()):
+        raise ValueError("nothing in this pipeline is quantized: vq4dit.quantize it first, or call its save_pretrained")
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether we quantized it, and it still is."""
+    return getattr(part, "is_quantized", False) and getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
 
 
 def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path | None) -> None:
@@ -106,8 +125,7 @@ def _copied_names(part: Any, source: Path, root: Path) -> list[str]:
     pipeline.
     """
     names = part_files(source, type(part).__name__)
-    is_ours = getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
-    if is_ours or (isinstance(part, nn.Module) and not weight_files(source)):
+    if _is_ours(part) or (isinstance(part, nn.Module) and not weight_files(source)):
         return []
     return names if all(is_of_pipeline(root, f"{source.name}/{name}") for name in names) else []
 

@@ -1,35 +1,53 @@
-"""What the caller's torch is set to, and must not show in a result: default type, inference mode, training mode.
+"""What the caller's torch is set to, and must not show in a result: default type and device, autocast, training mode and more.
 
-torch lets a program change what `torch.zeros` makes, whether gradients can be had at all, and what dropout does. What is
-computed here (layers to quantize, errors to measure) is the same numbers whatever that is.
+torch lets a program change what `torch.zeros` makes, in which type a product is computed, how exactly, and by which kernel,
+whether gradients can be had at all, and what dropout does. What is computed here (layers to quantize, errors to measure,
+pictures to compare) is the same numbers whatever that is. Who asks for deterministic algorithms keeps them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.backends import cuda
+
+# One for all threads of a process: how to read it, how to set it, and what it is ordinarily.
+OF_THE_PROCESS: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = [
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, True),  # these choose kernels on the CPU as well
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+]
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """Numbers are fp32 unless something else is said, and gradients can be made. Also a decorator.
+    """Numbers are fp32 on the CPU and computed so unless something else is said, and gradients can be made. Also a decorator.
 
-    The default type is one for all threads of a process: it is set only where it is another one.
+    What is one for all threads of a process is set only where it is another one.
     """
-    default = torch.get_default_dtype()
-    if default != torch.float32:
-        torch.set_default_dtype(torch.float32)
+    found = [(get(), put, ordinary) for get, put, ordinary in OF_THE_PROCESS]
+    changed = [(value, put, ordinary) for value, put, ordinary in found if value != ordinary]
+    for _, put, ordinary in changed:
+        put(ordinary)
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), ExitStack() as of_this_thread:
+            for kind in AUTOCAST:
+                if torch.is_autocast_enabled(kind):
+                    of_this_thread.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                of_this_thread.enter_context(torch.device("cpu"))
             yield
     finally:
-        if default != torch.float32:
-            torch.set_default_dtype(default)
+        for value, put, _ in changed:
+            put(value)
 
 
 def with_gradients(pipeline: Any) -> Any:
