@@ -20,6 +20,7 @@ LADDER = [
         "surroundings",
         "interrupts",
         "revisions",
+        "streams",
     },  # no diffusers
     {"devices"},  # where the work is done
     {"codebook", "packing"},
@@ -36,8 +37,10 @@ LADDER = [
         "json_files",
         "memory",
         "casts",
+        "options",
     },  # settings; one codebook; failures; what may be loaded; what commands share; descriptions of strangers; what is free
     {
+        "bars",
         "packed_linear",
         "dit",
         "job",
@@ -79,7 +82,12 @@ LADDER = [
     {"model_card", "lease", "comparisons"},  # tell what it is; work for a while; pictures and figures as files
     {"account", "pairs", "uploading"},  # who is signed in; pictures one by one; one file to the Hub
     {"hub"},  # give it away
-    {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
+    {
+        "cli_push",
+        "cli_compare",
+        "cli_inspect",
+        "publishing",
+    },  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
     {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
@@ -89,7 +97,7 @@ LADDER = [
     {"web.page"},  # layout and wiring
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
-DOORS = {"cli", "cli_push", "cli_compare"}  # may print
+DOORS = {"cli", "cli_push", "cli_compare", "cli_inspect"}  # may print
 
 SOURCES = sorted(PACKAGE.rglob("[!_]*.py"))
 
