@@ -28,7 +28,7 @@ from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSet
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.estimate import Device, check_fits, estimate
-from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
+from vq4dit.evaluation import LayerError, check_sampling, grid, image_bytes, label_ids, layer_errors, sample
 from vq4dit.files import check_place
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job, check_job_folder, fingerprint
@@ -51,6 +51,7 @@ from vq4dit.repository import located
 from vq4dit.saving import check_output, is_result, save
 from vq4dit.streams import hand_over
 from vq4dit.terminal import Console, Parser, Report, errors
+from vq4dit.workspace import check_space, folder_bytes
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -216,8 +217,10 @@ def quantize_command(args: argparse.Namespace) -> Report:
     folder = args.output.with_name(f"{args.output.name}.job")
     seems_done = args.resume and is_result(args.output, settings)
     check_output(args.output, args.overwrite or seems_done)
-    check_place(folder)
+    check_place(folder, replaced=False)
     check_job_folder(folder)
+    if not seems_done:
+        check_space(args.output, cost.disk_bytes - (folder_bytes(folder) if folder.exists() else 0))
     origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
@@ -295,6 +298,8 @@ def sample_command(args: argparse.Namespace) -> Report:
         pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
     labels = label_ids(pipeline, args.labels)
+    check_sampling(pipeline, args.steps, args.guidance)
+    check_space(args.output, len(labels) * image_bytes(pipeline))
     started = time.monotonic()
     with progress_bars() as on_progress:
         images = sample(

@@ -12,13 +12,14 @@ from rich.table import Column, Table
 
 from vq4dit.attribution import check_comparable, layer_noise_errors
 from vq4dit.bars import progress_bars
-from vq4dit.comparisons import check_comparison_output, write_comparison
+from vq4dit.comparisons import KINDS, check_comparison_output, write_comparison
 from vq4dit.diffusers_quantizer import decode_mode
-from vq4dit.evaluation import Comparison, compare, label_ids
+from vq4dit.evaluation import Comparison, compare, image_bytes, label_ids
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import load_pipeline
 from vq4dit.options import chosen_device
 from vq4dit.terminal import Console, Report
+from vq4dit.workspace import check_space
 from vq4dit.zero_data import num_classes
 
 
@@ -33,6 +34,7 @@ def compare_command(args: argparse.Namespace) -> Report:
     else:
         count = num_classes(original)
         labels = [i * count // min(8, count) for i in range(min(8, count))]
+    check_space(args.output, 2 * len(KINDS) * len(labels) * image_bytes(original))  # each alone, and all in one
     with progress_bars() as on_progress:
         report, pairs = compare(
             original,

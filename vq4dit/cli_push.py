@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 from functools import partial
@@ -83,12 +84,25 @@ def report_pushed(args: argparse.Namespace, pushed: Pushed, same: bool | None) -
 
 
 def write_card(path: Path, card: str) -> None:
-    """Raise `JobError` if there is a file already that says something else: it may be somebody's own."""
+    """Write a card and its checksum, in a comment at the end.
+
+    Raises:
+        JobError: if there is a file already that is no card of ours, or one that somebody has changed.
+    """
     with told(path):
-        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == card.encode()):
+        if os.path.lexists(path) and not (path.is_file() and _is_our_card(path.read_bytes())):
             raise JobError(f"{path} is there already and says something else: move it away, or name another file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, card.encode())
+    write_atomically(path, _sealed(card.encode()))
+
+
+def _sealed(card: bytes) -> bytes:
+    return card + f"\n<!-- written by vq4dit, sha256 {hashlib.sha256(card).hexdigest()} -->\n".encode()
+
+
+def _is_our_card(content: bytes) -> bool:
+    """Whether `write_card` wrote this, and nobody has changed it since."""
+    return content == _sealed(content.rpartition(b"\n<!-- written by vq4dit")[0])
 
 
 def evidence(report: Path | None, kmeans_report: Path | None) -> dict[str, Path]:

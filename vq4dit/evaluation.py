@@ -249,6 +249,12 @@ def grid(images: Sequence[np.ndarray] | np.ndarray, columns: int, gap: int = 2) 
     return as_image(canvas)
 
 
+def image_bytes(pipeline: DiTPipeline) -> int:
+    """Bytes of an image of this pipeline, uncompressed: what its file takes at most, but for a header."""
+    scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return 3 * (pipeline.transformer.config.sample_size * scale) ** 2 + 1000
+
+
 def as_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vq4dit.errors import JobError
 
 TEMPORARY = re.compile(r"\.vq4dit-[0-9a-f]{16}\.partial")
@@ -50,6 +52,16 @@ def is_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in FULL) or any(words in str(error) for words in FULL_WORDS)
 
 
+def full_words(path: Path) -> str:
+    """What is used up where `path` lies: a disk counts files as well as bytes."""
+    place = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    with suppress(OSError, AttributeError):  # AttributeError: Windows
+        disk = os.statvfs(place)
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
+            return "the disk can hold no more files (its inodes are used up)"
+    return "the disk is full"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut, where the system offers that."""
     if os.name != "posix":
@@ -68,7 +80,7 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
         advice: what to do after space was made.
 
     Raises:
-        JobError: if the disk is full.
+        JobError: if the disk is full, or the system refuses.
     """
     temporary = temporary_name(path.parent)
     try:
@@ -82,8 +94,10 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
             temporary.unlink(missing_ok=True)
         if is_full(error):
             needed = amount(len(content))
-            raise JobError(f"the disk is full: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE) from error
-        raise
+            raise JobError(
+                f"{full_words(path)}: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE
+            ) from error
+        raise JobError(f"{path} cannot be written ({error.strerror or error}): mend that and {advice}") from error
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -106,10 +120,13 @@ def told(path: Path) -> Iterator[None]:
         raise JobError(f"{path} cannot be used ({error.strerror or error}): choose another output") from error
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, replaced: bool = True) -> None:
     """Raise `JobError` unless something can be written under this (absolute) name: before the work, not after it.
 
     It is tried out where the path begins to exist, since permissions alone do not tell: disks are read-only, names too long.
+
+    Args:
+        replaced: what is there will be; without it, something will be moved from there to the folder around it.
     """
     if os.path.ismount(path):
         raise JobError(f"{path} is where a disk is mounted, and cannot be replaced as a whole: choose a folder in it")
@@ -119,9 +136,35 @@ def check_place(path: Path) -> None:
         for name in (*(place / part for part in path.relative_to(place).parts), deep):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(name)
-        probe = temporary_name(place)
+        probe, moved = temporary_name(path if path.is_dir() and not replaced else place), temporary_name(place)
         probe.mkdir()
-        probe.rmdir()
+        try:
+            probe.rename(moved)  # not every folder in which one can write lets names be changed
+            probe = moved
+            if replaced and os.path.lexists(path):
+                _check_moves(path, moved)
+        finally:
+            probe.rmdir()
+
+
+def _check_moves(path: Path, probe: Path) -> None:
+    """Raise `JobError` unless what is at `path` could be moved: not another user's, or of an overlay's lower layer.
+
+    It is asked to take the place of a folder that is not empty, `probe`. No system does that, and a system that could not move
+    it says that instead.
+    """
+    (probe / "filled").mkdir()
+    try:
+        path.rename(probe)
+        probe.rename(path)  # a system that does it nevertheless
+        probe.mkdir()
+    except OSError as error:
+        is_empty = path.is_dir() and not any(path.iterdir())  # then it need not move
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR} | ({errno.EXDEV} if is_empty else set()):
+            raise JobError(f"{path} cannot be replaced ({error.strerror or error}): choose another output") from error
+    finally:
+        with suppress(OSError):
+            (probe / "filled").rmdir()
 
 
 def check_free(folder: Path, overwrite: bool, known: Known) -> None:
@@ -185,7 +228,8 @@ def whole_folder(
 ) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` (no link) at the end; on an error it is gone again.
 
-    A process that is killed leaves the old folder or the new one, and perhaps a hidden `.vq4dit-*.partial` in `scratch`.
+    A process that is killed leaves the old folder or the new one, and perhaps a hidden `.vq4dit-*.partial` in `scratch`. Where
+    only the last step fails, what is finished is kept under another name.
 
     Args:
         advice: what to do after space was made.
@@ -201,17 +245,44 @@ def whole_folder(
         partial.mkdir()
         yield partial
         _sync_all(partial)
-        check_free(folder, overwrite, known)  # once more: writing took its time
-        previous = _take_place(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # nobody else knows its name
         if is_full(error):
-            told_where = f"the disk is full: {folder} could not be written. Free some space and {advice}"
+            told_where = f"{full_words(folder)}: {folder} could not be written. Free some space and {advice}"
             raise JobError(told_where, page=FULL_PAGE) from error
+        if isinstance(error, JobError):
+            shown = (text.replace(str(partial), str(folder)) for text in (str(error), error.page))
+            raise JobError(next(shown), page=next(shown)) from error
+        if isinstance(error, OSError | SafetensorError) and str(partial) in str(error):
+            reason = str(error).replace(str(partial), str(folder))
+            raise JobError(f"{folder} could not be written ({reason}): mend that and {advice}") from error
+        raise
+    try:
+        check_free(folder, overwrite, known)  # once more: writing took its time
+        previous = _take_place(partial, folder)
+    except (OSError, JobError) as error:
+        kept = _put_aside(partial, folder)
+        why = getattr(error, "strerror", None) or error
+        raise JobError(
+            f"all is done, but it cannot be put at {folder} ({why}). What was made is whole and lies in {kept}: move it to "
+            "where you want it"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_folder(folder.parent)
     if previous is not None:
         remove_known(previous, known(previous) or set())
+
+
+def _put_aside(partial: Path, folder: Path) -> Path:
+    """Give a finished folder a name that people see, beside the one that it should have; returns where it is now."""
+    aside = folder.with_name(f"{folder.name[:100]}-finished-{secrets.token_hex(4)}")
+    try:
+        partial.rename(aside)
+    except OSError:
+        return partial
+    return aside
 
 
 def _sync_all(folder: Path) -> None:

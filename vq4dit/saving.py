@@ -49,7 +49,8 @@ def save(
     """
     if not str(folder):
         raise ValueError("the folder to save to must have a name, got an empty one")
-    with whole_folder(Path(folder).resolve(), overwrite, result_files, "use --resume", scratch) as partial:
+    advice = "run the same command with --resume" if scratch else "save it again"  # whoever has a scratch folder has a job
+    with whole_folder(Path(folder).resolve(), overwrite, result_files, advice, scratch) as partial:
         _write_parts(pipeline, partial, max_shard_size, Path(source) if source else None)
         write_origin(partial, origin or _origin_of(pipeline))
 
