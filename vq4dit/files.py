@@ -277,7 +277,7 @@ def whole_folder(
 
 def _put_aside(partial: Path, folder: Path) -> Path:
     """Give a finished folder a name that people see, beside the one that it should have; returns where it is now."""
-    aside = folder.with_name(f"{folder.name[:100]}-finished-{secrets.token_hex(4)}")
+    aside = folder.with_name(f"{folder.name[:50]}-finished-{secrets.token_hex(4)}")
     try:
         partial.rename(aside)
     except OSError:
