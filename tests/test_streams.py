@@ -47,9 +47,7 @@ def sampling(model, output) -> list[object]:
     return ["sample", model, "--labels", "cat", "--steps", 1, "--output", output]
 
 
-@pytest.mark.parametrize(
-    "redirection", [">&-", "2>&-", "<&- >&- 2>&-", pytest.param(">/dev/full 2>/dev/full", marks=needs_dev_full)]
-)
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-", pytest.param(">/dev/full 2>/dev/full", marks=needs_dev_full)])
 def test_a_command_finishes_without_its_streams(tmp_path, model_folder, redirection):
     done = started(redirection, *sampling(model_folder, tmp_path / "x.png"))
     assert done.returncode == 0 and b"Traceback" not in done.stderr
@@ -72,18 +70,15 @@ def test_figures_that_are_all_that_was_asked_for_and_cannot_be_told_are_a_failur
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["inspect"], ["--help"]], ids=" ".join)
 def test_a_reader_who_has_seen_enough_is_not_told_of_it(model_folder, arguments):
     model = [] if arguments == ["--help"] else [model_folder]
     done = started("| true", arguments[0], *model, *arguments[1:])
     assert done.returncode == 0 and done.stderr == b""
 
 
-@pytest.mark.parametrize(
-    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
-)
-def test_letters_that_a_terminal_does_not_have_are_shown_by_their_codes(tmp_path, model_folder, environment):
-    done = started("", *sampling(model_folder, tmp_path / "猫é.png"), **environment)
+def test_letters_that_a_terminal_does_not_have_are_shown_by_their_codes(tmp_path, model_folder):
+    done = started("", *sampling(model_folder, tmp_path / "猫é.png"), PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"\\u732b\\xe9.png: 1 images" in done.stdout.replace(b"\n", b"")
     assert b"Traceback" not in done.stderr and b"error" not in done.stderr
 
