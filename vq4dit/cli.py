@@ -29,7 +29,7 @@ from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.estimate import Device, check_fits, estimate
 from vq4dit.evaluation import LayerError, check_sampling, grid, image_bytes, label_ids, layer_errors, sample
-from vq4dit.files import check_place
+from vq4dit.files import check_place, told
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.job import Job, check_job_folder, fingerprint
 from vq4dit.loading import load_pipeline, pinned, source_folder
@@ -310,8 +310,9 @@ def sample_command(args: argparse.Namespace) -> Report:
             guidance_scale=args.guidance,
             on_progress=on_progress,
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(args.output, grid(images, columns=min(8, len(images))))
+    with told(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(args.output, grid(images, columns=min(8, len(images))))
     return partial(report_sampled, args, len(images), time.monotonic() - started)
 
 

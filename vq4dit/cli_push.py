@@ -93,7 +93,7 @@ def write_card(path: Path, card: str) -> None:
         if os.path.lexists(path) and not (path.is_file() and _is_our_card(path.read_bytes())):
             raise JobError(f"{path} is there already and says something else: move it away, or name another file")
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _sealed(card.encode()))
+        write_atomically(path, _sealed(card.encode()))
 
 
 def _sealed(card: bytes) -> bytes:

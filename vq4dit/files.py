@@ -80,7 +80,7 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
         advice: what to do after space was made.
 
     Raises:
-        JobError: if the disk is full, or the system refuses.
+        JobError: if the disk is full. OSError: what else the system says, with the file's own name.
     """
     temporary = temporary_name(path.parent)
     try:
@@ -97,7 +97,7 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
             raise JobError(
                 f"{full_words(path)}: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE
             ) from error
-        raise JobError(f"{path} cannot be written ({error.strerror or error}): mend that and {advice}") from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # nobody knows the other name
 
 
 def _rename(temporary: Path, path: Path) -> None:
