@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vq4dit import files
@@ -329,12 +328,9 @@ def test_nobody_reads_a_name_that_only_we_know(tmp_path, monkeypatch, number):
 
 
 def test_weights_that_safetensors_cannot_write_are_told(tmp_path):
-    with pytest.raises(JobError, match="out could not be written .*out/missing/weights.*: mend that and try again"):
+    with pytest.raises(JobError, match="out could not be written .Error .*os error 2.*: mend that and try again"):
         with whole_folder(tmp_path / "out", False, known) as partial:
-            try:
-                save_file({"x": torch.zeros(1)}, partial / "missing" / "weights")
-            except SafetensorError as error:
-                raise SafetensorError(f"{error}: {partial / 'missing' / 'weights'}") from error
+            save_file({"x": torch.zeros(1)}, partial / "missing" / "weights")
 
 
 def test_a_disk_that_can_hold_no_more_files_is_not_called_full_of_bytes(tmp_path):

@@ -253,7 +253,7 @@ def whole_folder(
         if isinstance(error, JobError):
             shown = (text.replace(str(partial), str(folder)) for text in (str(error), error.page))
             raise JobError(next(shown), page=next(shown)) from error
-        if isinstance(error, OSError | SafetensorError) and str(partial) in str(error):
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and str(partial) in str(error)):
             reason = str(error).replace(str(partial), str(folder))
             raise JobError(f"{folder} could not be written ({reason}): mend that and {advice}") from error
         raise
