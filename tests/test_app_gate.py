@@ -208,3 +208,33 @@ def test_a_program_that_is_no_browser_says_nothing_and_is_answered():
     assert is_from_here("POST", Headers({"host": "127.0.0.1:7860"}))
     assert is_from_here("POST", Headers({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"}))
     assert not is_from_here("POST", Headers({"origin": "http://127.0.0.1:7860"}))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/mcp/../upload",
+        "/gradio_api/mcp/..",
+        "/gradio_api/mcp/./x",
+        "/gradio_api/mcp//upload",
+        "/gradio_api/mcp/..\\upload",
+        "/gradio_api/mcp/%2e%2e/upload",
+        "/gradio_api/mcp/%2E./upload",
+        "/gradio_api/mcp/x%2fy",
+        "/gradio_api/mcp/x%5c..",
+        "/gradio_api/mcp/x\0",
+        "/static/../config",
+        "/static/a/../../gradio_api/upload",
+        "/gradio_api/file=/tmp/../etc/passwd",
+        "/gradio_api/file=//tmp/x",
+        "/gradio_api/file=\\\\host\\share",
+    ],
+)
+def test_a_path_that_others_may_read_in_another_way_is_no_door(path):
+    for method in ("GET", "HEAD", "OPTIONS", "POST", "DELETE"):
+        assert not is_door(method, path)
+
+
+def test_pictures_and_tools_have_plain_paths():
+    assert is_door("GET", "/gradio_api/file=/tmp/gradio/a.b/..c/cat-seed0.png") and is_door("POST", "/gradio_api/mcp/")
+    assert is_door("GET", "/gradio_api/mcp/http/x") and is_door("DELETE", "/gradio_api/mcp/")

@@ -20,6 +20,7 @@ LADDER = [
         "surroundings",
         "interrupts",
         "revisions",
+        "streams",
     },  # no diffusers
     {"devices", "json_files", "lazy_weight"},  # where the work is done; descriptions of strangers; a weight as others see it
     {"codebook", "packing", "record"},  # what we wrote into a folder
@@ -35,9 +36,11 @@ LADDER = [
         "entropy_coding",
         "memory",
         "casts",
+        "options",
     },  # settings; one codebook; failures; what may be loaded; what commands share; what is free
     {"folders"},  # whole or not at all
     {
+        "bars",
         "held_weight",
         "dit",
         "job",
@@ -80,7 +83,12 @@ LADDER = [
     {"model_card", "lease", "comparisons"},  # tell what it is; work for a while; pictures and figures as files
     {"account", "pairs", "uploading", "staging"},  # who is signed in; pictures one by one; one file to the Hub; what goes there
     {"hub"},  # give it away
-    {"cli_push", "cli_compare", "publishing"},  # commands of the terminal; a visitor's project on its way to the Hub
+    {
+        "cli_push",
+        "cli_compare",
+        "cli_inspect",
+        "publishing",
+    },  # commands of the terminal; a visitor's project on its way to the Hub
     {"cli"},  # the door in the terminal
     {"web.words", "web.theme", "web.gpu", "web.gate"},  # the door in the browser: words, looks, lent GPUs, who may knock
     {"web.parts", "web.studio"},  # pieces of HTML; the library as the page needs it
@@ -90,7 +98,7 @@ LADDER = [
     {"web.page"},  # layout and wiring
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
-DOORS = {"cli", "cli_push", "cli_compare"}  # may print
+DOORS = {"cli", "cli_push", "cli_compare", "cli_inspect"}  # may print
 
 SOURCES = sorted(PACKAGE.rglob("[!_]*.py"))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -545,3 +546,36 @@ def test_killed_between_saving_and_cleaning_up_it_can_be_resumed(tmp_path, model
     assert run(*quick(model_folder, tmp_path / "q", "--resume")) == 0
     assert (tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == saved
     assert not (tmp_path / "q.job").exists()
+
+
+# --- what is known before the work ---
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "compare"])
+def test_a_disk_without_room_for_the_result_is_told_before_the_work(tmp_path, model_folder, capsys, monkeypatch, command):
+    monkeypatch.setattr("vq4dit.workspace.shutil.disk_usage", lambda folder: SimpleNamespace(free=150))
+    for work in ("vq4dit.cli.run", "vq4dit.cli.sample", "vq4dit.cli_compare.compare"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
+    models = [model_folder] * (2 if command == "compare" else 1)
+    output = tmp_path / "new" / ("x.png" if command == "sample" else "x")
+    said = failure(capsys, command, *models, "--labels" if command == "sample" else "--seed", 0, "--output", output)
+    assert "the disk has 150 bytes left and this needs" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "compare"])
+def test_more_steps_than_there_are_is_told_before_the_work(tmp_path, model_folder, capsys, command):
+    models = [model_folder] * (2 if command == "compare" else 1)
+    output = tmp_path / "x.png"
+    said = failure(capsys, command, *models, "--labels", 0, "--steps", 1001, "--output", output)
+    assert "there are at most 1000 denoising steps" in said and "1001 were asked for: take fewer steps" in said
+    assert "sampling" not in said and "measuring" not in said and not list(tmp_path.iterdir())
+
+
+def test_a_comparison_that_cannot_take_its_place_is_kept(tmp_path, model_folder, capsys, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("vq4dit.files._take_place", refused)
+    said = failure(capsys, *compare(model_folder, tmp_path / "c"))
+    (kept,) = tmp_path.iterdir()
+    assert f"What was made is whole and lies in {kept}" in said and (kept / "report.json").exists()

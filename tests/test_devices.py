@@ -1,12 +1,17 @@
 """Which device a name means, which one is taken when none is named, and what is said when it is not there."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vq4dit import devices
+from vq4dit.catalog import Catalog
 from vq4dit.cli import main
 from vq4dit.devices import available, describe, exact, resolve
 from vq4dit.errors import VQ4DiTError
+from vq4dit.loader import Loader
 
 
 @pytest.fixture
@@ -43,7 +48,14 @@ def test_every_device_that_is_there_can_be_named(machine):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cuda", "choice"), [("cuda", 0, "cpu"), ("cuda:2", 2, "cuda:0 or cuda:1 or cpu"), ("mps", 1, "cuda:0 or cpu")]
+    ("wanted", "cuda", "choice"),
+    [
+        ("cuda", 0, "cpu"),
+        ("cuda:256", 1, "cuda:0 or cpu"),
+        ("cuda:999", 1, "cuda:0 or cpu"),
+        ("cuda:2", 2, "cuda:0 or cuda:1 or cpu"),
+        ("mps", 1, "cuda:0 or cpu"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(machine, wanted, cuda, choice):
     machine(cuda)
@@ -51,7 +63,10 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(machine, want
         resolve(wanted)
 
 
-@pytest.mark.parametrize("wanted", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", "cpu:0", "cuda:0 "])
+@pytest.mark.parametrize(
+    "wanted",
+    ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", "cpu:0", "cuda:0 ", "cuda:0007", "cuda:00", "cuda:９", "cuda:" + "9" * 20],
+)
 def test_what_names_no_device_is_misuse(wanted):
     with pytest.raises(ValueError, match="a device is auto, cpu, cuda"):
         resolve(wanted)
@@ -113,3 +128,14 @@ def test_a_gpu_without_enough_memory_is_told(tmp_path, model_folder, capsys, mon
     assert main(["sample", model_folder, "--labels", "cat", "--output", str(tmp_path / "x.png")]) == 1
     said = capsys.readouterr().err
     assert "the GPU's memory is used up" in said and "--device cpu" in said and "Traceback" not in said
+
+
+# --- the app ---
+
+
+def test_the_app_works_on_the_same_device_as_the_commands(tmp_path, model_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vq4dit.loader.load_pipeline", lambda *_, **__: SimpleNamespace(to=asked.append))
+    monkeypatch.setattr("vq4dit.loader.resolve", lambda: torch.device("mps"))
+    Loader(Catalog(tmp_path, Path(model_folder).parent))._load(model_folder, None)
+    assert asked == [torch.device("mps")]

@@ -7,7 +7,7 @@ from conftest import new_pipeline
 from diffusers import DDIMScheduler
 
 from vq4dit import QuantizationSettings, quantize
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
 from vq4dit.evaluation import (
     SamplePair,
     compare,
@@ -106,3 +106,43 @@ def test_labels_are_names_or_numbers(pipeline):
 def test_the_worst_pair_is_finite():
     zeros = np.zeros((12, 12, 3), dtype=np.float32)
     assert math.isfinite(SamplePair(0, 0, zeros, zeros).psnr)
+
+
+def test_more_steps_than_the_scheduler_knows_are_refused_before_the_work(pipeline):
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=20, clip_sample=False)
+    silent = {"on_progress": lambda progress: pytest.fail("minutes were spent")}
+    with pytest.raises(VQ4DiTError, match="at most 20 denoising steps .*DDIMScheduler.*21 were asked for: take fewer"):
+        sample(pipeline, [0], [0], num_inference_steps=21, **silent)
+    with pytest.raises(VQ4DiTError, match="at most 20 denoising steps"):
+        compare(new_pipeline(), pipeline, 1, 1, labels=[0], num_inference_steps=21, **silent)
+    with pytest.raises(VQ4DiTError, match="at most 20 denoising steps"):
+        noise_nmse(pipeline, pipeline, num_inference_steps=21, **silent)
+    assert sample(pipeline, [0], [0], num_inference_steps=20).shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"guidance_scale": math.nan}, {"guidance_scale": math.inf}, {"num_inference_steps": 0}], ids=str
+)
+def test_numbers_that_mean_nothing_are_misuse(pipeline, settings):
+    with pytest.raises(ValueError, match="must be"):
+        sample(pipeline, [0], [0], **settings)
+
+
+def test_a_model_that_predicts_nothing_can_be_compared_with_itself(pipeline):
+    for parameter in pipeline.transformer.proj_out_2.parameters():
+        parameter.data.zero_()
+    assert noise_nmse(pipeline, pipeline, num_trajectories=1, num_inference_steps=1) == 0
+
+
+def test_a_comparison_has_no_figures_that_are_not_finite(pipeline):
+    nothing = new_pipeline()
+    for parameter in nothing.transformer.proj_out_2.parameters():
+        parameter.data.zero_()
+    with pytest.raises(FormatError, match="its noise_nmse is inf: the two models have nothing in common"):
+        compare(nothing, pipeline, 1, 1, labels=[0], num_inference_steps=1)
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "²", "１"], ids=lambda label: label[:5])
+def test_a_number_of_no_class_is_told_whatever_it_is(pipeline, label):
+    with pytest.raises(ValueError, match="there is no class .{1,70}; there are 3, such as cat"):
+        label_ids(pipeline, [label])

@@ -4,13 +4,18 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vq4dit import folders
 from vq4dit.errors import JobError, LeftBehind
+from vq4dit.files import check_place, write_atomically
 from vq4dit.folders import check_free, remove_recorded, sweep, unknown_names, whole_folder
 from vq4dit.locks import locked
 from vq4dit.record import RECORD, recorded, write_record
@@ -238,10 +243,11 @@ def test_what_comes_into_an_empty_folder_at_the_last_moment_stays(tmp_path, monk
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(folders, "_take_place", slow)
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(JobError, match="not empty.*whole and lies in .*out-finished-"):
         write(tmp_path / "out", "new")
     monkeypatch.undo()
-    assert contents(tmp_path) == {"out/thesis.txt": "mine"}
+    (kept,) = tmp_path.glob("out-finished-*")
+    assert contents(tmp_path / "out") == {"thesis.txt": "mine"} and contents(kept) == dict.fromkeys(OURS, "new")
 
 
 def test_what_cannot_be_deleted_is_told(tmp_path, monkeypatch):
@@ -380,3 +386,145 @@ def test_what_is_hidden_and_not_known_to_be_ours_is_told_and_stays(tmp_path, mon
     with pytest.warns(LeftBehind, match="seems to be left by a run that was killed: delete it"):
         write(tmp_path / "out", "new")
     assert (tmp_path / ".vq4dit-0123456789abcdef.partial" / "thesis.txt").read_text() == "mine"
+
+
+# --- the last step ---
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """A folder whose content lies in a lower layer, as in a container: folders there cannot be renamed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = []
+    try:
+        for arguments in (
+            ["-t", "tmpfs", "tmpfs", disk],
+            ["-t", "overlay", "-o", f"lowerdir={disk}/low,upperdir={disk}/up,workdir={disk}/work", "overlay", disk / "seen"],
+        ):
+            made = subprocess.run(["mount", *arguments], capture_output=True)
+            if made.returncode:
+                pytest.skip(f"cannot mount an overlay here: {made.stderr.decode().strip()}")
+            mounted.append(arguments[-1])
+            if arguments[-1] == disk:
+                fill(disk / "low" / "full", "old")
+                (disk / "low" / "picture").write_text("old")
+                for name in ("low/empty", "up", "work", "seen"):
+                    (disk / name).mkdir()
+        yield disk / "seen"
+    finally:
+        for place in reversed(mounted):
+            subprocess.run(["umount", place], check=True)
+
+
+def test_a_folder_that_no_rename_can_replace_is_told_before_the_work(overlay):
+    with pytest.raises(JobError, match=r"full cannot be replaced \(Invalid cross-device link\): choose another output"):
+        check_place(overlay / "full")
+    for name in ("empty", "picture", "new", "new/out"):
+        check_place(overlay / name)
+    check_place(overlay / "full", replaced=False)
+    assert contents(overlay) == {"full/index": "old", "full/part/weights": "old", "picture": "old"}
+    with whole_folder(overlay / "empty", False, "index") as partial:
+        fill(partial, "new")
+    assert contents(overlay / "empty") == dict.fromkeys(OURS, "new")
+
+
+def test_what_another_user_owns_in_a_sticky_folder_is_told_before_the_work(tmp_path):
+    if not hasattr(os, "geteuid") or os.geteuid():
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o1777)
+        fill(folder / "theirs", "old")
+        (folder / "picture").write_text("old")
+        os.seteuid(65534)
+        try:
+            for theirs in ("theirs", "picture"):
+                with pytest.raises(JobError, match=rf"{theirs} cannot be replaced \(Operation not permitted\): choose another"):
+                    check_place(folder / theirs)
+            check_place(folder / "mine")
+        finally:
+            os.seteuid(0)
+        assert contents(folder) == {"theirs/index": "old", "theirs/part/weights": "old", "picture": "old"}
+
+
+@pytest.mark.parametrize("flag", ["a", "i"], ids=["append-only", "immutable"])
+def test_a_folder_that_keeps_its_names_is_told_before_the_work(tmp_path, flag):
+    folder = tmp_path / "kept"
+    fill(folder / "out", "old")
+    if subprocess.run(["chattr", f"+{flag}", folder], capture_output=True).returncode:
+        pytest.skip("this system has no such folders")
+    try:
+        for name in ("out", "new"):
+            with pytest.raises(JobError, match=r"cannot be (used|replaced) \(Operation not permitted\): choose another output"):
+                check_place(folder / name)
+    finally:
+        subprocess.run(["chattr", f"-{flag}", folder], check=True)
+    assert contents(folder / "out") == dict.fromkeys(OURS, "old")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["replaced", "new"])
+def test_what_is_finished_is_kept_where_only_the_last_step_fails(tmp_path, monkeypatch, there):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    before = contents(write(tmp_path / "out", "old")) if there else {}
+    monkeypatch.setattr(folders, "_take_place", refused)
+    with pytest.raises(
+        JobError, match=r"cannot be put at .*out \(Invalid cross-device link\). What was made is whole and lies in "
+    ) as told:
+        with whole_folder(tmp_path / "out", True, "index") as partial:
+            fill(partial, "new")
+    (kept,) = tmp_path.glob("out-finished-*")
+    assert contents(kept) == dict.fromkeys(OURS, "new") and f"lies in {kept}: move it" in str(told.value)
+    assert not list(tmp_path.glob(".*")) and (not there or contents(tmp_path / "out") == before)
+
+
+def test_what_is_finished_is_kept_where_somebody_elses_file_came_into_its_place(tmp_path):
+    write(tmp_path / "out", "old")
+    with pytest.raises(JobError, match="would be lost: mine.* What was made is whole and lies in .*out-finished-"):
+        with whole_folder(tmp_path / "out", True, "index") as partial:
+            fill(partial, "new")
+            (tmp_path / "out" / "mine").write_text("mine")
+    (kept,) = tmp_path.glob("out-finished-*")
+    assert contents(kept) == dict.fromkeys(OURS, "new") and (tmp_path / "out" / "mine").exists()
+
+
+# --- words ---
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOSPC])
+def test_nobody_reads_a_name_that_only_we_know(tmp_path, monkeypatch, number):
+    def fails(descriptor):
+        raise OSError(number, os.strerror(number), str(next(tmp_path.rglob(".vq4dit-*"))))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises((JobError, OSError)) as told:
+        write_atomically(tmp_path / "note", b"new")
+    assert ".vq4dit-" not in str(told.value) and "note" in str(told.value)
+    with pytest.raises(JobError) as told:
+        with whole_folder(tmp_path / "out", False, "index") as partial:
+            write_atomically(partial / "weights", b"new")
+    assert ".vq4dit-" not in str(told.value) and f"{tmp_path / 'out' / 'weights'}" in str(told.value)
+    with pytest.raises(JobError) as told:
+        with whole_folder(tmp_path / "out", False, "index") as partial:
+            raise OSError(number, os.strerror(number), str(partial / "weights"))
+    assert ".vq4dit-" not in str(told.value) and "out" in str(told.value) and not list(tmp_path.iterdir())
+
+
+def test_weights_that_safetensors_cannot_write_are_told(tmp_path):
+    with pytest.raises(JobError, match="out could not be written .Error .*os error 2.*: mend that and try again"):
+        with whole_folder(tmp_path / "out", False, "index") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "missing" / "weights")
+
+
+def test_a_disk_that_can_hold_no_more_files_is_not_called_full_of_bytes(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=3", "t", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(JobError, match="the disk can hold no more files .its inodes are used up.: .*c needs 7 bytes"):
+            for name in "abc":
+                write_atomically(tmp_path / name, b"content")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -104,6 +104,11 @@ def test_evidence_that_is_no_file_is_not_published(hub, ann, quantized_folder, t
 def test_a_card_to_look_at_replaces_no_file(tmp_path):
     write_card(tmp_path / "new" / "card.md", "the card")
     write_card(tmp_path / "new" / "card.md", "the card")
-    with pytest.raises(JobError, match="card.md is there already and says something else"):
-        write_card(tmp_path / "new" / "card.md", "another card")
-    assert (tmp_path / "new" / "card.md").read_text() == "the card"
+    write_card(tmp_path / "new" / "card.md", "another card")  # ours, and as we left it
+    assert (tmp_path / "new" / "card.md").read_text().startswith("another card\n<!-- written by vq4dit, sha256 ")
+    written = (tmp_path / "new" / "card.md").read_bytes()
+    for theirs in (written.replace(b"another", b"a better"), written + b"more", b"the card", b"", written.partition(b"<")[0]):
+        (tmp_path / "new" / "card.md").write_bytes(theirs)
+        with pytest.raises(JobError, match="card.md is there already and says something else"):
+            write_card(tmp_path / "new" / "card.md", "the card")
+        assert (tmp_path / "new" / "card.md").read_bytes() == theirs

@@ -159,10 +159,12 @@ def test_an_unfinished_job_is_not_overwritten(tmp_path, pipeline):
         Job.open(tmp_path, quick_settings(), pipeline, resume=False)
 
 
-def test_two_processes_cannot_work_on_one_job(tmp_path, pipeline):
+@pytest.mark.parametrize("resume", [True, False])
+def test_two_processes_cannot_work_on_one_job_and_nobody_is_told_to_delete_it(tmp_path, pipeline, resume):
     with Job.open(tmp_path, quick_settings(), pipeline, resume=False):
-        with pytest.raises(JobError, match="another process"):
-            Job.open(tmp_path, quick_settings(), pipeline, resume=True)
+        with pytest.raises(JobError, match="another process") as told:
+            Job.open(tmp_path, quick_settings(), pipeline, resume=resume)
+        assert "delete" not in str(told.value)
     Job.open(tmp_path, quick_settings(), pipeline, resume=True).close()
 
 

@@ -1,6 +1,7 @@
 """The card says what is so, calls unmeasured what was not measured, and its snippet runs."""
 
 import dataclasses
+import html
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from hub_fixtures import publish
+from markdown_it import MarkdownIt
 from test_printable import NASTY
 
 import vq4dit
@@ -317,3 +319,31 @@ def test_plain_words_stay_readable():
     assert plain("kept by '*.0.ff.*'") == r"kept by '\*.0.ff.\*'"
     assert plain("guidance_scale 4.0, 10^8 (a-b)") == "guidance_scale 4.0, 10^8 (a-b)"
     assert plain("a\n\n# b") == r"a \# b" and len(plain("x" * 999)) == 200
+
+
+ADDRESS = re.compile(r"\bwww\.|\b(?:https?|ftp|ssh)://|[\w.+-]@\w|(?:^|\s)@\w", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "www.evil.example",
+        "WWW.Evil.example/x",
+        "HTTP://evil.example",
+        "see https://evil.example.",
+        "ftp://evil.example",
+        "(http://www.evil.example)",
+        "mailto:ann@evil.example",
+        "ann.b+c@evil.example",
+        "xmpp:a@evil.example/x",
+        "@everyone",
+    ],
+)
+def test_no_address_becomes_a_link_by_itself(told):
+    """Neither as it stands there, nor where a reader has undone the escapes before it looks for addresses."""
+    assert ADDRESS.search(told)
+    written = plain(told)
+    assert not ADDRESS.search(written) and not ADDRESS.search(written.replace("\\", ""))
+    assert html.unescape(written.replace("\\", "").replace("<!-- -->", "")) == told
+    rendered = MarkdownIt("commonmark").render(written)
+    assert "<a" not in rendered and not ADDRESS.search(re.sub("<p>|</p>", "", rendered))

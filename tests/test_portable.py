@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from vq4dit import evaluation, files
+from vq4dit import files, memory
 from vq4dit.files import write_atomically
 
 
@@ -16,23 +16,23 @@ from vq4dit.files import write_atomically
 def test_where_there_is_no_proc_memory_is_counted_in_the_unit_of_the_system(monkeypatch, platform, unit):
     import resource
 
-    monkeypatch.setattr(evaluation, "high_water_mark", lambda process: 0)
-    monkeypatch.setattr(evaluation.sys, "platform", platform)
+    monkeypatch.setattr(memory, "high_water_mark", lambda process: 0)
+    monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5_000_000))
-    assert evaluation.peak_memory(torch.device("cpu")) == 5_000_000 * unit
+    assert memory.peak_memory(torch.device("cpu")) == 5_000_000 * unit
 
 
 def test_windows_tells_the_peak_itself(monkeypatch):
-    monkeypatch.setattr(evaluation, "high_water_mark", lambda process: 0)
-    memory = SimpleNamespace(rss=1, peak_wset=123)
-    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: memory)
-    assert evaluation.peak_memory(torch.device("cpu")) == 123
+    monkeypatch.setattr(memory, "high_water_mark", lambda process: 0)
+    told = SimpleNamespace(rss=1, peak_wset=123)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: told)
+    assert memory.peak_memory(torch.device("cpu")) == 123
 
 
 def test_where_nobody_tells_the_peak_it_is_what_is_used_now(monkeypatch):
-    monkeypatch.setattr(evaluation, "high_water_mark", lambda process: 0)
+    monkeypatch.setattr(memory, "high_water_mark", lambda process: 0)
     monkeypatch.setitem(sys.modules, "resource", None)
-    found = evaluation.peak_memory(torch.device("cpu"))
+    found = memory.peak_memory(torch.device("cpu"))
     assert 0.5 < found / psutil.Process().memory_info().rss < 2
 
 

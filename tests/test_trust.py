@@ -137,6 +137,30 @@ def a_component_by_way_of_a_module_of_diffusers(folder, mark):
     edit(folder / "model_index.json", vae=["pipeline_utils", "PreTrainedModel"])
 
 
+def a_component_that_is_a_function_of_transformers(folder, mark):
+    edit(folder / "model_index.json", vae=["transformers", "pipeline"])
+
+
+def a_component_that_is_a_path_of_transformers(folder, mark):
+    edit(folder / "model_index.json", vae=["transformers", "__file__"])
+
+
+def a_component_that_is_a_class_of_no_part(folder, mark):
+    edit(folder / "model_index.json", vae=["transformers", "Trainer"])
+
+
+def a_component_that_is_the_base_of_all_models(folder, mark):
+    edit(folder / "model_index.json", vae=["diffusers", "ModelMixin"])
+
+
+def a_component_that_is_the_base_of_all_encoders(folder, mark):
+    edit(folder / "model_index.json", vae=["transformers", "PreTrainedModel"])
+
+
+def a_component_that_is_the_pipeline_of_a_package(folder, mark):
+    edit(folder / "model_index.json", vae=["stable_diffusion", "StableDiffusionPipeline"])
+
+
 def an_adapter_to_a_model_elsewhere(folder, mark):
     edit(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     (folder / "text_encoder").mkdir()

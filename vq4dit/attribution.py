@@ -11,6 +11,8 @@ to that step). The parts need not add up to the whole: layers are fitted to make
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor
@@ -95,7 +97,12 @@ def layer_noise_errors(
         on_step=count,
     )
     images = num_trajectories * seen / walks  # as many of each step
-    return {name: error / images for name, error in found.items()}
+    errors = {name: error / images for name, error in found.items()}
+    if strange := [name for name, error in errors.items() if not math.isfinite(error)]:
+        raise UnsupportedModelError(
+            f"what the layer {strange[0]} adds to the error is no finite number: compare without --layers"
+        )
+    return errors
 
 
 def _change(original: DiTPipeline, name: str, layer: PackedLinear) -> tuple[Tensor, Tensor]:

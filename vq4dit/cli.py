@@ -12,43 +12,47 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vq4dit.bars import progress_bars
 from vq4dit.cli_compare import compare_command
+from vq4dit.cli_inspect import inspect_command
 from vq4dit.cli_push import add_push_arguments, push_command
 from vq4dit.comparisons import check_picture, write_picture
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, QuantizationSettings
 from vq4dit.diffusers_quantizer import decode_mode
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.estimate import Device, check_fits, estimate
-from vq4dit.evaluation import LayerError, grid, label_ids, layer_errors, sample
-from vq4dit.files import check_place
+from vq4dit.evaluation import LayerError, check_sampling, grid, image_bytes, label_ids, layer_errors, sample
+from vq4dit.files import check_place, told
 from vq4dit.inspection import inspect, tensor_bytes
 from vq4dit.interrupts import code_of
 from vq4dit.job import Job, check_job_folder
 from vq4dit.loading import load_pipeline, pinned, source_folder
 from vq4dit.memory import is_out_of_memory, out_of_memory
+from vq4dit.options import (
+    add_device,
+    chosen_device,
+    class_names,
+    folder_path,
+    guidance,
+    model_name,
+    picture_path,
+    positive,
+    seed,
+)
 from vq4dit.origin import origin_of
 from vq4dit.quantization import check, run
 from vq4dit.repository import located
 from vq4dit.saving import check_output, is_finished, is_result, save
-from vq4dit.terminal import (
-    Console,
-    Parser,
-    add_device,
-    chosen_device,
-    finite,
-    folder_path,
-    model_name,
-    notes,
-    picture_path,
-    positive,
-    progress_bars,
-)
+from vq4dit.streams import hand_over
+from vq4dit.terminal import Console, Parser, Report, errors, notes
+from vq4dit.workspace import check_space, folder_bytes
 from vq4dit.zero_data import check_supported
 
 OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called here
@@ -59,34 +63,67 @@ OPTIONS_OF_PAPER = {  # constants of the calibration, and what they are called h
 }
 
 
+FAILURES = (VQ4DiTError, ValueError, OSError, MemoryError, RuntimeError)
+GO_ON = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    errors = Console(stderr=True)
+    args = build_parser().parse_args(arguments)
     try:
-        with notes(errors):
-            args.command(args)
-    except (VQ4DiTError, ValueError, OSError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, VQ4DiTError) and is_out_of_memory(error):
-            error = VQ4DiTError(out_of_memory(error))
-        elif isinstance(error, RuntimeError):  # a fault of ours
+        with notes(errors()):
+            report = args.command(args)
+    except FAILURES as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):  # a fault of ours
             raise
-        errors.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", highlight=False, soft_wrap=True)
+        say(f"[bold red]error:[/] {_reason(error)}")
         return 1
     except KeyboardInterrupt as error:
-        again = {"quantize": "; go on with the same command and --resume", "push": "; go on with the same command"}
-        with suppress(OSError):  # the terminal may be gone
-            errors.print("interrupted" + again.get(args.name, ""))
+        say("interrupted" + GO_ON.get(args.name, ""))
+        return code_of(error)
+    return tell(report, is_all=args.name == "inspect")
+
+
+def tell(report: Report, is_all: bool) -> int:
+    """Tell on standard output what was done. From here on nothing fails any more but the telling; returns the exit code.
+
+    Args:
+        is_all: the report is all that was asked for.
+    """
+    try:
+        report()
+        hand_over()
+    except BrokenPipeError:  # who read it has seen enough
+        with suppress(OSError):
+            hand_over()
+    except FAILURES as error:
+        with suppress(OSError):
+            hand_over()
+        if is_all:
+            say(f"[bold red]error:[/] the figures could not be told ({_reason(error)}): give standard output another place")
+            return 1
+        say(f"the work is done and saved; only its report could not be told ({_reason(error)})")
+    except KeyboardInterrupt as error:
+        say("interrupted" + ("" if is_all else "; the work is done and saved"))
         return code_of(error)
     return 0
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    errors().print(line, highlight=False, soft_wrap=True)
+
+
+def _reason(error: BaseException) -> str:
+    text = out_of_memory(error) if not isinstance(error, VQ4DiTError) and is_out_of_memory(error) else str(error)
+    return escape(" ".join(text.splitlines()))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m vq4dit", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="name", required=True)
 
-    def add(name: str, command: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace], Report], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         sub.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -104,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--bits", type=int, default=2, choices=sorted(CODEBOOKS), help="bits per weight (default: 2)")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0)
     _add_keep(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
@@ -130,14 +167,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("sample", sample_command, "Images from an original or a quantized model.")
     sub.add_argument("model", type=model_name, metavar="MODEL")
-    sub.add_argument("--labels", required=True, metavar="A,B", help="class names or numbers, separated by commas")
+    sub.add_argument(
+        "--labels", type=class_names, required=True, metavar="A,B", help="class names or numbers, separated by commas"
+    )
     _add_sampling(sub)
     sub.add_argument("--output", type=picture_path, required=True, metavar="PNG")
 
     sub = add("compare", compare_command, "Same-seed pictures and figures of an original and a quantized model.")
     sub.add_argument("original", type=model_name, metavar="ORIGINAL")
     sub.add_argument("quantized", type=model_name, metavar="QUANTIZED")
-    sub.add_argument("--labels", metavar="A,B", help="classes to draw (default: eight, spread over all)")
+    sub.add_argument("--labels", type=class_names, metavar="A,B", help="classes to draw (default: eight, spread over all)")
     sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
     _add_sampling(sub)
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
@@ -155,9 +194,9 @@ def _add_keep(sub: argparse.ArgumentParser) -> None:
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add_device(sub)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
-    sub.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: 4)")
+    sub.add_argument("--guidance", type=guidance, default=4.0, help="guidance scale (default: 4)")
     sub.add_argument(
         "--decode",
         default="auto",
@@ -166,36 +205,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def inspect_command(args: argparse.Namespace) -> None:
-    inspection = inspect(args.model, args.keep, recipe=args.recipe)
-    if args.json:
-        values = dataclasses.asdict(inspection)
-        for prediction, shown in zip(inspection.predictions, values["predictions"], strict=True):
-            shown |= {"file_bytes": prediction.file_bytes, "bits_per_weight": prediction.bits_per_weight}
-            if args.recipe != "best":  # which has no codebooks to account for
-                shown["paper_accounting"] = prediction.paper_accounting()
-        print(json.dumps(values, indent=1))
-        return
-    console = Console()
-    console.print(
-        f"{escape(args.model)}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M "
-        f"parameters, {inspection.file_bytes / 1e6:.1f} MB on disk"
-    )
-    smallest = inspection.predictions[0]
-    table = Table(Column("layer", no_wrap=True), "shape", "at 2 bits")
-    for layer in smallest.layers:
-        table.add_row(layer.name, f"{layer.rows} x {layer.columns}", f"{layer.num_bytes / 1e3:.1f} kB")
-    for kept in smallest.kept:
-        table.add_row(kept.name, "", escape(f"16 bit: {kept.reason}"))
-    console.print(table)
-    table = Table("bits", "layers quantized", "bits per weight", "transformer file", "against now")
-    for p in inspection.predictions:
-        ratio = f"{inspection.file_bytes / p.file_bytes:.2f} x smaller"
-        table.add_row(str(p.bits), str(len(p.layers)), f"{p.bits_per_weight:.3f}", f"{p.file_bytes / 1e6:.2f} MB", ratio)
-    console.print(table)
-
-
-def quantize_command(args: argparse.Namespace) -> None:
+def quantize_command(args: argparse.Namespace) -> Report:
     started = time.monotonic()
     device = chosen_device(args)
     check_place(args.output)
@@ -210,8 +220,10 @@ def quantize_command(args: argparse.Namespace) -> None:
     seems_done = args.resume and is_result(args.output, settings)
     if not seems_done:
         check_output(args.output, args.overwrite)
-    check_place(folder)
+    check_place(folder, replaced=False)
     check_job_folder(folder)
+    if not seems_done:
+        check_space(args.output, cost.disk_bytes - (folder_bytes(folder) if folder.exists() else 0))
     origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
     check(pipeline, settings)
@@ -230,7 +242,7 @@ def quantize_command(args: argparse.Namespace) -> None:
             origin = dataclasses.replace(origin, fingerprint=job.fingerprint)
             save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
             job.remove()
-    report_quantized(args, revision, pipeline, quantized, time.monotonic() - started)
+    return partial(report_quantized, args, revision, pipeline, quantized, time.monotonic() - started)
 
 
 def report_quantized(args: argparse.Namespace, revision: str | None, original: Any, quantized: Any, seconds: float) -> None:
@@ -282,13 +294,15 @@ def print_layers(report: dict[str, Any], layers: list[LayerError]) -> None:
     )
 
 
-def sample_command(args: argparse.Namespace) -> None:
+def sample_command(args: argparse.Namespace) -> Report:
     device = chosen_device(args)
     check_picture(args.output)
     with decode_mode(args.decode):
         pipeline = load_pipeline(args.model).to(device)
     check_supported(pipeline)
-    labels = label_ids(pipeline, [label.strip() for label in args.labels.split(",")])
+    labels = label_ids(pipeline, args.labels)
+    check_sampling(pipeline, args.steps, args.guidance)
+    check_space(args.output, len(labels) * image_bytes(pipeline))
     started = time.monotonic()
     with progress_bars() as on_progress:
         images = sample(
@@ -299,11 +313,15 @@ def sample_command(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance,
             on_progress=on_progress,
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    check_picture(args.output)  # once more: drawing took its time
-    write_picture(args.output, grid(images, columns=min(8, len(images))))
-    seconds = time.monotonic() - started
+    with told(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(args.output)  # once more: drawing took its time
+        write_picture(args.output, grid(images, columns=min(8, len(images))))
+    return partial(report_sampled, args, len(images), time.monotonic() - started)
+
+
+def report_sampled(args: argparse.Namespace, images: int, seconds: float) -> None:
     if args.json:
-        print(json.dumps({"output": str(args.output), "images": len(images), "seconds": seconds}))
+        print(json.dumps({"output": str(args.output), "images": images, "seconds": seconds}))
     else:
-        Console().print(f"{escape(str(args.output))}: {len(images)} images, {seconds:.1f} s")
+        Console().print(f"{escape(str(args.output))}: {images} images, {seconds:.1f} s")

@@ -5,31 +5,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from functools import partial
 
 from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.attribution import check_comparable, layer_noise_errors
-from vq4dit.comparisons import check_comparison_output, write_comparison
+from vq4dit.bars import progress_bars
+from vq4dit.comparisons import KINDS, check_comparison_output, write_comparison
 from vq4dit.diffusers_quantizer import decode_mode
-from vq4dit.evaluation import compare, label_ids
+from vq4dit.evaluation import Comparison, compare, image_bytes, label_ids
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import load_pipeline
-from vq4dit.terminal import Console, chosen_device, progress_bars
+from vq4dit.options import chosen_device
+from vq4dit.terminal import Console, Report
+from vq4dit.workspace import check_space
 from vq4dit.zero_data import num_classes
 
 
-def compare_command(args: argparse.Namespace) -> None:
+def compare_command(args: argparse.Namespace) -> Report:
     device = chosen_device(args)
     check_comparison_output(args.output, args.overwrite)
     with decode_mode(args.decode):
         original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
     check_comparable(original, quantized)
     if args.labels:
-        labels = label_ids(original, [label.strip() for label in args.labels.split(",")])
+        labels = label_ids(original, args.labels)
     else:
         count = num_classes(original)
         labels = [i * count // min(8, count) for i in range(min(8, count))]
+    check_space(args.output, 2 * len(KINDS) * len(labels) * image_bytes(original))  # each alone, and all in one
     with progress_bars() as on_progress:
         report, pairs = compare(
             original,
@@ -50,6 +55,10 @@ def compare_command(args: argparse.Namespace) -> None:
             )
     names = {index: name for name, index in original.labels.items()}
     write_comparison(args.output, report, pairs, names, parts, overwrite=args.overwrite)
+    return partial(report_compared, args, report, parts)
+
+
+def report_compared(args: argparse.Namespace, report: Comparison, parts: dict[str, float]) -> None:
     values = dataclasses.asdict(report)
     if args.json:
         print(json.dumps(values, indent=1))

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
 
 from vq4dit.account import look_up_base, sign_in
+from vq4dit.bars import progress_bars
 from vq4dit.comparisons import is_of_comparison
 from vq4dit.errors import HubError, JobError
 from vq4dit.files import told, write_atomically
-from vq4dit.hub import Existing, Target, push, same_image
+from vq4dit.hub import Existing, Pushed, Target, push, same_image
 from vq4dit.loading import check_pipeline
 from vq4dit.model_card import default_name, default_visibility, model_card, read_report
+from vq4dit.options import folder_path
 from vq4dit.origin import read_origin
-from vq4dit.terminal import Console, folder_path, progress_bars
+from vq4dit.terminal import Console, Report, errors
 
 
 def add_push_arguments(sub: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def add_push_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--verify", action="store_true", help="afterwards download it, load it and compare one image bit by bit")
 
 
-def push_command(args: argparse.Namespace) -> None:
+def push_command(args: argparse.Namespace) -> Report:
     config = check_pipeline(str(args.folder))
     origin = read_origin(args.folder)
     if args.base:
@@ -56,10 +60,10 @@ def push_command(args: argparse.Namespace) -> None:
     card = model_card(args.folder, repo_id, base, report, kmeans)
     if args.card:
         write_card(args.card, card)
-        Console(stderr=True).print(f"the card of {escape(repo_id)} is in {escape(str(args.card))}; nothing was sent")
-        return
+        errors().print(f"the card of {escape(repo_id)} is in {escape(str(args.card))}; nothing was sent")
+        return lambda: None
     private, reason = default_visibility(base) if args.private is None else (args.private, "as you said")
-    Console(stderr=True).print(f"{escape(repo_id)}: {'private' if private else 'public'}, {escape(reason)}", highlight=False)
+    errors().print(f"{escape(repo_id)}: {'private' if private else 'public'}, {escape(reason)}", highlight=False)
     existing: Existing = "pull-request" if args.pr else "commit" if args.commit else "refuse"
     target = Target(repo_id=repo_id, private=private, existing=existing)
     with progress_bars() as on_progress:
@@ -67,6 +71,10 @@ def push_command(args: argparse.Namespace) -> None:
     same = same_image(args.folder, pushed, account) if args.verify else None
     if same is False:
         raise HubError(f"{repo_id} was pushed, but loaded from there it gives another image: tell the authors", "checksum")
+    return partial(report_pushed, args, pushed, same)
+
+
+def report_pushed(args: argparse.Namespace, pushed: Pushed, same: bool | None) -> None:
     if args.json:
         print(json.dumps({**dataclasses.asdict(pushed), "same_image": same}, indent=1))
         return
@@ -76,12 +84,25 @@ def push_command(args: argparse.Namespace) -> None:
 
 
 def write_card(path: Path, card: str) -> None:
-    """Raise `JobError` if there is a file already that says something else: it may be somebody's own."""
+    """Write a card and its checksum, in a comment at the end.
+
+    Raises:
+        JobError: if there is a file already that is no card of ours, or one that somebody has changed.
+    """
     with told(path):
-        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == card.encode()):
+        if os.path.lexists(path) and not (path.is_file() and _is_our_card(path.read_bytes())):
             raise JobError(f"{path} is there already and says something else: move it away, or name another file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, card.encode())
+        write_atomically(path, _sealed(card.encode()))
+
+
+def _sealed(card: bytes) -> bytes:
+    return card + f"\n<!-- written by vq4dit, sha256 {hashlib.sha256(card).hexdigest()} -->\n".encode()
+
+
+def _is_our_card(content: bytes) -> bool:
+    """Whether `write_card` wrote this, and nobody has changed it since."""
+    return content == _sealed(content.rpartition(b"\n<!-- written by vq4dit")[0])
 
 
 def evidence(report: Path | None, kmeans_report: Path | None) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vq4dit.errors import VQ4DiTError
 
 WITHOUT_FLOAT64 = {"mps"}
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d{0,2}))?", re.ASCII)
 
 
 def resolve(wanted: str = "auto") -> torch.device:
@@ -26,14 +26,14 @@ def resolve(wanted: str = "auto") -> torch.device:
         VQ4DiTError: if this machine, or this build of torch, does not have it.
     """
     if not DEVICE.fullmatch(wanted):
-        raise ValueError(f"a device is auto, cpu, cuda, cuda:0 (a number for each GPU) or mps, got {wanted!r}")
-    there = available()
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:0 (a number for each GPU) or mps, got {wanted!r:.60}")
+    there = {str(device): device for device in available()}  # by name: torch takes cuda:256 for cuda:0
     if wanted == "auto":
-        return there[0]
-    device = torch.device("cuda:0" if wanted == "cuda" else wanted)
-    if device not in there:
-        choice = " or ".join(str(d) for d in there)
-        raise VQ4DiTError(f"there is no device {wanted} here{_why_not(device)}: choose {choice}, or leave --device out")
+        return next(iter(there.values()))
+    device = there.get("cuda:0" if wanted == "cuda" else wanted)
+    if device is None:
+        choice = " or ".join(there)
+        raise VQ4DiTError(f"there is no device {wanted} here{_why_not(wanted)}: choose {choice}, or leave --device out")
     return device
 
 
@@ -49,8 +49,8 @@ def describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _why_not(device: torch.device) -> str:
-    if device.type == "mps":
+def _why_not(wanted: str) -> str:
+    if wanted == "mps":
         return "" if torch.backends.mps.is_built() else " (this build of torch has no MPS)"
     if torch.cuda.is_available():
         return ""  # there are others

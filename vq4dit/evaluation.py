@@ -7,16 +7,13 @@ compare same-seed images and say how much a person sees. Always measured on the 
 
 from __future__ import annotations
 
-import re
-import sys
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from diffusers import DiTPipeline
 from jaxtyping import Float
@@ -26,8 +23,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
-from vq4dit.errors import BROKEN, UnsupportedModelError, brief
-from vq4dit.memory import is_out_of_memory
+from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
+from vq4dit.memory import is_out_of_memory, peak_memory
 from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
@@ -85,6 +82,7 @@ def noise_nmse(
 ) -> float:
     """E || ε_original - ε_quantized ||² / E || ε_original ||² with guidance, on held-out zero-data trajectories."""
     check_supported(original)
+    _check_steps(original, num_inference_steps)
     scheduler = new_scheduler(original)
     channels = original.transformer.config.in_channels
     steps = teacher_steps(
@@ -101,8 +99,13 @@ def noise_nmse(
         wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
         error += exact(wanted - found).square().sum().item()
         power += exact(wanted).square().sum().item()
-        on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": error / power}))
-    return error / power
+        on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": _part(error, power)}))
+    return _part(error, power)
+
+
+def _part(error: float, power: float) -> float:
+    """An error over the power of what it is an error of; where there is no power, any error is infinite."""
+    return error / power if power else math.inf if error else 0.0
 
 
 def _guided_noise(prediction: Tensor, step: TeacherStep, guidance_scale: float, channels: int, scheduler: Any) -> Tensor:
@@ -154,8 +157,9 @@ def sample(
     Raises:
         UnsupportedModelError: if guidance needs images of no class, and the pipeline cannot ask for them; if its parts do not
             work together, or make no finite images.
+        VQ4DiTError: if its scheduler knows fewer steps.
     """
-    _check_guidance(pipeline, guidance_scale)
+    check_sampling(pipeline, num_inference_steps, guidance_scale)
     images: list[np.ndarray] = []
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
@@ -193,11 +197,26 @@ def _drawn(
     return images
 
 
-def _check_guidance(pipeline: DiTPipeline, guidance_scale: float) -> None:
+def check_sampling(pipeline: DiTPipeline, num_inference_steps: int, guidance_scale: float) -> None:
+    """Raise `VQ4DiTError` unless a pipeline can draw with so many steps and so much guidance."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    _check_steps(pipeline, num_inference_steps)
     if guidance_scale > 1 and null_class(pipeline) < NULL_CLASS:
         raise UnsupportedModelError(
             f"with guidance DiTPipeline asks for class {NULL_CLASS}, which means none, and this model's embedder ends at "
             f"{null_class(pipeline)}: its images can be made at a guidance scale of 1"
+        )
+
+
+def _check_steps(pipeline: DiTPipeline, num_inference_steps: int) -> None:
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    known = pipeline.scheduler.config.get("num_train_timesteps", num_inference_steps)
+    if num_inference_steps > known:
+        raise VQ4DiTError(
+            f"there are at most {known} denoising steps (num_train_timesteps of {type(pipeline.scheduler).__name__}), and "
+            f"{num_inference_steps} were asked for: take fewer steps"
         )
 
 
@@ -209,13 +228,14 @@ def label_ids(pipeline: DiTPipeline, labels: Sequence[str]) -> list[int]:
     """
     ids = []
     for label in labels:
-        if label.isdecimal() and int(label) < num_classes(pipeline):
+        is_number = label.isascii() and label.isdecimal() and len(label) < 10
+        if is_number and int(label) < num_classes(pipeline):
             ids.append(int(label))
         elif label in pipeline.labels:
             ids.append(pipeline.labels[label])
         else:
             some = ", ".join(list(pipeline.labels)[:6])
-            raise ValueError(f"there is no class {label!r}; there are {num_classes(pipeline)}, such as {some or '0'}")
+            raise ValueError(f"there is no class {label!r:.60}; there are {num_classes(pipeline)}, such as {some or '0'}")
     return ids
 
 
@@ -228,6 +248,12 @@ def grid(images: Sequence[np.ndarray] | np.ndarray, columns: int, gap: int = 2) 
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return as_image(canvas)
+
+
+def image_bytes(pipeline: DiTPipeline) -> int:
+    """Bytes of an image of this pipeline, uncompressed: what its file takes at most, but for a header."""
+    scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return 3 * (pipeline.transformer.config.sample_size * scale) ** 2 + 1000
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
@@ -251,6 +277,14 @@ class Comparison:
     guidance_scale: float
     seed: int
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FormatError(
+                    f"a comparison holds finite numbers, and its {name} is {value}: the two models have nothing in common, or "
+                    "one of them is damaged; compare a quantized model with the one it was made from"
+                )
+
 
 def compare(
     original: DiTPipeline,
@@ -264,8 +298,13 @@ def compare(
     guidance_scale: float = 4.0,
     on_progress: OnProgress = ignore,
 ) -> tuple[Comparison, list[SamplePair]]:
-    """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures."""
-    _check_guidance(original, guidance_scale)
+    """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures.
+
+    Raises:
+        FormatError: if a figure is not finite; others as `sample`.
+    """
+    for pipeline in (original, quantized):
+        check_sampling(pipeline, num_inference_steps, guidance_scale)
     seeds = [seed + i for i in range(len(labels))]
     settings: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -294,29 +333,3 @@ def compare(
         seed=seed,
     )
     return report, pairs
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return high_water_mark("self") or _peak_elsewhere()
-
-
-def _peak_elsewhere() -> int:
-    """The largest resident memory of this process where there is no /proc, in bytes; what it is now if nobody tells more."""
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return memory.rss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # it also counts whoever started this process
-
-
-def high_water_mark(process: int | str) -> int:
-    """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
-    status = Path(f"/proc/{process}/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0

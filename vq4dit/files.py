@@ -43,6 +43,16 @@ def is_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in FULL) or any(words in str(error) for words in FULL_WORDS)
 
 
+def full_words(path: Path) -> str:
+    """What is used up where `path` lies: a disk counts files as well as bytes."""
+    place = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    with suppress(OSError, AttributeError):  # AttributeError: Windows
+        disk = os.statvfs(place)
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
+            return "the disk can hold no more files (its inodes are used up)"
+    return "the disk is full"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut, where the system offers that."""
     if os.name != "posix":
@@ -61,7 +71,7 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
         advice: what to do after space was made.
 
     Raises:
-        JobError: if the disk is full.
+        JobError: if the disk is full. OSError: what else the system says, with the file's own name.
     """
     temporary = temporary_name(path.parent)
     try:
@@ -75,8 +85,10 @@ def write_atomically(path: Path, content: bytes, advice: str = "try again") -> N
             temporary.unlink(missing_ok=True)
         if is_full(error):
             needed = amount(len(content))
-            raise JobError(f"the disk is full: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE) from error
-        raise
+            raise JobError(
+                f"{full_words(path)}: {path} needs {needed}. Free some space and {advice}", page=FULL_PAGE
+            ) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # nobody knows the other name
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -99,10 +111,13 @@ def told(path: Path) -> Iterator[None]:
         raise JobError(f"{path} cannot be used ({error.strerror or error}): choose another output") from error
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, replaced: bool = True) -> None:
     """Raise `JobError` unless something can be written under this (absolute) name: before the work, not after it.
 
     It is tried out where the path begins to exist, since permissions alone do not tell: disks are read-only, names too long.
+
+    Args:
+        replaced: what is there will be; without it, something will be moved from there to the folder around it.
     """
     if os.path.ismount(path):
         raise JobError(f"{path} is where a disk is mounted, and cannot be replaced as a whole: choose a folder in it")
@@ -112,9 +127,35 @@ def check_place(path: Path) -> None:
         for name in (*(place / part for part in path.relative_to(place).parts), deep):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(name)
-        probe = temporary_name(place)
+        probe, moved = temporary_name(path if path.is_dir() and not replaced else place), temporary_name(place)
         probe.mkdir()
-        probe.rmdir()
+        try:
+            probe.rename(moved)  # not every folder in which one can write lets names be changed
+            probe = moved
+            if replaced and os.path.lexists(path):
+                _check_moves(path, moved)
+        finally:
+            probe.rmdir()
+
+
+def _check_moves(path: Path, probe: Path) -> None:
+    """Raise `JobError` unless what is at `path` could be moved: not another user's, or of an overlay's lower layer.
+
+    It is asked to take the place of a folder that is not empty, `probe`. No system does that, and a system that could not move
+    it says that instead.
+    """
+    (probe / "filled").mkdir()
+    try:
+        path.rename(probe)
+        probe.rename(path)  # a system that does it nevertheless
+        probe.mkdir()
+    except OSError as error:
+        is_empty = path.is_dir() and not any(path.iterdir())  # then it need not move
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR} | ({errno.EXDEV} if is_empty else set()):
+            raise JobError(f"{path} cannot be replaced ({error.strerror or error}): choose another output") from error
+    finally:
+        with suppress(OSError):
+            (probe / "filled").rmdir()
 
 
 def listed(names: list[str]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -26,8 +27,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+
 from vq4dit.errors import JobError, LeftBehind
-from vq4dit.files import FULL_PAGE, TEMPORARY, WINDOWS, is_full, listed, sync_folder, temporary_name, told
+from vq4dit.files import FULL_PAGE, TEMPORARY, WINDOWS, full_words, is_full, listed, sync_folder, temporary_name, told
 from vq4dit.locks import lock, unlock
 from vq4dit.record import RECORD, Files, alike_in_size, has_record, intact, recorded, write_record
 
@@ -41,7 +44,8 @@ def whole_folder(
 ) -> Iterator[Path]:
     """A new folder to write into, which gets a record and takes the place of `folder` (no link) at the end.
 
-    On an error it is gone again. What is found that a killed process left is tidied away first.
+    On an error it is gone again; where only the last step fails, what is finished is kept under another name. What is found
+    that a killed process left is tidied away first.
 
     Args:
         mark: a file that folders of this kind have, and those of other kinds have not.
@@ -56,28 +60,63 @@ def whole_folder(
         sweep(place)
     check_free(folder, overwrite, mark)
     work, held = temporary_name(scratch or folder.parent), None
+    kept: Path | None = None
     try:
-        work.mkdir()
-        held = lock(work / LOCK)
-        (work / TARGET).write_bytes(os.fsencode(os.path.abspath(folder)))
-        (work / NEW).mkdir()
-        yield work / NEW
-        write_record(work / NEW)
-        _settle(work / NEW)
-        check_free(folder, overwrite, mark)  # once more: writing took its time
+        with _told_of(folder, work / NEW, advice):
+            work.mkdir()
+            held = lock(work / LOCK)
+            (work / TARGET).write_bytes(os.fsencode(os.path.abspath(folder)))
+            (work / NEW).mkdir()
+            yield work / NEW
+            write_record(work / NEW)
+            _settle(work / NEW)
         try:
+            check_free(folder, overwrite, mark)  # once more: writing took its time
             _take_place(work, folder)
-        except OSError:
-            check_free(folder, overwrite, mark)  # perhaps somebody was quicker
-            raise
+        except (OSError, JobError) as error:
+            kept = _put_aside(work, folder)
+            why = getattr(error, "strerror", None) or error
+            raise JobError(
+                f"all is done, but it cannot be put at {folder} ({why}). What was made is whole and lies in {kept}: move it to "
+                "where you want it"
+            ) from error
         sync_folder(folder.parent)
+    finally:
+        if kept is None or work not in kept.parents:
+            _tidy(work, folder, held)
+        elif held is not None:
+            unlock(held)
+
+
+@contextmanager
+def _told_of(folder: Path, partial: Path, advice: str) -> Iterator[None]:
+    """What fails while a folder is written is told of the folder: nobody knows where it is written."""
+    try:
+        yield
     except Exception as error:  # for a full disk every library has its own
         if is_full(error):
-            told_where = f"the disk is full: {folder} could not be written. Free some space and {advice}"
+            told_where = f"{full_words(folder)}: {folder} could not be written. Free some space and {advice}"
             raise JobError(told_where, page=FULL_PAGE) from error
+        if isinstance(error, JobError):
+            shown = (text.replace(str(partial), str(folder)) for text in (str(error), error.page))
+            raise JobError(next(shown), page=next(shown)) from error
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and str(partial) in str(error)):
+            reason = str(error).replace(str(partial), str(folder))
+            raise JobError(f"{folder} could not be written ({reason}): mend that and {advice}") from error
         raise
-    finally:
-        _tidy(work, folder, held)
+
+
+def _put_aside(work: Path, folder: Path) -> Path:
+    """Give a finished folder a name that people see, beside the one that it should have; returns where it is now."""
+    finished = next(path for path in (work / NEW, work / OLD) if path.exists())
+    aside = f"{folder.name[:50]}-finished-{secrets.token_hex(4)}"
+    for place in (folder.with_name(aside), work.with_name(aside)):
+        with suppress(OSError):
+            finished.rename(place)
+            return place
+    with suppress(OSError):
+        (work / LOCK).unlink()  # without it nobody tidies it away
+    return finished
 
 
 def check_free(folder: Path, overwrite: bool, mark: str) -> None:

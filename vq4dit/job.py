@@ -94,14 +94,14 @@ class Job:
         folder = Path(folder).expanduser()
         check_job_folder(folder)
         path = folder / "job.json"
-        if path.exists() and not resume:
-            raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")
-        description = {"version": VERSION, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
         with told(folder):
             (folder / "layers").mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-        job = cls(folder, settings, lock, description)
+            lock = _lock(folder)  # before anything is advised: of a running job's folder nothing may be deleted
         try:
+            if path.exists() and not resume:
+                raise JobError(f"{folder} holds an unfinished job: go on with it (--resume) or delete the folder")
+            description = {"version": VERSION, "settings": settings.to_dict(), "fingerprint": fingerprint(pipeline)}
+            job = cls(folder, settings, lock, description)
             if path.exists():
                 _compare(_read_description(path), description, folder)
                 job._delete(TEMPORARY.fullmatch)  # a process was killed while it wrote them
@@ -109,7 +109,7 @@ class Job:
                 job._delete()  # of a job whose description is gone
                 write_atomically(path, json.dumps(description, indent=1, sort_keys=True).encode())
         except BaseException:
-            job.close()
+            unlock(lock)
             raise
         return job
 

@@ -6,9 +6,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vq4dit.catalog import Catalog
+from vq4dit.devices import resolve
 from vq4dit.errors import JobError
 from vq4dit.inspection import tensor_bytes
 from vq4dit.loading import check_access, load_pipeline, source_folder
@@ -79,4 +78,4 @@ class Loader:
                 self._kept.popitem(last=False)
             self._kept[key] = load_pipeline(model, revision=None if Path(model).is_dir() else revision, token=self._token)
         self._kept.move_to_end(key)
-        return self._kept[key].to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._kept[key].to(resolve())

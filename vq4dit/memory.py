@@ -1,10 +1,12 @@
 """How much memory there is for us, asked before the work: a process that takes more is killed without a word, or fails late.
 
-What the machine has free is not all: a container or a service may be held to less (`cgroup`, `ulimit -v`).
+What the machine has free is not all: a container or a service may be held to less (`cgroup`, `ulimit -v`). And how much was
+taken in the end.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -94,3 +96,29 @@ def _left(folder: Path, limit: str, used: str, cached: str) -> list[int]:
     except (OSError, ValueError):  # not there, or "max"
         return []
     return [most - taken + int(lines.get(cached, 0))]
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return high_water_mark("self") or _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    """The largest resident memory of this process where there is no /proc, in bytes; what it is now if nobody tells more."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # it also counts whoever started this process
+
+
+def high_water_mark(process: int | str) -> int:
+    """The largest resident memory of a process so far (Linux's VmHWM), in bytes; 0 if it has ended, or nobody tells."""
+    status = Path(f"/proc/{process}/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0

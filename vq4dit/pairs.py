@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from vq4dit.evaluation import Comparison, SamplePair, as_image, noise_nmse, peak_memory, sample
+from vq4dit.evaluation import Comparison, SamplePair, as_image, noise_nmse, sample
 from vq4dit.files import write_atomically
 from vq4dit.inspection import tensor_bytes
 from vq4dit.lease import COMPUTING, Stopped, stream
 from vq4dit.loader import Loader
+from vq4dit.memory import peak_memory
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.workspace import Project
 

@@ -70,7 +70,8 @@ def save(
     copied, work = (Path(path).expanduser() if path else None for path in (source, scratch))
     if copied and not copied.is_dir():
         raise ValueError(f"source must be the folder of the original, got {copied}")
-    with whole_folder(target, overwrite, INDEX, "use --resume", work) as partial:
+    advice = "run the same command with --resume" if scratch else "save it again"  # whoever has a scratch folder has a job
+    with whole_folder(target, overwrite, INDEX, advice, work) as partial:
         _write_parts(pipeline, partial, max_shard_size, copied)
         write_origin(partial, origin or _origin_of(pipeline))
 

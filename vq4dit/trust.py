@@ -7,7 +7,9 @@ before anything is loaded, both are read here and everything is refused that wou
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +34,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
     """
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not _is_class(pipeline, diffusers.DiffusionPipeline) or pipeline is diffusers.DiffusionPipeline:
+    if not _is_class(pipeline, diffusers.DiffusionPipeline):
         raise UnsupportedModelError(
             f"the pipeline of {model}, {shown(name)}, is not in diffusers {diffusers.__version__}, and {NO_CODE}: upgrade "
             "diffusers, or take another model"
@@ -55,20 +57,32 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
 
 
 def _is_known(library: str, name: str) -> bool:
-    """Whether this is a class of a model, scheduler, tokenizer or processor that diffusers would load."""
-    if not name.isidentifier():
+    """Whether this is a class of a model, scheduler, tokenizer or processor that diffusers would load, and no base of such."""
+    if not name.isidentifier() or name.startswith("_"):
         return False
+    kinds = [diffusers.ModelMixin, diffusers.SchedulerMixin]
     if library == "diffusers":
-        return _is_class(getattr(diffusers, name, None), diffusers.ModelMixin, diffusers.SchedulerMixin)
-    if library == "transformers":  # which is slow to import; diffusers looks the name up when it loads
-        return True
-    package = getattr(diffusers.pipelines, library, None) if library.isidentifier() else None
+        return _is_class(getattr(diffusers, name, None), *kinds)
+    package: Any = sys.modules["diffusers.pipelines"]
+    if library == "transformers":
+        package = importlib.import_module(library)
+    elif library.isidentifier():
+        package = getattr(package, library, None)
     found = getattr(package, name, None) if isinstance(package, ModuleType) else None
-    return isinstance(found, type) and found.__module__.startswith("diffusers.pipelines.")
+    if library != "transformers" and not getattr(found, "__module__", "").startswith("diffusers.pipelines."):
+        return False
+    return _is_class(found, *kinds, *_kinds_of_transformers())
+
+
+def _kinds_of_transformers() -> list[type]:
+    """What diffusers loads of transformers. (A class that lacks a package here is none of them.)"""
+    transformers = importlib.import_module("transformers")
+    names = ("PreTrainedModel", "PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin")
+    return [getattr(transformers, name) for name in names if hasattr(transformers, name)]
 
 
 def _is_class(found: Any, *bases: type) -> bool:
-    return isinstance(found, type) and issubclass(found, bases)
+    return isinstance(found, type) and issubclass(found, bases) and found not in bases
 
 
 def check_weights(folder: Path, index: dict[str, Any]) -> None:

@@ -301,8 +301,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `JobError` unless the disk of `folder` has `needed` bytes left, and a tenth more."""
-    free = shutil.disk_usage(folder).free
+    """Raise `JobError` unless the disk of `folder` (which need not be there yet) has `needed` bytes left, and a tenth more."""
+    free = shutil.disk_usage(next(place for place in (folder, *folder.resolve().parents) if place.exists())).free
     if free < 1.1 * needed:
         raise JobError(
             f"the disk has {amount(free)} left and this needs {amount(1.1 * needed)}: remove old results or choose a smaller "

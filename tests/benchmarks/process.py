@@ -6,7 +6,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from vq4dit.evaluation import high_water_mark
+from vq4dit.memory import high_water_mark
 
 POLL_SECONDS = 0.05
 

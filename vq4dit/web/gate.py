@@ -7,6 +7,7 @@ name this machine (a site that lets its own name point here does not), and must 
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from urllib.parse import urlsplit
@@ -26,6 +27,9 @@ READ = re.compile(
     r"|queue/(data|status)|call/\w+/\w+|file=(?!\w\w+:).+|mcp(/.*)?))?"
 )
 WRITE = re.compile(r"/gradio_api/(queue/join|(call|call/v2|run|api)/\w+/?|cancel|reset/?|mcp(/.*)?)")
+# What another reader of the same path may take for another path: steps up, empty names, what is encoded twice, backslashes
+# (of which Windows makes the names of the pictures that we serve).
+AMBIGUOUS = re.compile(r"[/\\]\.{1,2}([/\\]|$)|//|%|[\x00-\x1f\x7f]" + ("" if os.name == "nt" else r"|\\"))
 
 
 def gates(host: str | None) -> list[Middleware]:
@@ -62,7 +66,9 @@ class OnlyOurDoors:
 
 
 def is_door(method: str, path: str) -> bool:
-    """Whether a request like this belongs to the page or its endpoints."""
+    """Whether a request like this (its path decoded once) belongs to the page or its endpoints."""
+    if AMBIGUOUS.search(path):
+        return False
     if method in ("GET", "HEAD", "OPTIONS"):
         return bool(READ.fullmatch(path))
     return bool(WRITE.fullmatch(path)) if method == "POST" else method == "DELETE" and path.startswith("/gradio_api/mcp")

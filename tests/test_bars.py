@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vq4dit import terminal
+from vq4dit import bars
+from vq4dit.bars import ProgressLines, progress_bars
 from vq4dit.progress import Progress
-from vq4dit.terminal import ProgressLines, progress_bars
 
 ROOT = Path(__file__).parents[1]
 ESCAPE = "\x1b"
@@ -24,7 +24,7 @@ def clock(monkeypatch):
     class Clock:
         seconds = 100.0
 
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: Clock.seconds)
+    monkeypatch.setattr(bars.time, "monotonic", lambda: Clock.seconds)
     return Clock
 
 
@@ -66,7 +66,7 @@ def test_bytes_are_told_in_megabytes(clock):
 
 def test_a_line_comes_though_nothing_happens(monkeypatch):
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())  # here: between fixture and test pytest sets its own again
-    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(bars, "LINE_SECONDS", 0.05)
     with progress_bars() as on_progress:
         on_progress(Progress("fit", 1, 3))
         end = time.monotonic() + 30
@@ -88,7 +88,7 @@ def test_lines_hold_no_control_characters_whatever_colours_are_forced(monkeypatc
 
 PROGRAM = """
 from vq4dit.progress import Progress
-from vq4dit.terminal import progress_bars
+from vq4dit.bars import progress_bars
 with progress_bars() as on_progress:
     for done in range(4):
         on_progress(Progress("fit", done, 3))
