@@ -53,6 +53,13 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
+    @torch.no_grad()
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        """Start from other weights than the model's."""
+        for name, live, m, e in zip(self.names, self.live, self.master, self.ema, strict=True):
+            for tensor in (live, m, e):
+                tensor.copy_(weights[name])
+
     def update(self, learning_rate: float) -> None:
         """One optimiser step from the gradients of the live parameters, which are then cleared."""
         for p, m in zip(self.live, self.master, strict=True):

@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> Figures:
 
     shown_prompts = [prompt(*pair) for pair in spread(SHEET_IMAGES)]
     shown = generate(pipeline, shown_prompts, args.seed)
-    sheet(shown, shown_prompts).save(args.output / "samples.png", optimize=True)
+    sheet(shown, [text.replace(", ", ",\n") for text in shown_prompts]).save(args.output / "samples.png", optimize=True)
     nearest_sheet(shown[::4], shown_prompts[::4], training, names).save(args.output / "nearest.png", optimize=True)
     seconds = seconds_per_image(pipeline, args.seed)
 

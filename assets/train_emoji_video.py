@@ -12,7 +12,8 @@ emoji-flux has.
     python assets/train_emoji_video.py save                         # assets/emoji-video, with the average weights
     python assets/train_emoji_video.py sheet                        # look at it: work/video.png, work/video.webp
 
-Needs `npm` and the packages in tests/requirements.txt.
+Where there is no checkpoint of an earlier stage, or of this one, it goes on from what is in `assets/emoji-video`; only the
+optimiser starts anew. Needs `npm` and the packages in tests/requirements.txt.
 """
 
 import argparse
@@ -138,7 +139,10 @@ def train_decoder(work: Path, seed: int, course: Course, batch_size: int, device
 def autoencoder_and_latents(work: Path, device: str = "cpu") -> tuple[AutoencoderKLWan, Tensor]:
     """The trained autoencoder, which knows mean and deviation of its latents, and all latents (n, 16, 3, 8, 8), normalised."""
     vae = new_autoencoder().eval()
-    vae.load_state_dict(ema_weights(work / "video-autoencoder.safetensors"))
+    if (work / "video-autoencoder.safetensors").exists():
+        vae.load_state_dict(ema_weights(work / "video-autoencoder.safetensors"))
+    else:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(RESULT, subfolder="vae", dtype=torch.float32).state_dict())
     if (work / "video-decoder.safetensors").exists():
         vae.load_state_dict(ema_weights(work / "video-decoder.safetensors"), strict=False)
     cache = work / "video-latents.pt"
@@ -241,6 +245,9 @@ def start(work: Path, seed: int, device: str = "cpu") -> tuple[WanPipeline, Trai
     trainer = Trainer(parameters, torch.Generator(device).manual_seed(seed), 0.999)
     if stored := Checkpoint(work / "video.safetensors").load():
         trainer.restore(stored[0], int(stored[1]["step"]))
+    elif (RESULT / "model_index.json").exists():
+        known = WanPipeline.from_pretrained(RESULT, dtype=torch.float32)
+        trainer.begin({f"{part}.{n}": p for part in TRAINED for n, p in getattr(known, part).named_parameters()})
     return pipeline, trainer, latents
 
 

@@ -575,7 +575,7 @@ def test_a_comparison_that_cannot_take_its_place_is_kept(tmp_path, model_folder,
     def refused(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr("vq4dit.files._take_place", refused)
+    monkeypatch.setattr("vq4dit.folders._take_place", refused)
     said = failure(capsys, *compare(model_folder, tmp_path / "c"))
     (kept,) = tmp_path.iterdir()
     assert f"What was made is whole and lies in {kept}" in said and (kept / "report.json").exists()

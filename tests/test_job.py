@@ -266,7 +266,7 @@ def test_a_save_that_fails_leaves_the_old_result(tmp_path, pipeline, monkeypatch
         raise OSError("I/O error")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="I/O error"):
+    with pytest.raises(JobError, match="I/O error.*: mend that and save it again"):
         vq4dit.save(quantized, tmp_path / "out", overwrite=True)
     assert saved_bytes(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
