@@ -17,6 +17,12 @@ HOME = Path(__file__).parents[1]
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the same number of threads gives the same bytes
 
 
+def hear() -> None:
+    """In a new process: listen to Ctrl-C and the end of a terminal, to which background jobs of a shell are deaf."""
+    for name in ("SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 class AppServer:
     """Started on entering, stopped on leaving; `kill` is SIGKILL, `start` again goes on with the same workspace."""
 
@@ -47,6 +53,7 @@ class AppServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=hear,
             )
         while not self.answers():
             assert self.process.poll() is None, self.log.read_text()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from app_server import HOME, AppServer
+from app_server import HOME, AppServer, hear
 
 from vq4dit.interrupts import leave_at_once, raise_once, was_pressed
 
@@ -29,7 +29,7 @@ def start(*command: str, **settings) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to Ctrl-C
+        preexec_fn=hear,
         **settings,
     )
 
@@ -90,6 +90,7 @@ def write(args):
         (new / "index").write_text("half")
         print("ready", flush=True)
         time.sleep(3 if sys.argv[2] == "deaf" else 60)
+    return lambda: None
 cli.inspect_command = write
 sys.exit(cli.main(["inspect", "x"]))
 """
@@ -131,8 +132,8 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("interrupts", {path!r})
 interrupts = importlib.util.module_from_spec(spec); spec.loader.exec_module(interrupts)
 interrupts.raise_once()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("first", interrupts.was_pressed(), flush=True)
