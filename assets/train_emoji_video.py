@@ -10,7 +10,7 @@ emoji-flux has.
     python assets/train_emoji_video.py decoder --device cuda        # stage 2: its second half alone
     python assets/train_emoji_video.py train --device cuda          # stage 3; all may be stopped at any moment and go on
     python assets/train_emoji_video.py save                         # assets/emoji-video, with the average weights
-    python assets/train_emoji_video.py sheet                        # look at it: work/video.png, work/video.webp
+    python assets/train_emoji_video.py sheet                        # samples.png, samples.webp, and what a film costs
 
 Where there is no checkpoint of an earlier stage, or of this one, it goes on from what is in `assets/emoji-video`; only the
 optimiser starts anew. Needs `npm` and the packages in tests/requirements.txt.
@@ -19,6 +19,7 @@ optimiser starts anew. Needs `npm` and the packages in tests/requirements.txt.
 import argparse
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,20 +278,36 @@ def save(work: Path, seed: int) -> None:
 
 
 def sheet(work: Path, seed: int, columns: int = 6, rows: int = 4) -> None:
-    """Films of subjects spread evenly, every one from the noise of the seed; nothing picked. One film a row, and all moving."""
+    """Films of subjects spread evenly, every one from the noise of the seed; nothing picked. One film a row, and all moving.
+
+    Prints what a film costs, and what the autoencoder loses (PSNR in dB; it has seen all of these films).
+    """
     pipeline = WanPipeline.from_pretrained(RESULT, dtype=torch.float32)
-    words, count = words_of(films(work).names), columns * rows
-    prompts = [words[i * len(words) // count][0] for i in range(count)]
+    pipeline.set_progress_bar_config(disable=True)
+    found = films(work)
+    words, count = words_of(found.names), columns * rows
+    chosen = [i * len(words) // count for i in range(count)]
+    prompts = [words[i][0] for i in chosen]
+    call = CALL | {"negative_prompt": "", "num_inference_steps": 20, "output_type": "np"}
     noises = [torch.Generator().manual_seed(seed) for _ in prompts]
-    drawn = pipeline(prompts, "", num_inference_steps=20, generator=noises, output_type="np", **CALL).frames
+    drawn = pipeline(prompts, generator=noises, **call | {"negative_prompt": [""] * count}).frames
     pixels = (255 * drawn).round().astype(np.uint8)  # (24, 9, 64, 64, 3)
-    Image.fromarray(np.concatenate([np.concatenate(list(film), axis=1) for film in pixels])).save(work / "video.png")
+    strips = np.concatenate([np.concatenate(list(film), axis=1) for film in pixels])
+    Image.fromarray(strips).save(RESULT / "samples.png", optimize=True)
     grid = (
         pixels.reshape(rows, columns, FRAMES, 64, 64, 3).transpose(2, 0, 3, 1, 4, 5).reshape(FRAMES, rows * 64, columns * 64, 3)
     )
     first, *others = [Image.fromarray(frame) for frame in grid]
-    first.save(work / "video.webp", save_all=True, append_images=others, duration=120, loop=0, lossless=True)
+    first.save(RESULT / "samples.webp", save_all=True, append_images=others, duration=120, loop=0, lossless=True)
     print(" | ".join(prompts))
+    started = time.perf_counter()
+    pipeline(prompts[0], generator=torch.Generator().manual_seed(seed), **call)
+    print(f"{time.perf_counter() - started:.1f} s a film of 20 steps, {torch.get_num_threads()} threads")
+    original = as_tensor(found.pixels[chosen]).float() / 127.5 - 1
+    with torch.no_grad():
+        again = pipeline.vae.decode(pipeline.vae.encode(original).latent_dist.mean).sample.clamp(-1, 1)
+    psnr = -10 * ((again - original) / 2).square().mean((1, 2, 3, 4)).log10()
+    print(f"autoencoder: {psnr.mean():.1f} dB")
 
 
 def main() -> None:
