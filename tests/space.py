@@ -48,8 +48,14 @@ def settings(place: Path, hub: Hub) -> dict[str, str]:
 
 
 def sign_in(visitor: Visitor, name: str = "ann") -> None:
+    """As people do it: who comes back and is not signed in (which was seen once in some twenty runs, under load) presses again."""
+    signed_in = f"Sign out ({name})"
     visitor.press("#login")
-    expect(visitor.page.locator("#login")).to_have_text(f"Sign out ({name})", timeout=400_000)
+    try:
+        expect(visitor.page.locator("#login")).to_have_text(signed_in, timeout=100_000)
+    except AssertionError:
+        visitor.press("#login")
+        expect(visitor.page.locator("#login")).to_have_text(signed_in, timeout=300_000)
 
 
 def sign_out(visitor: Visitor) -> None:
