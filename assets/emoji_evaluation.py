@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 BATCH_SIZE = 50
+SHEET_IMAGES = 64
 FEATURE_SIZE = 128  # pixels; at the 224 EfficientNet-Lite0 was trained on, a 64-pixel image takes five times as long
 SUBSET_SIZE, NUM_SUBSETS = 400, 100  # of KID; two disjoint subsets must fit into the real images
 NOISE_STD = 64  # of 255

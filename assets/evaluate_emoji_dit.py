@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from diffusers import DiTPipeline
 from emoji_evaluation import (
+    BATCH_SIZE,
+    SHEET_IMAGES,
     Figures,
     accuracy,
     cpu_name,
@@ -35,8 +37,6 @@ from train_emoji_dit import pixels_as_tensor, reconstruction_psnr, subject_image
 
 HERE = Path(__file__).parent
 NUM_INFERENCE_STEPS = 25
-BATCH_SIZE = 50
-SHEET_IMAGES = 64
 
 
 # --- generated images ------------------------------------------------------------------------------------------------

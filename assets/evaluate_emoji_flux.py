@@ -20,6 +20,7 @@ import torch
 from diffusers import FluxPipeline
 from emoji_evaluation import (
     BATCH_SIZE,
+    SHEET_IMAGES,
     Figures,
     accuracy,
     cpu_name,
@@ -37,7 +38,6 @@ from train_emoji_dit import pixels_as_tensor
 
 HERE = Path(__file__).parent
 NUM_INFERENCE_STEPS, GUIDANCE = 25, 3.0
-SHEET_IMAGES = 64
 CALL = {"height": 64, "width": 64, "max_sequence_length": T5_LENGTH, "num_inference_steps": NUM_INFERENCE_STEPS}
 
 

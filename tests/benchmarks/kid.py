@@ -33,9 +33,9 @@ from vq4dit.loading import load_pipeline
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "assets"))
 
-from emoji_evaluation import feature_network, features  # noqa: E402
+from emoji_evaluation import BATCH_SIZE, feature_network, features  # noqa: E402
 from emoji_images import render  # noqa: E402
-from evaluate_emoji_dit import BATCH_SIZE, NUM_INFERENCE_STEPS, generate, spread_classes  # noqa: E402
+from evaluate_emoji_dit import NUM_INFERENCE_STEPS, generate, spread_classes  # noqa: E402
 from train_emoji_dit import pixels_as_tensor, subject_images  # noqa: E402
 
 RESAMPLES = 1000
