@@ -1,8 +1,9 @@
 import pytest
 import torch
 from conftest import quick_settings
+from diffusers import DDIMScheduler
 
-from vq4dit import CalibrationDivergedError, quantize
+from vq4dit import CalibrationDivergedError, VQ4DiTError, quantize
 from vq4dit.calibration import Calibration, block_loss, ratio_loss
 from vq4dit.codebook import nearest_codewords
 from vq4dit.evaluation import noise_nmse
@@ -92,6 +93,13 @@ def test_ratio_loss_is_eq_9(ratio, loss):
 def test_block_loss_is_the_mean_over_blocks():
     outputs, targets = [torch.zeros(2, 3), torch.zeros(2, 3)], [torch.ones(2, 3), 3 * torch.ones(2, 3)]
     assert block_loss(outputs, targets).item() == 5
+
+
+def test_more_steps_than_the_scheduler_has_are_refused_before_anything_is_clustered(pipeline):
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=20)
+    check(pipeline, quick_settings(calibration={"num_inference_steps": 20}))
+    with pytest.raises(VQ4DiTError, match="at most 20 denoising steps .* 21 were asked for: take fewer"):
+        check(pipeline, quick_settings(calibration={"num_inference_steps": 21}))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_calibration(pipeline):

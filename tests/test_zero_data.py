@@ -6,7 +6,7 @@ import torch
 from conftest import new_pipeline
 from diffusers import DDIMScheduler, KDPM2AncestralDiscreteScheduler
 
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.zero_data import ROUNDS, check_supported, guide, image_weights, record_block_calls, teacher_steps
 
 
@@ -124,6 +124,13 @@ def test_a_scheduler_that_does_not_tell_the_noise_is_refused(pipeline):
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(UnsupportedModelError, match="FlowMatchEulerDiscreteScheduler does not"):
         check_supported(pipeline)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(pipeline):
+    pipeline.scheduler = diffusers.DDIMScheduler(num_train_timesteps=20)
+    check_supported(pipeline, 20)
+    with pytest.raises(VQ4DiTError, match="at most 20 denoising steps .* 50 were asked for"):
+        check_supported(pipeline, 50)
 
 
 @pytest.mark.parametrize(("known", "none"), [(3, 3), (1000, 1000), (2000, 1000)])

@@ -32,6 +32,7 @@ from vq4dit.surroundings import evaluating, ordinary_torch
 from vq4dit.zero_data import (
     NULL_CLASS,
     TeacherStep,
+    check_steps,
     check_supported,
     guide,
     new_scheduler,
@@ -82,7 +83,7 @@ def noise_nmse(
 ) -> float:
     """E || ε_original - ε_quantized ||² / E || ε_original ||² with guidance, on held-out zero-data trajectories."""
     check_supported(original)
-    _check_steps(original, num_inference_steps)
+    check_steps(original, num_inference_steps)
     scheduler = new_scheduler(original)
     channels = original.transformer.config.in_channels
     steps = teacher_steps(
@@ -201,22 +202,11 @@ def check_sampling(pipeline: DiTPipeline, num_inference_steps: int, guidance_sca
     """Raise `VQ4DiTError` unless a pipeline can draw with so many steps and so much guidance."""
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    _check_steps(pipeline, num_inference_steps)
+    check_steps(pipeline, num_inference_steps)
     if guidance_scale > 1 and null_class(pipeline) < NULL_CLASS:
         raise UnsupportedModelError(
             f"with guidance DiTPipeline asks for class {NULL_CLASS}, which means none, and this model's embedder ends at "
             f"{null_class(pipeline)}: its images can be made at a guidance scale of 1"
-        )
-
-
-def _check_steps(pipeline: DiTPipeline, num_inference_steps: int) -> None:
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    known = pipeline.scheduler.config.get("num_train_timesteps", num_inference_steps)
-    if num_inference_steps > known:
-        raise VQ4DiTError(
-            f"there are at most {known} denoising steps (num_train_timesteps of {type(pipeline.scheduler).__name__}), and "
-            f"{num_inference_steps} were asked for: take fewer steps"
         )
 
 

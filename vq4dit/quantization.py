@@ -136,7 +136,9 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
             f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
             "is: two-stage models are not supported yet, take one with a single transformer"
         )
-    if settings.recipe != "kmeans":
+    if settings.recipe == "paper":
+        check_supported(pipeline, settings.calibration.num_inference_steps)
+    elif settings.recipe == "best":
         check_supported(pipeline)
     targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
     _check_finite(pipeline)

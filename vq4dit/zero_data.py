@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from vq4dit.dit import named_blocks, recorded_outputs
-from vq4dit.errors import BROKEN, UnsupportedModelError, brief
+from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.surroundings import evaluating
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
@@ -40,8 +40,8 @@ class TeacherStep(NamedTuple):
     weight: float  # what an error of its noise does to the image, see `image_weights`
 
 
-def check_supported(pipeline: Any) -> None:
-    """Raise `UnsupportedModelError` unless trajectories of this pipeline can be made."""
+def check_supported(pipeline: Any, num_inference_steps: int = STEPS) -> None:
+    """Raise `VQ4DiTError` unless trajectories of so many steps can be made with this pipeline."""
     if not isinstance(pipeline, DiTPipeline):
         made_for = (
             "sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
@@ -67,8 +67,21 @@ def check_supported(pipeline: Any) -> None:
             f"the labels go up to class {num_classes(pipeline) - 1}, and the transformer knows {classes} classes: correct "
             "id2label in model_index.json"
         )
-    _try(lambda: _walk_on_nothing(pipeline), type(scheduler).__name__, "scheduler/scheduler_config.json")
+    check_steps(pipeline, num_inference_steps)
+    _try(lambda: _walk_on_nothing(pipeline, num_inference_steps), type(scheduler).__name__, "scheduler/scheduler_config.json")
     _try(lambda: _call_without_weights(pipeline.transformer), type(pipeline.transformer).__name__, "transformer/config.json")
+
+
+def check_steps(pipeline: DiTPipeline, num_inference_steps: int) -> None:
+    """Raise unless the scheduler can take so many steps."""
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    known = pipeline.scheduler.config.get("num_train_timesteps", num_inference_steps)
+    if num_inference_steps > known:
+        raise VQ4DiTError(
+            f"there are at most {known} denoising steps (num_train_timesteps of {type(pipeline.scheduler).__name__}), and "
+            f"{num_inference_steps} were asked for: take fewer steps"
+        )
 
 
 def _try(work: Callable[[], bool], name: str, config: str) -> None:
@@ -83,10 +96,10 @@ def _try(work: Callable[[], bool], name: str, config: str) -> None:
         )
 
 
-def _walk_on_nothing(pipeline: DiTPipeline) -> bool:
+def _walk_on_nothing(pipeline: DiTPipeline, num_inference_steps: int) -> bool:
     """Whether the scheduler's steps come to an end."""
     scheduler = new_scheduler(pipeline)
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(num_inference_steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}
     latents = torch.ones(1, pipeline.transformer.config.in_channels, 2, 2)

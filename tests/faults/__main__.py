@@ -1,6 +1,7 @@
 """The whole fault campaign: `python tests/faults`, or some kinds of it, or one case again: `--only ID`."""
 
 import argparse
+import signal
 import time
 
 from campaign import report, run_all, some_of_each_group
@@ -16,6 +17,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="cases side by side (default: 2)")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to Ctrl-C, and so are theirs
     failed = 0
     with command_server() as folder:
         for name, kind in KINDS.items():
