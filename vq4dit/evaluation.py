@@ -23,7 +23,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.devices import exact
 from vq4dit.diffusers_quantizer import packed_layers, parts_of
-from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
+from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, brief
 from vq4dit.memory import is_out_of_memory, peak_memory
 from vq4dit.packed_linear import PackedLinear
 from vq4dit.progress import OnProgress, Progress, ignore
