@@ -87,12 +87,12 @@ def main() -> None:
     from vq4dit.interrupts import leave, leave_at_once, raise_once, was_pressed
 
     with of_extra("app", "the app"):
-        from vq4dit.catalog import Catalog
+        from vq4dit.projects.catalog import Catalog
+        from vq4dit.projects.workspace import Workspace
         from vq4dit.web.gate import gates
         from vq4dit.web.page import Page
         from vq4dit.web.studio import Studio
         from vq4dit.web.theme import HEAD, STYLE, new_theme
-        from vq4dit.workspace import Workspace
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
     page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vq4dit import devices
-from vq4dit.catalog import Catalog
 from vq4dit.cli import main
 from vq4dit.devices import available, describe, exact, resolve
 from vq4dit.errors import VQ4DiTError
-from vq4dit.loader import Loader
+from vq4dit.projects.catalog import Catalog
+from vq4dit.projects.pipeline_cache import Loader
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_gpu_without_enough_memory_is_told(tmp_path, model_folder, capsys, mon
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("vq4dit.cli.sample", full)
+    monkeypatch.setattr("vq4dit.cli.main.sample", full)
     assert main(["sample", model_folder, "--labels", "cat", "--output", str(tmp_path / "x.png")]) == 1
     said = capsys.readouterr().err
     assert "the GPU's memory is used up" in said and "--device cpu" in said and "Traceback" not in said
@@ -135,7 +135,7 @@ def test_a_gpu_without_enough_memory_is_told(tmp_path, model_folder, capsys, mon
 
 def test_the_app_works_on_the_same_device_as_the_commands(tmp_path, model_folder, monkeypatch):
     asked = []
-    monkeypatch.setattr("vq4dit.loader.load_pipeline", lambda *_, **__: SimpleNamespace(to=asked.append))
-    monkeypatch.setattr("vq4dit.loader.resolve", lambda: torch.device("mps"))
+    monkeypatch.setattr("vq4dit.projects.pipeline_cache.load_pipeline", lambda *_, **__: SimpleNamespace(to=asked.append))
+    monkeypatch.setattr("vq4dit.projects.pipeline_cache.resolve", lambda: torch.device("mps"))
     Loader(Catalog(tmp_path, Path(model_folder).parent))._load(model_folder, None)
     assert asked == [torch.device("mps")]

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import new_pipeline
+from tiny import new_pipeline
 
-from vq4dit import cli, memory
+from vq4dit import memory
+from vq4dit.cli import main as cli
 from vq4dit.errors import VQ4DiTError
-from vq4dit.loading import load_pipeline
 from vq4dit.memory import available_memory, check_memory, is_out_of_memory
+from vq4dit.pipelines.load import load_pipeline
 
 
 @pytest.fixture

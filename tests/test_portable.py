@@ -8,8 +8,9 @@ import psutil
 import pytest
 import torch
 
-from vq4dit import files, memory
-from vq4dit.files import write_atomically
+from vq4dit import memory
+from vq4dit.disk import files
+from vq4dit.disk.files import write_atomically
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024), ("freebsd14", 1024)])

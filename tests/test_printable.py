@@ -13,12 +13,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vq4dit.cli import main
-from vq4dit.pairs import Pair
+from vq4dit.cli.terminal import Console
 from vq4dit.printable import printable
-from vq4dit.terminal import Console
-from vq4dit.web import parts, pictures
-from vq4dit.web.words import Trouble, escape
-from vq4dit.workspace import Event
+from vq4dit.progress import Event
+from vq4dit.projects.drawn_pairs import Pair
+from vq4dit.web import html as parts
+from vq4dit.web import pictures
+from vq4dit.web.messages import Trouble, escape
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
 NASTY = "a\x1b]52;c;aGk=\x07\x1b[2J\x9b31mb\u202egpj\u2066x\u200e\x00\x08\r\udce9\u2028c"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vq4dit
-from vq4dit.cli import build_parser
+from vq4dit.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

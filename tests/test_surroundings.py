@@ -4,15 +4,15 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from conftest import new_pipeline, quick_settings
 from diffusers import DiTTransformer2DModel
+from tiny import new_pipeline, quick_settings
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vq4dit
-from vq4dit.attribution import layer_noise_errors
 from vq4dit.config import RECIPES
-from vq4dit.evaluation import noise_nmse, sample
+from vq4dit.evaluation.layer_errors import layer_noise_errors
+from vq4dit.evaluation.metrics import noise_nmse, sample
 from vq4dit.surroundings import OF_THE_PROCESS, evaluating, ordinary_torch
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -71,7 +71,7 @@ def test_packed_numbers_do_not_depend_on_the_default_type_of_a_load(tmp_path, re
     default_dtype(dtype)
     model = DiTTransformer2DModel.from_pretrained(tmp_path / "q" / "transformer")
     assert model.dtype == model.transformer_blocks[0].attn1.to_q.weight.dtype == dtype
-    for name, layer in vq4dit.diffusers_quantizer.packed_layers(exact).items():
+    for name, layer in vq4dit.pipelines.quantizer.packed_layers(exact).items():
         assert torch.equal(model.get_submodule(name).reconstruct(torch.float32), layer.reconstruct(torch.float32))
     model.save_pretrained(tmp_path / "again")
     default_dtype(torch.float32)

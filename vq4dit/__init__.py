@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # what torch says of somebody else's package, w
     import torch  # noqa: F401
 
 from vq4dit.config import CalibrationConfig, QuantizationSettings, VQ4DiTConfig
-from vq4dit.diffusers_quantizer import decode_mode, dequantize, register, set_decode_mode
+from vq4dit.disk.job import Job
 from vq4dit.errors import (
     CalibrationDivergedError,
     FormatError,
@@ -25,11 +25,11 @@ from vq4dit.errors import (
     UnsupportedModelError,
     VQ4DiTError,
 )
-from vq4dit.job import Job
-from vq4dit.layers import VQLinear
+from vq4dit.layers.vector import VQLinear
+from vq4dit.pipelines.quantizer import decode_mode, dequantize, register, set_decode_mode
+from vq4dit.pipelines.save import save
 from vq4dit.progress import Progress
-from vq4dit.quantization import quantize, run
-from vq4dit.saving import save
+from vq4dit.recipes.quantize import quantize, run
 from vq4dit.version import VERSION as __version__  # noqa: F401
 
 __all__ = [

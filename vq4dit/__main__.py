@@ -4,9 +4,9 @@ import contextlib
 import sys
 import warnings
 
+from vq4dit.cli.streams import hand_over, prepare
 from vq4dit.extras import of_extra
 from vq4dit.interrupts import CODE, ENDINGS, code_of, leave, leave_at_once, raise_at_the_end, raise_once
-from vq4dit.streams import hand_over, prepare
 
 if not sys.warnoptions:  # packages warn programmers; who uses a command can do nothing about it
     warnings.simplefilter("ignore")
@@ -14,7 +14,7 @@ if not sys.warnoptions:  # packages warn programmers; who uses a command can do 
 prepare()
 leave_at_once()
 with of_extra("cli", "the command line"):
-    from vq4dit.cli import main  # slow
+    from vq4dit.cli.main import main  # slow
 
 try:
     raise_once()

@@ -21,6 +21,18 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)  # {"block_mse": 3.1e-4}
 
 
+@dataclass(frozen=True)
+class Event:
+    """A `Progress` as it is remembered, with its time, in seconds of work on this project."""
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    layer: str = ""
+
+
 OnProgress = Callable[[Progress], None]
 
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 HOME = Path(__file__).parents[2]
-sys.path[:0] = [str(HOME), str(HOME / "tests")]  # the tests' own steps through the page
+sys.path[:0] = [str(HOME), str(HOME / "tests" / "support")]  # the tests' own steps through the page
 
 from app_server import AppServer  # noqa: E402
 from browsing import Visitor, chromium  # noqa: E402

@@ -19,12 +19,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from process import run_vq4dit
 
 from vq4dit.config import QuantizationSettings, Recipe
-from vq4dit.inspection import inspect
-from vq4dit.job import Job
-from vq4dit.loading import load_pipeline
+from vq4dit.disk.job import Job
 from vq4dit.memory import peak_memory
+from vq4dit.pipelines.inspect import inspect
+from vq4dit.pipelines.load import load_pipeline
 from vq4dit.progress import Progress
-from vq4dit.quantization import run
+from vq4dit.recipes.quantize import run
 
 LAYERS_OF_A_BLOCK = 7
 

@@ -30,17 +30,17 @@ from process import run_vq4dit
 from torch import Tensor
 
 from vq4dit.config import CODEBOOKS
-from vq4dit.dit import find_targets
-from vq4dit.error_feedback import damp
-from vq4dit.evaluation import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
-from vq4dit.files import write_atomically
-from vq4dit.inspection import tensor_bytes
-from vq4dit.job import fingerprint
-from vq4dit.layer_by_layer import calibration_walk, groups_in_turn
-from vq4dit.loading import load_pipeline
+from vq4dit.disk.files import write_atomically
+from vq4dit.disk.job import fingerprint
+from vq4dit.evaluation.metrics import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
+from vq4dit.models.blocks import find_targets
+from vq4dit.models.student import student_with
+from vq4dit.models.zero_data import num_classes
+from vq4dit.pipelines.inspect import tensor_bytes
+from vq4dit.pipelines.load import load_pipeline
 from vq4dit.randomness import named_generator
-from vq4dit.student import student_with
-from vq4dit.zero_data import num_classes
+from vq4dit.recipes.gptq import damp
+from vq4dit.recipes.layerwise import calibration_walk, groups_in_turn
 
 ROOT = Path(__file__).parents[2]
 GUIDANCE = (1.5, 4.0)

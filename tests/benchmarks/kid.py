@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vq4dit.files import write_atomically
-from vq4dit.job import fingerprint
-from vq4dit.loading import load_pipeline
+from vq4dit.disk.files import write_atomically
+from vq4dit.disk.job import fingerprint
+from vq4dit.pipelines.load import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "assets"))

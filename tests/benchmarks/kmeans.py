@@ -16,12 +16,12 @@ from unittest import mock
 import faiss
 import torch
 
-from vq4dit import kmeans
-from vq4dit.codebook import nearest_codewords
 from vq4dit.config import CODEBOOKS
-from vq4dit.dit import find_targets
-from vq4dit.loading import load_pipeline
-from vq4dit.quantization import subvectors_of
+from vq4dit.layers.codebook import nearest_codewords
+from vq4dit.models.blocks import find_targets
+from vq4dit.pipelines.load import load_pipeline
+from vq4dit.recipes import kmeans
+from vq4dit.recipes.quantize import subvectors_of
 
 ITERATIONS = 15
 SEEDS = (0, 1)

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 from commands import COMPARE, QUANTIZE, SAMPLE
-from conftest import new_pipeline
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
+from tiny import new_pipeline
 from torch import nn
 
 import vq4dit
-from vq4dit.cli import build_parser, main, settings_of
-from vq4dit.diffusers_quantizer import packed_layers
-from vq4dit.loading import load_pipeline
-from vq4dit.model_card import Base, model_card, read_report
+from vq4dit.cli.main import build_parser, main, settings_of
+from vq4dit.hub.model_card import Base, model_card, read_report
+from vq4dit.pipelines.load import load_pipeline
+from vq4dit.pipelines.quantizer import packed_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

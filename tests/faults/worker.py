@@ -112,7 +112,7 @@ class Worker:
 
 def environment() -> dict[str, str]:
     """Of all processes: they import this checkout, or what PYTHONPATH says, and ask no network."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS.parent), str(TESTS)]))
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS.parent), str(TESTS / "support")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 

@@ -8,17 +8,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import new_pipeline, quick_settings
+from tiny import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit.attribution import layer_noise_errors
 from vq4dit.cli import main
 from vq4dit.devices import resolve
-from vq4dit.diffusers_quantizer import packed_layers
-from vq4dit.evaluation import layer_errors, noise_nmse, sample
-from vq4dit.kmeans import fit_codebook
-from vq4dit.loading import load_pipeline
+from vq4dit.evaluation.layer_errors import layer_noise_errors
+from vq4dit.evaluation.metrics import layer_errors, noise_nmse, sample
+from vq4dit.pipelines.load import load_pipeline
+from vq4dit.pipelines.quantizer import packed_layers
 from vq4dit.randomness import named_generator
+from vq4dit.recipes.kmeans import fit_codebook
 
 pytestmark = [
     pytest.mark.cuda,

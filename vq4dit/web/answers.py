@@ -12,13 +12,13 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.catalog import BUNDLED
-from vq4dit.page_words import on_page
 from vq4dit.printable import printable
-from vq4dit.web import parts
+from vq4dit.projects.catalog import BUNDLED
+from vq4dit.projects.messages import on_page
+from vq4dit.projects.workspace import Project, Status
+from vq4dit.web import html as parts
+from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Choice, Studio, default_labels
-from vq4dit.web.words import Trouble, explain, in_words, size
-from vq4dit.workspace import Project, Status
 
 
 class Answers:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import gradio as gr
 
-from vq4dit.pairs import Pair, PairSettings, drawn_pairs, report
 from vq4dit.printable import printable
-from vq4dit.web import parts, pictures
+from vq4dit.projects.drawn_pairs import Pair, PairSettings, drawn_pairs, report
+from vq4dit.projects.workspace import Project
+from vq4dit.web import html as parts
+from vq4dit.web import pictures
 from vq4dit.web.answers import secret
+from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
-from vq4dit.web.words import explain
-from vq4dit.workspace import Project
 
 SAME = (gr.skip(),) * 5  # the pictures stay: they are large, and sent only when there is a new one
 

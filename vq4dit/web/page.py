@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.catalog import BUNDLED
 from vq4dit.config import RECIPES
-from vq4dit.web import parts
+from vq4dit.projects.catalog import BUNDLED
+from vq4dit.web import html as parts
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.push_panel import Login, PushPanel

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vq4dit.pairs import Pair, drawn_pairs
-from vq4dit.web.parts import data_uri, empty
-from vq4dit.web.words import escape, size
-from vq4dit.workspace import Project
+from vq4dit.projects.drawn_pairs import Pair, drawn_pairs
+from vq4dit.projects.workspace import Project
+from vq4dit.web.html import data_uri, empty
+from vq4dit.web.messages import escape, size
 
 
 def picture(project: Project, pair: Pair, kind: str) -> str:

@@ -12,14 +12,15 @@ from typing import Any, get_args
 import gradio as gr
 from huggingface_hub import get_token
 
-from vq4dit.account import Account, sign_in
 from vq4dit.errors import HubError, JobError
-from vq4dit.hub import Existing, Target
-from vq4dit.publishing import check_download, offer, publish, pushed_of
-from vq4dit.web import parts, push_parts
+from vq4dit.hub.account import Account, sign_in
+from vq4dit.hub.push import Existing, Target
+from vq4dit.projects.publish import check_download, offer, publish, pushed_of
+from vq4dit.projects.workspace import Project
+from vq4dit.web import html as parts
+from vq4dit.web import push_html as push_parts
+from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
-from vq4dit.web.words import explain
-from vq4dit.workspace import Project
 
 
 class PushAnswers:

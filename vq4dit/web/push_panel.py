@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from vq4dit.web import push_parts
+from vq4dit.web import push_html as push_parts
 from vq4dit.web.push_answers import PushAnswers
 from vq4dit.web.studio import Studio
 

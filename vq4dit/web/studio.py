@@ -12,17 +12,18 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.archive import pack
-from vq4dit.catalog import Catalog, ModelCard
 from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings, Recipe
+from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, VQ4DiTError
-from vq4dit.estimate import Device, Estimate, check_fits, estimate, seconds_left
-from vq4dit.lease import TICK_SECONDS, work
-from vq4dit.loader import Loader
-from vq4dit.pairs import PairSettings, draw, is_complete
+from vq4dit.projects.archive import pack
+from vq4dit.projects.catalog import Catalog, ModelCard
+from vq4dit.projects.drawn_pairs import PairSettings, draw, is_complete
+from vq4dit.projects.pipeline_cache import Loader
+from vq4dit.projects.worker import TICK_SECONDS, work
+from vq4dit.projects.workspace import Forecast, Project, Workspace
+from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate, seconds_left
 from vq4dit.web import gpu
-from vq4dit.web.words import Trouble, explain
-from vq4dit.workspace import Forecast, Project, Workspace, check_space
+from vq4dit.web.messages import Trouble, explain
 
 MAX_AGE_SECONDS = 7 * 86400.0
 MAX_TOTAL_BYTES = 20 * 10**9

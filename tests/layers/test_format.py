@@ -1,0 +1,178 @@
+"""Format versions 1 and 3: files made once load for ever, and need nothing but numpy and safetensors to be read."""
+
+import hashlib
+from functools import cache
+from math import erfc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from coded_models import new_coded, save_mixed
+from safetensors.numpy import load_file
+
+from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.vector import VQLinear
+from vq4dit.pipelines.quantizer import packed_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1.safetensors"
+GOLDEN_CODED = GOLDEN.with_name("v3.safetensors")
+GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
+
+
+def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
+    """README's description of the format, in numpy."""
+    codebook = tensors[f"{name}.codebook"]  # (k, d) fp16
+    k, d = codebook.shape
+    bits = max(1, int(k - 1).bit_length())
+    count = rows * columns // d
+    stream = np.unpackbits(tensors[f"{name}.packed_assignments"], bitorder="little")[: count * bits]
+    assignments = stream.reshape(count, bits) @ (1 << np.arange(bits))
+    weight = codebook[assignments].reshape(rows, columns).astype(np.float32)
+    if f"{name}.row_scale" in tensors:
+        weight *= tensors[f"{name}.row_scale"].astype(np.float32)[:, None]
+    return weight
+
+
+@cache
+def starts(level: int) -> np.ndarray:
+    """README's c(0) ... c(2047) of a sum of levels."""
+    spread = 2 ** ((level - 32) / 4) * 2**0.5
+    u = [max(1, round(2**24 * (erfc((z - 0.5) / spread) - erfc((z + 0.5) / spread)) / 2)) for z in range(1, 1024)]
+    below = np.cumsum([0, *u[::-1], 2**24 - 2 * sum(u), *u])[:-1]
+    return np.append(below * (2**24 - 2047) // 2**24 + np.arange(2047), 2**24)
+
+
+def decode_coded(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
+    """The same for layers of coded integers, of format version 3."""
+    words = tensors[f"{name}.coded_integers"].view("<u4").tolist()
+    assert words and words[-1] != 0
+    state = 0
+
+    def fill() -> None:
+        nonlocal state
+        if state < 2**32 and words:
+            state = state * 2**32 + words.pop()
+
+    def read(level: int) -> int:
+        nonlocal state
+        c = starts(level)
+        q = state % 2**24
+        s = int(np.searchsorted(c, q, side="right")) - 1
+        state = (state >> 24) * int(c[s + 1] - c[s]) + q - int(c[s])
+        fill()
+        return s - 1023
+
+    fill()
+    fill()
+    models = tensors[f"{name}.side_models"].tolist()
+    lengths = (rows, rows, columns, columns)
+    row_step, row_level, column_step, column_level = (
+        np.array([centre + read(level) for _ in range(length)]) for (centre, level), length in zip(models, lengths, strict=True)
+    )
+    levels = np.clip(row_level[:, None] + column_level, 12, 68)
+    integers = np.empty(levels.shape)
+    for place in np.argsort(levels.flatten(), kind="stable"):
+        integers.flat[place] = read(int(levels.flat[place]))
+    assert not words and state == 0 and integers.min() > -1023
+    row, column = (np.exp2((step - 128) / 8).astype(np.float32) for step in (row_step, column_step))
+    return (integers.astype(np.float32) * row[:, None]) * column
+
+
+def golden_layers() -> dict[str, VQLinear]:
+    """One layer of every kind: widths of 2, 3, 4 bits, k no power of two, a row scale, no bias."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = {
+        "two": (256, 4, False, True),
+        "three": (64, 2, False, True),
+        "four": (256, 2, True, True),
+        "odd": (200, 4, True, False),
+    }
+    layers = {}
+    for name, (k, d, scaled, biased) in kinds.items():
+        assignments = torch.randint(k, (8 * 24 // d,), generator=generator)
+        codebook = torch.randint(-512, 512, (k, d), generator=generator) / 256
+        row_scale = torch.randint(1, 9, (8,), generator=generator) / 4 if scaled else None
+        bias = torch.arange(8) / 8 if biased else None
+        layers[name] = VQLinear.from_assignments(codebook, assignments, (8, 24), bias, row_scale)
+    return layers
+
+
+def test_a_file_is_read_by_its_description_with_numpy_alone():
+    tensors = load_file(GOLDEN)
+    for name, layer in golden_layers().items():
+        np.testing.assert_array_equal(decode(tensors, name, 8, 24), layer.reconstruct(torch.float32).numpy())
+
+
+def test_packed_bytes_never_change():
+    tensors = load_file(GOLDEN)
+    for name, layer in golden_layers().items():
+        assert layer.packed_assignments.numpy().tobytes() == tensors[f"{name}.packed_assignments"].tobytes()
+    digest = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    assert digest == "5ef0809deff32ab1f97cfd0ae21227a24430668cbe9e92c336f97cb7655e5bc0"
+
+
+def test_a_quantized_model_is_read_with_numpy_alone(quantized_folder):
+    from diffusers import DiTTransformer2DModel
+
+    tensors = load_file(quantized_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    model = DiTTransformer2DModel.from_pretrained(quantized_folder, subfolder="transformer")
+    names = [key.removesuffix(".codebook") for key in tensors if key.endswith(".codebook")]
+    assert len(names) == 14
+    for name in names:
+        layer = model.get_submodule(name)
+        wanted = layer.reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(decode(tensors, name, layer.out_features, layer.in_features), wanted)
+
+
+def test_a_golden_model_of_different_widths_loads_for_ever():
+    """A DiT of one block, as diffusers saved it; its layers' k and d differ and stand nowhere but in their tensors."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel.from_pretrained(GOLDEN_MODEL).eval()
+    layers = packed_layers(model)
+    assert {tuple(layer.codebook.shape) for layer in layers.values()} == {(16, 4), (8, 2), (16, 2), (13, 4)}
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        digest.update(name.encode() + layer.reconstruct(torch.float32).numpy().tobytes())
+    assert digest.hexdigest() == "a39c383322fa09dfdd1a54bb45b62ede67f4eb04a05969fecc7a6fd741bcacaa"
+    output = model(torch.ones(1, 4, 4, 4), timestep=torch.tensor([5]), class_labels=torch.tensor([2])).sample
+    assert output.shape == (1, 4, 4, 4) and output.isfinite().all()
+
+
+def test_a_file_of_both_kinds_is_read_by_its_description(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    folder = save_mixed(tmp_path / "mixed")
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = packed_layers(DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer"))
+    coded = [name for name in layers if f"{name}.coded_integers" in tensors]
+    assert len(coded) == 9 and len(layers) == 14
+    for name in [*coded[:3], *(layers.keys() - coded)]:
+        wanted, shape = layers[name].reconstruct(torch.float32).numpy(), (layers[name].out_features, layers[name].in_features)
+        found = decode_coded(tensors, name, *shape) if name in coded else decode(tensors, name, *shape)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (24, 16)], ids=str)
+def test_streams_of_any_length_are_read_by_their_description(shape, generator):
+    """Also such that are so short that the coder's first state is not full."""
+    for _ in range(10):
+        layer = new_coded(*shape, generator)
+        tensors = {f"layer.{name}": tensor.numpy() for name, tensor in layer.state_dict().items()}
+        np.testing.assert_array_equal(decode_coded(tensors, "layer", *shape), layer.reconstruct(torch.float32).numpy())
+
+
+def test_a_golden_file_of_coded_integers_is_read_for_ever():
+    tensors, digest = load_file(GOLDEN_CODED), hashlib.sha256()
+    for name in ("plain", "extreme", "zeros"):
+        parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
+        found = EntropyCodedLinear.from_tensors(parts, (16, 24)).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, decode_coded(tensors, name, 16, 24))
+        digest.update(found.tobytes())
+    assert digest.hexdigest() == "d20da7376ebcf68cbbf59c38a0c7673450753f9fd7d8873dabe063df98a55df0"
+
+
+@pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])
+def test_assignments_take_log2_k_bits_each(name, size):
+    assert golden_layers()[name].packed_assignments.numel() == size

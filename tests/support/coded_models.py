@@ -1,0 +1,60 @@
+"""Layers of both kinds, and models that have both kinds of packed layers, made without quantizing anything."""
+
+from pathlib import Path
+
+import torch
+from tiny import new_pipeline, quick_settings
+
+import vq4dit
+from vq4dit.config import VQ4DiTConfig
+from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.vector import VQLinear
+from vq4dit.pipelines.quantizer import attach, packed_layers
+
+
+def separable_integers(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounded Gaussians whose standard deviation is a product of one of the row and one of the column, and that product."""
+    row = torch.exp2(torch.rand(rows, 1, generator=generator, dtype=torch.float64) * 4 - 2)
+    column = torch.exp2(torch.rand(columns, generator=generator, dtype=torch.float64) * 6 - 4)
+    spread = row * column
+    return (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * spread).round().short(), spread
+
+
+def new_coded(
+    rows: int, columns: int, generator: torch.Generator, *, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> EntropyCodedLinear:
+    integers, _ = separable_integers(rows, columns, generator)
+    row_scale, column_scale = (torch.rand(n, generator=generator) / 8 + 0.01 for n in (rows, columns))
+    values = torch.randn(rows, generator=generator) if bias else None
+    return EntropyCodedLinear.from_integers(integers, row_scale, column_scale, values, dtype)
+
+
+def new_vector_quantized(rows: int, columns: int, generator: torch.Generator) -> VQLinear:
+    codebook, assignments = (
+        torch.randn(16, 2, generator=generator),
+        torch.randint(16, (rows * columns // 2,), generator=generator),
+    )
+    return VQLinear.from_assignments(codebook, assignments, (rows, columns), torch.randn(rows, generator=generator))
+
+
+def new_mixed_pipeline():
+    """The tiny pipeline; two of three packed layers are of coded integers, the others vector-quantized."""
+    quantized = vq4dit.quantize(new_pipeline(), quick_settings(recipe="kmeans"))
+    transformer, generator = quantized.transformer, torch.Generator().manual_seed(3)
+    for index, (name, layer) in enumerate(packed_layers(transformer).items()):
+        if index % 3:
+            transformer.set_submodule(name, new_coded(layer.out_features, layer.in_features, generator))
+    shared = transformer.config.quantization_config.shared_embedders
+    attach(transformer, VQ4DiTConfig(format_version=3, shared_embedders=shared))
+    return quantized
+
+
+def save_mixed(folder: Path) -> Path:
+    vq4dit.save(new_mixed_pipeline(), folder)
+    return folder
+
+
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, second_moments: torch.Tensor) -> float:
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ): the squared error of a layer's outputs over their power."""
+    error = weight - quantized
+    return (((error @ second_moments) * error).sum() / ((weight @ second_moments) * weight).sum()).item()

@@ -1,0 +1,335 @@
+"""The page's words and pieces, without a browser: nothing from outside reaches the page unescaped, no answer is a traceback."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
+from vq4dit.progress import Event
+from vq4dit.projects.catalog import BUNDLED, Catalog
+from vq4dit.projects.drawn_pairs import drawn_pairs
+from vq4dit.projects.workspace import Status, Workspace
+from vq4dit.web import gpu
+from vq4dit.web import html as parts
+from vq4dit.web import messages as words
+from vq4dit.web.answers import Answers, chosen
+from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.page import Page
+from vq4dit.web.studio import Choice, Studio, default_labels
+
+HOME = Path(__file__).parents[2]
+NASTY = '<img src=x onerror="alert(1)">'
+
+
+@pytest.fixture
+def studio(model_folder, tmp_path):
+    return Studio(Catalog(HOME, Path(model_folder).parent), Workspace(tmp_path / "jobs"))
+
+
+@pytest.fixture
+def answers(studio):
+    return Answers(studio)
+
+
+@pytest.fixture
+def compare(studio):
+    return CompareAnswers(studio)
+
+
+@pytest.fixture
+def visitor(studio):
+    return studio.workspace.visitor(None)
+
+
+def quantized(answers, visitor, **changes) -> str:
+    """Run a small job to its end; the project's key."""
+    choice = {"model": "folder:tiny", "bits": 2, "recipe": "kmeans", "seed": 0, "keep": ""} | changes
+    *_, key, turn = answers.begin(visitor, 0, None, *choice.values())
+    assert turn == 1
+    list(answers.quantize(visitor, key, turn))
+    return key
+
+
+def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_choice(answers):
+    labels, listed = answers.classes("folder:tiny", "folder:tiny", gr.Request(), None)
+    assert (labels, listed) == (gr.skip(), "folder:tiny")
+
+
+# --- words ---
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "why", "next_step"),
+    [
+        (UnsupportedModelError("ann/x is a LoRA: pick its base"), "cannot be quantized", "ann/x is a LoRA.", "Pick its base."),
+        (FormatError("a is damaged: load it again"), "This file cannot be read", "A is damaged.", "Load it again."),
+        (JobError("the disk is full: use --resume"), "The work cannot go on", "is full", "Free some space, then press Resume"),
+        (CalibrationDivergedError("it diverged: try a seed"), "The calibration diverged", "It diverged.", "Try a seed."),
+        (HubError("look at a/b: gated. Ask for it", "gated"), "This model is gated", "Look at a/b: gated.", "Ask for it."),
+        (VQ4DiTError("no such thing"), "This cannot be done", "No such thing.", "Change the choice above"),
+        (ValueError("bits must be 2"), "One of the settings does not fit", "Bits must be 2.", "Change the choice above"),
+        (MemoryError(), "This did not work", "The memory was not enough", "choose a smaller model"),
+        (KeyError("x"), "This did not work", "did not foresee", "press Resume"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_every_failure_says_what_why_and_what_next(error, what, why, next_step):
+    found = words.explain(error)
+    assert what in found.what and why in found.why and next_step in found.next_step
+    html = parts.trouble(found)
+    assert 'role="alert"' in html and "What to do:" in html and "Traceback" not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "phase", "message", "next_step", "wait"),
+    [
+        ("exceeded your free ZeroGPU quota (60s requested). Try again in 3:25:00.", "paused", "used up", "3 h 25", 12300),
+        ("exceeded your Pro ZeroGPU quota (60s requested). Try again in 1 day, 0:00:10.", "paused", "used up", "24 h", 86410),
+        ("Space app has reached its GPU limit.", "paused", "used up", "Resume tomorrow", 0),
+        ("GPU task aborted", "paused", "taken away in the middle", "at most the layer", 0),
+        ("No GPU was available", "paused", "No GPU was free", "in a minute", 60),
+        ("No GPU was available after 60s. Re-run", "paused", "No GPU was free", "in a minute", 60),
+        ("Expired ZeroGPU proxy token", "waiting", "permission to use the GPU ran out", "", 0),
+        ("RuntimeError", "paused", "worker failed", "Press Resume", 0),
+    ],
+)  # fmt: skip
+def test_what_the_gpu_scheduler_says_becomes_a_paused_job(text, phase, message, next_step, wait):
+    status = gpu.refused(gr.Error(text, title="ZeroGPU"), Status("running", seconds=5.0))
+    assert (status.phase, status.wait_seconds, status.seconds) == (phase, wait, 5.0)
+    assert message in status.message and next_step in status.next_step
+
+
+def test_durations_and_sizes_are_for_people():
+    assert [words.duration(s) for s in (0.2, 12, 89, 150, 8000)] == ["0 s", "12 s", "89 s", "2 min", "2 h 13 min"]
+    assert [words.clock(s) for s in (0.9, 12, 125, 3725)] == ["0:00", "0:12", "2:05", "1:02:05"]
+    assert [words.size(n) for n in (12, 4300, 3.61e6, 1.349e9)] == ["12 bytes", "4.3 kB", "3.61 MB", "1.35 GB"]
+
+
+# --- pieces ---
+
+
+def test_what_comes_from_outside_is_escaped(studio, visitor):
+    trouble = parts.trouble(words.Trouble(NASTY, NASTY, NASTY, NASTY))
+    log = parts.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
+    table = parts.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
+    chart = parts.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
+    link = parts.copyable("x", parts.link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
+    for html in (trouble, log, table, chart, link):
+        assert "<img" not in html
+    card = Answers(studio).look(None, f"ann/{NASTY}", 2, "best", 0, "")[0]
+    assert "<img" not in card and "no model that can be opened" in card
+
+
+def test_the_log_is_bounded():
+    assert parts.log([Event("cluster", i, 10**5, 0.1) for i in range(10**4)]).count("\n") < 100
+
+
+def test_stages_and_figures_nobody_has_heard_of_are_shown(studio, visitor):
+    project = studio.begin(visitor, Choice("folder:tiny", 2, "kmeans", 0, ""))
+    events = [Event("second_moments", i, 9, float(i), {"new_figure": 1 / i}) for i in (1, 2)]
+    assert "Second moments: 2 of 9" in parts.progress(project, Status("running"), events, None)
+    assert "second_moments: new figure" in parts.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
+
+
+def test_the_command_says_what_the_page_would_do():
+    settings = Choice("ann/my model", 3, "paper", 5, "*.ff.* a'b").settings()
+    command = parts.command_of("ann/my model", settings, "out")
+    keep = "--keep '*.ff.*' --keep 'a'\\''b'"
+    assert command == f"python -m vq4dit quantize 'ann/my model' --bits 3 --recipe paper --seed 5 {keep} --output out"
+
+
+# --- answers ---
+
+
+def test_links_restore_settings_and_nonsense_in_them_is_harmless():
+    link = {"model": "ann/x", "bits": "4", "recipe": "paper", "seed": "3", "keep": "*.ff.*"}
+    assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*")
+    assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "")
+
+
+def test_settings_that_do_not_fit_are_told(answers, visitor):
+    assert "bits must be one of" in answers.look(None, "folder:tiny", 9, "best", 0, "")[0].lower()
+    assert "recipe must be one of" in answers.look(None, "folder:tiny", 2, "worst", 0, "")[0].lower()
+    assert "no linear layer of a block matches" in answers.look(None, "folder:tiny", 2, "best", 0, "nothing*")[0].lower()
+    told, *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "nothing*")
+    assert "no linear layer of a block matches" in told.lower()
+    assert key == gr.skip() and turn == 0, "the page keeps the job that it shows"
+
+
+def test_a_full_disk_is_told_before_the_job(answers, visitor, monkeypatch):
+    monkeypatch.setattr("vq4dit.disk.space.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    told = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")[0]
+    assert "The disk has 1.0 kB left" in told and "Remove old results or choose a smaller model." in told
+
+
+def test_anothers_project_opens_nothing(answers, studio, visitor, compare):
+    key = quantized(answers, visitor)
+    stranger = studio.workspace.visitor(None)
+    assert "There is no job here" in answers.resume(stranger, key, 0)[0]
+    assert "There is no job here" in compare.begin_drawing(stranger, key, 0)[0]
+    assert "There is no job here" in answers.download(stranger, key)[1]
+    for _ in answers.quantize(stranger, key, 1):
+        pass
+    with pytest.raises(JobError):
+        answers.stop(stranger, key)
+    assert list(studio.workspace.projects(stranger)) == []
+
+
+def test_without_a_job_every_step_says_what_to_do_first(answers, visitor, compare):
+    assert "Choose a model and press Quantize." in answers.resume(visitor, "", 0)[0]
+    assert "Choose a model and press Quantize." in compare.begin_drawing(visitor, "", 0)[0]
+    assert "Choose a model and press Quantize." in answers.download(visitor, "")[1]
+    *_, key, _ = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    assert "Quantize the model first" in compare.begin_drawing(visitor, key, 0)[0]
+    assert "Quantize the model first." in answers.download(visitor, key)[1]
+
+
+def test_a_job_streams_ends_and_is_not_done_twice(answers, visitor):
+    key = quantized(answers, visitor)
+    *view, again, turn = answers.begin(visitor, 5, None, "folder:tiny", 2, "kmeans", 0, "")
+    assert again == key and turn == 5 and "is packed" in view[0]
+
+
+def test_a_stop_before_the_turn_pauses_at_once(answers, visitor, studio):
+    *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    assert "before its turn came" in answers.stop(visitor, key)[0].lower()
+    list(answers.quantize(visitor, key, turn))
+    assert studio.project(visitor, key).status().phase == "paused"
+
+
+def test_a_stop_while_somebody_works_is_told_by_the_stream_of_that_work(answers, visitor, studio):
+    """An answer of its own could arrive after the last word of the stream, and hide the Resume button."""
+    *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    project = studio.project(visitor, key)
+    with project.claim():
+        project.set_status(Status("running"))
+        assert "Stopping" not in answers.view(project)[0]
+        assert all(answer == gr.skip() for answer in answers.stop(visitor, key))
+        assert "Stopping after this piece" in answers.view(project)[0]
+    *_, last = answers.quantize(visitor, key, turn)
+    assert "You stopped it" in last[0] and "Stopping" not in last[0] and last[6].visible
+
+
+def test_a_press_on_resume_while_the_stream_of_the_stopped_turn_still_delivers(answers, visitor, studio):
+    """What the old stream has not delivered yet is read when it is delivered, so that it never tells what is over."""
+    *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "paper", 0, "")
+    old = answers.quantize(visitor, key, turn)
+    next(old)
+    answers.stop(visitor, key)
+    while studio.project(visitor, key).is_busy():
+        time.sleep(0.05)
+    *_, turn = answers.resume(visitor, key, turn)
+    *_, last = answers.quantize(visitor, key, turn)
+    assert turn == 2 and "is packed" in last[0]
+    assert all("is packed" in late[0] and late[7] == gr.skip() for late in old)
+
+
+def test_a_page_older_than_the_server_goes_on_with_the_last_job(answers, visitor, studio, compare):
+    """Its session is forgotten, so no key comes along; who never had a job is told so."""
+    key = quantized(answers, visitor)
+    assert studio.project(visitor, "").key == key
+    assert compare.begin_drawing(visitor, "", 0)[2] == 1
+    assert "There is no job here" in answers.resume(studio.workspace.visitor(None), "", 0)[0]
+
+
+def test_a_stop_of_the_drawing_is_told_by_its_own_stream(answers, visitor, studio, compare):
+    key = quantized(answers, visitor)
+    project = studio.project(visitor, key)
+    assert compare.begin_drawing(visitor, key, 0)[2] == 1
+    drawing = compare.draw(visitor, key, 1, [0, 1], 40)  # more than can be drawn before the first word
+    assert re.search(r"Drawing: \d+ of 80 pairs …", next(drawing)[0])
+    assert compare.halt(visitor, key) is None
+    *_, last = drawing
+    assert re.search(r"You stopped it: \d+ of 80 pairs. Press Draw pairs to go on.", last[0])
+    assert not last[6].visible and last[7] == gr.skip()
+    assert compare.begin_drawing(visitor, key, 1)[2] == 2 and not project.is_asked_to_stop()
+    *_, last = compare.draw(visitor, key, 2, [0, 1], 1)
+    assert "2 pairs" in last[0] and "stopped" not in last[0]
+
+
+def test_the_chosen_pair_stays_while_more_are_drawn(answers, visitor, compare):
+    key = quantized(answers, visitor)
+    for labels in ([0, 1], [1, 2]):
+        sent = [answer[2] for answer in compare.draw(visitor, key, 1, labels, 10)]
+        assert sum("<img" in slider for slider in sent if slider != gr.skip()) in (1, 2)  # of those before, and its own
+    project = compare.studio.project(visitor, key)
+    pairs = drawn_pairs(project)
+    gone = [replace(pairs[0], seed=99)]
+    fresh, more, other = (compare.shown(visitor, project, pairs, before) for before in ([], pairs[:3], gone))
+    assert fresh[0].value == other[0].value == pairs[0].stem and "<img" in fresh[1] and "<img" in other[1]
+    assert more[1] == gr.skip() and more[0].choices == fresh[0].choices and "value" not in more[0].constructor_args
+
+
+def test_a_page_that_has_no_job_is_told_nothing_by_the_watch(answers, visitor):
+    """Its answer might arrive after that to a first click."""
+    assert list(answers.watch(visitor, "", 0)) == [(gr.skip(),) * 8], "a stream without a word would empty its outputs"
+
+
+def test_search_does_not_look_for_what_is_chosen(answers):
+    everything = answers.studio.catalog.offered()
+    assert answers.search(everything[0][0], everything)[1] == everything
+
+
+def test_what_is_found_comes_first_and_the_list_never_becomes_shorter(answers):
+    everything = answers.studio.catalog.offered()
+    shown, seen = answers.search("tiny", everything)
+    assert shown.choices == seen and seen[0][1] == "folder:tiny" and sorted(seen) == sorted(everything)
+    many = [(str(i), str(i)) for i in range(500)]
+    assert len(answers.search("tiny", many)[1]) == 100
+
+
+def test_a_stop_that_comes_too_late_leaves_the_job_done(answers, visitor, studio):
+    key = quantized(answers, visitor)
+    assert "is packed" in answers.stop(visitor, key)[0]
+    assert studio.project(visitor, key).status().phase == "done"
+
+
+def test_the_blind_test_hides_the_answer_until_the_guess_and_counts(answers, visitor, compare):
+    key = quantized(answers, visitor)
+    list(compare.draw(visitor, key, 1, [0], 1))
+    game: dict = {}
+    for round_number in range(1, 4):
+        shown, _, game = compare.deal(visitor, key, game)
+        assert "original" not in re.sub(r'src="[^"]*"', "", shown)
+        shown, score, game = compare.guess_left(visitor, key, game)
+        assert "original" in shown and f"of {round_number}" in score
+    assert game["total"] == 3
+
+
+def test_all_widths_of_a_model_stand_side_by_side(answers, visitor, compare):
+    for bits in (2, 4):
+        key = quantized(answers, visitor, bits=bits)
+        *_, last = compare.draw(visitor, key, 1, [0, 1], 1)
+    widths = last[5]
+    assert widths.count("<img") == 6 and "4 bits · kmeans" in widths and "original" in widths
+
+
+def test_default_classes_are_spread_and_different():
+    assert default_labels({name: i for i, name in enumerate("abcdefgh")}) == ["a", "c", "e", "g"]
+    assert default_labels({"cat": 0, "dog": 1, "fox": 2}) == ["cat", "dog", "fox"]
+    assert default_labels({}) == []
+
+
+# --- the page ---
+
+
+def test_programs_may_only_inspect_and_estimate(studio):
+    page = Page(studio, HOME / "assets" / "original-and-2bit.png")
+    shown = page.blocks.get_api_info(all_endpoints=True)
+    assert set(shown["named_endpoints"]) == {"/inspect", "/estimate"}
+    assert not shown["unnamed_endpoints"]
+    assert page.blocks._queue.max_size == 24 and "up to 24 wait" in str(page.blocks.get_config_file())
+
+
+def test_the_readonly_endpoints_answer(answers):
+    values = answers.inspect(BUNDLED)
+    assert values["blocks"] == 8 and 3_500_000 < values["predicted_bytes"]["2"] < 3_700_000
+    assert str(HOME) not in json.dumps(values)
+    assert answers.estimate(BUNDLED, 2, "kmeans")["seconds"] > 0
+    with pytest.raises(gr.Error, match="no model that can be opened here"):
+        answers.inspect("/etc/passwd")

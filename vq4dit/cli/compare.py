@@ -1,0 +1,81 @@
+"""`python -m vq4dit compare`: an original and a quantized model side by side, in figures and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from functools import partial
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from vq4dit.cli.bars import progress_bars
+from vq4dit.cli.options import chosen_device
+from vq4dit.cli.terminal import Console, Report
+from vq4dit.disk.space import check_space
+from vq4dit.evaluation.compare import KINDS, check_comparison_output, write_comparison
+from vq4dit.evaluation.layer_errors import check_comparable, layer_noise_errors
+from vq4dit.evaluation.metrics import Comparison, compare, image_bytes, label_ids
+from vq4dit.models.zero_data import num_classes
+from vq4dit.pipelines.inspect import tensor_bytes
+from vq4dit.pipelines.load import load_pipeline
+from vq4dit.pipelines.quantizer import decode_mode
+
+
+def compare_command(args: argparse.Namespace) -> Report:
+    device = chosen_device(args)
+    check_comparison_output(args.output, args.overwrite)
+    with decode_mode(args.decode):
+        original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
+    check_comparable(original, quantized)
+    if args.labels:
+        labels = label_ids(original, args.labels)
+    else:
+        count = num_classes(original)
+        labels = [i * count // min(8, count) for i in range(min(8, count))]
+    check_space(args.output, 2 * len(KINDS) * len(labels) * image_bytes(original))  # each alone, and all in one
+    with progress_bars() as on_progress:
+        report, pairs = compare(
+            original,
+            quantized,
+            tensor_bytes(args.original),
+            tensor_bytes(args.quantized),
+            labels=labels,
+            seed=args.seed,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            on_progress=on_progress,
+        )
+    parts: dict[str, float] = {}
+    if args.layers:
+        with progress_bars() as on_progress:
+            parts = layer_noise_errors(
+                original, quantized, guidance_scale=args.guidance, seed=args.seed, on_progress=on_progress
+            )
+    names = {index: name for name, index in original.labels.items()}
+    write_comparison(args.output, report, pairs, names, parts, overwrite=args.overwrite)
+    return partial(report_compared, args, report, parts)
+
+
+def report_compared(args: argparse.Namespace, report: Comparison, parts: dict[str, float]) -> None:
+    values = dataclasses.asdict(report)
+    if args.json:
+        print(json.dumps(values, indent=1))
+        return
+    table = Table("figure", "value")
+    for key, value in values.items():
+        table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if parts:
+        print_worst_layers(parts)
+    Console().print(f"pictures and report.json in {escape(str(args.output))}")
+
+
+def print_worst_layers(errors: dict[str, float], count: int = 8) -> None:
+    """Where the remaining error is: the layers that, quantized alone, put the noise off most."""
+    total = sum(errors.values()) or 1.0  # a model compared with itself has no error
+    table = Table(Column("layer", no_wrap=True), "noise_nmse of it alone", "of the sum of all")
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:count]:
+        table.add_row(name, f"{errors[name]:.2g}", f"{errors[name] / total:.1%}")
+    Console().print(table)

@@ -1,0 +1,301 @@
+"""The card of a published model: what it is, how to load it, what was measured, and what was not.
+
+The text follows from the folder, its origin and the reports of `compare` alone, so that the same push twice gives the same
+card. A figure that nobody measured is called "not measured"; figures of another file are refused.
+
+The folder may be a stranger's: what stands in code or in a table must be what it is called, the rest is told as plain words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, constants
+
+from vq4dit.config import CODEBOOKS
+from vq4dit.disk.json_files import read_object, shown
+from vq4dit.errors import FormatError, HubError
+from vq4dit.evaluation.metrics import Comparison
+from vq4dit.hub.markdown import plain
+from vq4dit.models.blocks import find_targets
+from vq4dit.pipelines.inspect import tensor_bytes
+from vq4dit.pipelines.load import check_pipeline
+from vq4dit.pipelines.provenance import REVISION, Origin, copied, is_hub_id, read_origin
+from vq4dit.pipelines.repository import read_json, weights_in
+from vq4dit.pipelines.skeleton import empty_transformer
+
+NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|research|amlr")
+RECIPES = {"kmeans": "plain k-means", "paper": "VQ4DiT as in its paper", "best": "the one that measures best in vq4dit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model as the Hub shows it to this login, or as a folder says of itself."""
+
+    model: str = ""  # Hub id; empty for a folder
+    revision: str = ""  # commit
+    metadata: dict[str, Any] = field(default_factory=dict)  # licence, language, pipeline tag
+    restricted: str = ""  # "gated" or "private"
+
+    @property
+    def name(self) -> str:
+        return self.model or "a model that is not on the Hub"
+
+
+def default_visibility(base: Base) -> tuple[bool, str]:
+    """Whether a quantized model should be private at first, and why."""
+    licence = licence_of(base)
+    if base.restricted:
+        return True, f"its base {base.model} is {base.restricted}"
+    if licence.lower() in ("", "unknown", "other"):
+        return True, "the licence of its base is not known"
+    if NON_COMMERCIAL.search(licence.lower()):
+        return True, f"the licence of its base, {licence}, does not allow commercial use"
+    return False, f"the licence of its base, {licence}, allows it"
+
+
+def licence_of(base: Base) -> str:
+    """Its name, "" if none is known."""
+    metadata = copied(base.metadata)
+    return str(metadata.get("license_name") or metadata.get("license") or "")
+
+
+def default_name(base: str, bits: int) -> str:
+    """A repository name from the base's: "facebook/DiT-XL-2-256" at 2 bits -> "DiT-XL-2-256-vq4dit-2bit"."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(base).name).strip("-.") or "model"
+    return f"{stem}-vq4dit-{bits}bit"
+
+
+def read_report(folder: Path) -> Comparison:
+    """The figures that `compare` wrote.
+
+    Raises:
+        HubError: if there are none, or they are of another version.
+    """
+    advice = "make one with `python -m vq4dit compare`"
+    try:
+        figures = read_object(folder / "report.json", advice)
+        for name, value in figures.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(value)}: {advice}", "card")
+        return Comparison(**figures)
+    except (OSError, FormatError, TypeError) as error:
+        raise HubError(f"{folder} has no report.json that can be read ({error}): {advice}", "card") from error
+
+
+def model_card(
+    folder: Path, repo_id: str, base: Base, report: Comparison | None = None, kmeans: Comparison | None = None
+) -> str:
+    """README.md of the quantized pipeline in `folder`, to be published as `repo_id`.
+
+    Args:
+        report: of `compare`, the base against this model; None if nobody measured.
+        kmeans: of `compare`, the base against plain k-means at the same bits; None if nobody measured.
+
+    Raises:
+        HubError: if a report is of another file, or the two were not measured alike; FormatError if the folder's files say
+            what cannot be.
+    """
+    config = check_pipeline(str(folder))
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "vq4dit":
+        raise HubError(f"{folder} is no model quantized by vq4dit: quantize first, then push the output folder", "card")
+    _check_made(folder, quantization)
+    for name in filter(None, (repo_id, base.model)):
+        if not is_hub_id(name):
+            raise HubError(f"{name!r:.100} cannot be the name of a repository: use letters, digits, and - _ . between", "name")
+    if not REVISION.fullmatch(base.revision or "main"):
+        raise HubError(f"{base.revision!r:.100} cannot be a commit of {base.model}: quantize the original model again", "name")
+    num_bytes = tensor_bytes(str(folder))
+    _check_reports(num_bytes, report, kmeans)
+    origin, codings = read_origin(folder), layer_codings(folder)
+    parts = [
+        f"---\n{_metadata(base, quantization['bits'])}\n---",
+        _introduction(repo_id, base, quantization),
+        _loading(repo_id, read_json(str(folder), "model_index.json")["_class_name"]),
+        _measured(num_bytes, quantization, report, kmeans),
+        _making(quantization, origin, codings),
+        _kept(config, origin, codings),
+        _limits(base, report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _check_made(folder: Path, quantization: dict[str, Any]) -> None:
+    """Raise `FormatError` unless what the config says of its making can be so."""
+    bits, recipe, seed = (quantization.get(name) for name in ("bits", "recipe", "seed"))
+    told = {
+        "bits": type(bits) is int and bits in CODEBOOKS,
+        "recipe": isinstance(recipe, str) and re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", recipe),
+        "seed": type(seed) is int,
+    }
+    for name, fits in told.items():
+        if not fits:
+            raise FormatError(
+                f"the config of {folder} says {name} {quantization.get(name)!r:.100}, which vq4dit does not write: quantize "
+                "the original model again"
+            )
+
+
+def _check_reports(num_bytes: int, report: Comparison | None, kmeans: Comparison | None) -> None:
+    if report and report.quantized_bytes != num_bytes:
+        raise HubError(
+            f"the report is of a file of {report.quantized_bytes} bytes, this transformer has {num_bytes}: compare again",
+            "card",
+        )
+    alike = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed")
+    if report and kmeans and any(getattr(report, name) != getattr(kmeans, name) for name in alike):
+        raise HubError("the report of plain k-means was not measured like the other: compare both with equal options", "card")
+
+
+def _metadata(base: Base, bits: int) -> str:
+    metadata = copied(base.metadata)
+    link = metadata.get("license_link")
+    if link and "://" not in link and base.model:  # a file of the base's repository
+        metadata["license_link"] = f"{constants.ENDPOINT}/{base.model}/blob/{base.revision or 'main'}/{link}"
+    if base.model:
+        metadata |= {"base_model": base.model, "base_model_relation": "quantized"}
+    tags = ["vq4dit", "quantization", f"{bits}-bit", "diffusion"]
+    return ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml().strip()
+
+
+def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str:
+    if base.model:
+        at = f", commit `{base.revision}`" if base.revision else ", commit not recorded"
+        told = f"[{base.model}]({constants.ENDPOINT}/{base.model}){at}"
+    else:
+        told = "a folder that is not on the Hub, so no id and no commit can be named"
+    return (
+        f"# {repo_id.split('/')[-1]}\n\nA diffusion transformer at **{quantization['bits']} bits per weight**, quantized with "
+        "vq4dit, an open implementation of VQ4DiT ([arXiv:2408.17131](https://arxiv.org/abs/2408.17131)).\n\n"
+        f"Base model: {told}."
+    )
+
+
+def _loading(repo_id: str, pipeline: str) -> str:
+    image = "\nimage = pipeline([0], num_inference_steps=25).images[0]  # class 0" if pipeline == "DiTPipeline" else ""
+    return (
+        f"## Load it\n\n```bash\npip install git+{source()}\n```\n\n```python\nimport vq4dit  # teaches diffusers to read "
+        f'packed models\nfrom diffusers import {pipeline}\n\npipeline = {pipeline}.from_pretrained("{repo_id}"){image}\n```\n\n'
+        'Without `import vq4dit`, diffusers says "Unknown quantization type".'
+    )
+
+
+def source() -> str:
+    """Where this vq4dit was installed from, for others to do the same: a Space's repository, or pip's own record."""
+    if space := os.environ.get("SPACE_ID"):
+        return f"{constants.ENDPOINT}/spaces/{space}"
+    try:
+        record = json.loads(distribution("vq4dit").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        record = {}
+    return record.get("url", "") if "vcs_info" in record else "<repository of vq4dit>"
+
+
+def _measured(num_bytes: int, quantization: dict[str, Any], report: Comparison | None, kmeans: Comparison | None) -> str:
+    bits, recipe = quantization["bits"], quantization["recipe"]
+    either = report or kmeans
+    rows = [_row("base", either.original_bytes if either else None, "0", "–", "1")]
+    rows.append(_figures(f"**this model**, {bits} bits, recipe `{recipe}`", num_bytes, report))
+    if recipe != "kmeans":
+        rows.append(_figures("plain k-means, same bits", kmeans.quantized_bytes if kmeans else None, kmeans))
+    head = "| | transformer, bytes as stored | noise error | PSNR, dB | SSIM |\n|---|---|---|---|---|"
+    text = f"## Measured\n\n{head}\n" + "\n".join(rows)
+    if report is None:
+        return f"{text}\n\nNobody compared this model with its base before publishing it."
+    return (
+        f"{text}\n\nMeasured on this packed file, by `python -m vq4dit compare`: {report.num_pairs} pairs of images with the "
+        f"same seeds (from {report.seed}), {report.num_inference_steps} steps, guidance {report.guidance_scale:g}. Noise error "
+        "is the squared error of the predicted noise over its power, on trajectories that calibration never saw. PSNR and SSIM "
+        "compare with the base's image of the same seed, so they punish any change, also one that looks as good.\n\n"
+        "![pairs of images](samples.png)\n\n*Same classes and seeds. Top: base. Middle: this model. Bottom: their difference, "
+        "four times amplified.*"
+    )
+
+
+def _figures(name: str, num_bytes: int | None, report: Comparison | None) -> str:
+    if report is None:
+        return _row(name, num_bytes, *["not measured"] * 3)
+    return _row(name, num_bytes, f"{report.noise_nmse:.4f}", f"{report.psnr_db:.2f}", f"{report.ssim:.4f}")
+
+
+def _row(name: str, num_bytes: int | None, *figures: str) -> str:
+    return f"| {name} | {'not measured' if num_bytes is None else f'{num_bytes:,}'} | {' | '.join(figures)} |"
+
+
+def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str]) -> str:
+    bits, recipe = quantization["bits"], quantization["recipe"]
+    told = "; ".join(f"{coding} in {count} layers" for coding, count in Counter(codings.values()).most_common())
+    lines = [
+        f"- bits per weight: {bits} ({told})",
+        f"- recipe: `{recipe}`, {RECIPES.get(recipe, 'unknown')}",
+        f"- seed: {quantization['seed']}",
+    ]
+    calibration = origin.settings.get("calibration", {})
+    shown = {key: value for key, value in calibration.items() if _belongs(key, recipe)}
+    if shown:
+        lines.append("- calibration: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in shown.items()))
+    if origin.versions:
+        lines.append("- versions: " + ", ".join(f"{plain(name)} {plain(value)}" for name, value in origin.versions.items()))
+    else:
+        lines.append("- versions and calibration settings: not recorded")
+    return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _belongs(constant: str, recipe: str) -> bool:
+    """Whether a recipe reads this constant of `CalibrationConfig`."""
+    of_best = constant.startswith("tuning_")  # in models of earlier versions
+    return {"best": of_best or constant == "guidance_scale", "paper": not of_best}.get(recipe, False)
+
+
+def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:
+    original = {key: value for key, value in config.items() if key != "quantization_config"}
+    num_codewords, dim = CODEBOOKS[config["quantization_config"]["bits"]]
+    targets, kept = find_targets(empty_transformer(original), dim, num_codewords, origin.settings.get("keep", ()))
+    reasons = {layer.name: layer.reason for layer in kept} | dict.fromkeys(targets, "not quantized")
+    groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), reasons[name]) for name in reasons if name not in quantized)
+    lines = [f"- `{name}` ({count} layers): {plain(reason)}" for (name, reason), count in groups.items()]
+    lines.append("- everything outside the transformer blocks, all biases and norms")
+    total = len(quantized)
+    return f"## Layers kept in 16 bit\n\n{total} linear layers are quantized. The rest is not:\n\n" + "\n".join(lines)
+
+
+def layer_codings(folder: Path) -> dict[str, str]:
+    """How the weights of each quantized layer are held, from the files' headers."""
+    found: dict[str, str] = {}
+    for key, tensor in weights_in(folder / "transformer").tensors.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "codebook":
+            k, d = _shape_of_codebook(folder, key, tensor.shape)
+            found[layer] = f"{k} codewords of {d} weights"
+        elif kind == "coded_integers":
+            found[layer] = "entropy-coded integers, with more bits where they matter,"
+    return found
+
+
+def _shape_of_codebook(folder: Path, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise FormatError(f"{key} in {folder} must have 2 axes, and has {len(shape)}: quantize the original model again")
+    return shape[0], shape[1]
+
+
+def _limits(base: Base, report: Comparison | None) -> str:
+    lines = [
+        "- Quantized weights are approximations: with the same seed, images differ from the base's.",
+        f"- What {base.name} cannot or should not do, this model cannot or should not do either.",
+        "- No FID and no human judgement was measured."
+        + (f" The figures above rest on {report.num_pairs} pairs of images." if report else " No figure at all was measured."),
+    ]
+    licence = licence_of(base)
+    told = (
+        f"{plain(licence)}, as of the base" if licence else "not known: ask the author of the base before you use or share it"
+    )
+    return "## Limits\n\n" + "\n".join(lines) + f"\n\n## Licence\n\n{told}."

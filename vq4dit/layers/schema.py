@@ -1,0 +1,110 @@
+"""Which tensors a packed layer has in a file, and whether they fit.
+
+The packed tensors of a layer NAME (README has them byte by byte): vector-quantized,
+
+    NAME.codebook            fp16 (k, d)
+    NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream
+    NAME.row_scale           fp16 (rows,), optional
+    NAME.bias                fp16 (rows,), optional
+
+or, from format version 3 on, entropy-coded integers:
+
+    NAME.coded_integers  uint8, a stream of 32-bit words
+    NAME.side_models     uint8 (4, 2)
+    NAME.bias            fp16 (rows,), optional
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vq4dit.errors import FormatError
+from vq4dit.layers.ans import WORD_BYTES, Sides
+from vq4dit.layers.bitstream import packed_size
+from vq4dit.layers.casts import as_bytes, as_scales
+from vq4dit.layers.codebook import assignment_bits
+from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.packed import PackedLinear
+from vq4dit.layers.vector import VQLinear
+
+SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory
+BYTES = {"packed_assignments", "coded_integers", "side_models"}
+PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8",))
+PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
+
+
+def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """A packed layer on the meta device, in place of `linear`, for tensors of these shapes, to be decoded in `dtype`.
+
+    Raises:
+        FormatError: unless they fit each other and the model's config.
+    """
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if "coded_integers" in shapes:
+        _check_coded(name, shapes)
+        return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta", dtype=dtype)
+    _check_quantized(name, shapes, linear)
+    k, d = shapes["codebook"]
+    scaled = "row_scale" in shapes
+    return VQLinear(*size, num_codewords=k, subvector_dim=d, bias=bias, row_scale=scaled, device="meta", dtype=dtype)
+
+
+def _check_present(name: str, wanted: set[str], shapes: dict[str, list[int]]) -> None:
+    if missing := wanted - shapes.keys():
+        raise FormatError(f"{name}: {', '.join(sorted(missing))} is missing; the file is incomplete: download it again")
+
+
+def _check_length(name: str, tensor: str, length: int, shapes: dict[str, list[int]]) -> None:
+    if shapes.get(tensor, [length]) != [length]:
+        raise FormatError(f"{name}: {tensor} must have {length} values, got shape {shapes[tensor]}")
+
+
+def _check_quantized(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
+    rows, columns = linear.out_features, linear.in_features
+    _check_present(name, {"codebook", "packed_assignments"}, shapes)
+    codebook = shapes["codebook"]
+    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or codebook[1] < 1 or columns % codebook[1]:
+        raise FormatError(
+            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and d a divisor of the layer's {columns} inputs, "
+            f"got shape {codebook}"
+        )
+    expected = packed_size(rows * columns // codebook[1], assignment_bits(codebook[0]))
+    if shapes["packed_assignments"] != [expected]:
+        raise FormatError(
+            f"{name}: {rows} x {columns} weights with a {codebook[0]} x {codebook[1]} codebook need {expected} bytes of "
+            f"assignments, got shape {shapes['packed_assignments']}; the file does not belong to this config.json"
+        )
+    _check_length(name, "row_scale", rows, shapes)
+
+
+def _check_coded(name: str, shapes: dict[str, list[int]]) -> None:
+    _check_present(name, {"side_models"}, shapes)
+    if shapes["side_models"] != [len(Sides._fields), 2]:
+        raise FormatError(f"{name}: side_models must be {len(Sides._fields)} x 2, got shape {shapes['side_models']}")
+    stream = shapes["coded_integers"]
+    if len(stream) != 1 or stream[0] % WORD_BYTES:
+        raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")
+
+
+def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a model as its file holds it: bytes, fp16 values of codebooks and scales, the rest in `dtype` if it fits.
+
+    What was loaded in a larger type than it was stored in goes back to 16 bit, as does what layerwise casting keeps in fewer.
+
+    Raises:
+        FormatError: if a packed tensor was cast to a type that does not hold its values.
+    """
+    part = name.rpartition(".")[2]
+    if part in BYTES:
+        return as_bytes(tensor, name)
+    if part in SCALES:
+        tensor, dtype = as_scales(tensor, name), torch.float16
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 2:
+        return tensor
+    for candidate in (dtype, torch.float16, torch.float32):
+        narrow = tensor.to(candidate)
+        if candidate.itemsize < tensor.dtype.itemsize and not torch.equal(narrow.to(tensor.dtype), tensor):
+            continue
+        return narrow
+    return tensor

@@ -1,0 +1,242 @@
+"""Which models there are to pick, and what a card says about one before anything large is read.
+
+A model is named by what a visitor may say: the bundled one, a Hub id, or, where a root folder was opened, `folder:NAME`
+below it. Nothing else of what is typed is ever used as a path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelInfo
+
+from vq4dit.config import Recipe
+from vq4dit.disk.revisions import content_revision
+from vq4dit.errors import UnsupportedModelError, VQ4DiTError
+from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
+from vq4dit.pipelines.inspect import Inspection, inspect
+from vq4dit.pipelines.load import check_access
+from vq4dit.pipelines.repository import read_json
+from vq4dit.printable import printable
+
+BUNDLED = "assets/emoji-dit"
+FOLDER = "folder:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
+
+# Diffusion transformers of the Hub that are known to be in diffusers' format, with a word on each.
+KNOWN = {
+    BUNDLED: "emoji-dit: bundled, 12.7 M parameters, no download",
+    "facebook/DiT-XL-2-256": "DiT-XL/2 at 256 px: the paper's model",
+    "facebook/DiT-XL-2-512": "DiT-XL/2 at 512 px",
+    "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-α, text to image, 0.6 B",
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": "Sana, text to image, 0.6 B",
+    "Alpha-VLLM/Lumina-Image-2.0": "Lumina 2, text to image, 2.6 B",
+    "black-forest-labs/FLUX.1-schnell": "FLUX.1 schnell, text to image, 12 B",
+}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model from its headers and its card."""
+
+    inspection: Inspection
+    pipeline: str  # class name
+    licence: str  # "" if it says none
+    gated: bool  # read with a login that has access
+    download_bytes: int  # 0 for a folder
+    tokens: int  # positions of one image in the transformer
+    width: int  # pixels, 0 if unknown
+    commit: str = ""  # of a folder: see `revisions.content_revision`
+    labels: dict[str, int] = field(default_factory=dict)  # classes by their first name, if it has any
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The models that one server offers.
+
+    Args:
+        home: the folder that holds the bundled model.
+        root: a folder of pipeline folders to offer, or None.
+        largest_download: bytes of a repository that is still fetched.
+    """
+
+    home: Path
+    root: Path | None = None
+    largest_download: int = 80 * 10**9
+
+    def locate(self, name: str) -> str:
+        """What `load_pipeline` takes for a model's name.
+
+        Raises:
+            VQ4DiTError: if it is no name of a model that may be opened here.
+        """
+        name = name.strip()
+        if name == BUNDLED:
+            return str(self.home / BUNDLED)
+        if name.startswith(FOLDER):
+            return str(self._folder(name.removeprefix(FOLDER)))
+        if HUB_ID.fullmatch(name) and ".." not in name:
+            return name
+        raise VQ4DiTError(
+            f"{name[:100]!r} is no model that can be opened here, names on the Hugging Face Hub look like owner/name: pick one "
+            "from the list, for example facebook/DiT-XL-2-256"
+        )
+
+    def _folder(self, name: str) -> Path:
+        if self.root is None:
+            raise VQ4DiTError(
+                "folders of this machine are not open: start the app with --root FOLDER to offer those below it",
+                page="folders of this server are not open to the page: pick a model from the list",
+            )
+        folder = (self.root / name).resolve()
+        if self.root.resolve() not in folder.parents or not (folder / "model_index.json").is_file():
+            raise VQ4DiTError(f"there is no pipeline folder {name[:100]!r} below the root: pick one from the list")
+        return folder
+
+    def folders(self) -> list[str]:
+        """Pipeline folders below the root, at most three levels down."""
+        if self.root is None:
+            return []
+        found = {path.parent for depth in range(1, 4) for path in self.root.glob("/".join(["*"] * depth) + "/model_index.json")}
+        return [f"{FOLDER}{path.relative_to(self.root)}" for path in sorted(found)]
+
+    def offered(self) -> list[tuple[str, str]]:
+        """(what is shown, name) of everything that needs no search."""
+        known = [(words if name == BUNDLED else f"{name} · {words}", name) for name, words in KNOWN.items()]
+        return known + [(printable(name), name) for name in self.folders()]
+
+    def search(self, text: str) -> list[tuple[str, str]]:
+        """Models of the Hub for some words, the most downloaded first; what is offered anyway when the Hub is silent."""
+        words = text.strip()
+        offered = [(shown, name) for shown, name in self.offered() if words.lower() in shown.lower()]
+        if len(words) < 2 or words.startswith(FOLDER):
+            return offered or self.offered()
+        try:
+            found = _found_on_the_hub(words[:100])
+        except FAILURES:
+            return offered
+        names = {name for _, name in offered}
+        return offered + [(name, name) for name in found if name not in names]
+
+    def check_access(self, name: str, token: str | None = None) -> None:
+        """Raise `VQ4DiTError` unless whoever has this login may read the model now."""
+        check_access(self.locate(name), token)
+
+    def revision(self, name: str, token: str | None = None) -> str:
+        """What stands for a model's content now: the newest commit of a repository, names and times of a folder's files.
+
+        Raises:
+            VQ4DiTError: as `locate`; HubError if the Hub cannot be asked.
+        """
+        model = self.locate(name)
+        if Path(model).is_dir():
+            return content_revision(Path(model))
+        return ask(f"look at {model}", lambda: HfApi(token=token).model_info(model), model).sha or ""
+
+    def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
+        """Look at a model without its weights, with the login that `token` belongs to.
+
+        Raises:
+            VQ4DiTError: if it cannot be opened here, is too large, gated, or not there; UnsupportedModelError if it is of a
+                kind that cannot be quantized.
+        """
+        self.check_access(name, token)
+        with self.named(name) as model:
+            return self._card(model, keep, recipe, token)
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[str]:
+        """What `load_pipeline` takes for a model's name; what a page says of a failure inside has the name again."""
+        model = self.locate(name)
+        try:
+            yield model
+        except VQ4DiTError as error:
+            error.page = error.page.replace(model, name.strip().removeprefix(FOLDER))
+            raise
+
+    def _card(self, model: str, keep: tuple[str, ...], recipe: Recipe, token: str | None) -> ModelCard:
+        revision = content_revision(Path(model)) if Path(model).is_dir() else ""
+        info = None if Path(model).is_dir() else self._info(model, token)
+        commit = info.sha if info else None
+        index = read_json(model, "model_index.json", commit, token)
+        inspection = inspect(model, keep, recipe=recipe, revision=commit, token=token)
+        return ModelCard(
+            inspection=inspection,
+            pipeline=index.get("_class_name", ""),
+            licence=_licence(info) if info else _licence_of_folder(Path(model)),
+            gated=bool(info and info.gated),
+            download_bytes=_download_bytes(info) if info else 0,
+            tokens=inspection.tokens,
+            width=inspection.width,
+            commit=commit or revision,
+            labels=_labels(index.get("id2label") or {}),
+        )
+
+    def _info(self, model: str, token: str | None) -> ModelInfo:
+        """The Hub's word on a repository; refuses what is not to be fetched."""
+        try:
+            info = HfApi(token=token).model_info(model, files_metadata=True)
+        except FAILURES as error:
+            raise explained(error, f"look at {model}", model) from error
+        names = {file.rfilename for file in info.siblings or ()}
+        if "model_index.json" not in names:
+            raise UnsupportedModelError(_no_pipeline(model, names))
+        in_transformer = {name.removeprefix("transformer/") for name in names if name.startswith("transformer/")}
+        if in_transformer and not any(name.endswith(".safetensors") for name in in_transformer):
+            raise UnsupportedModelError(
+                f"{model} has no safetensors in transformer/, and nothing else is loaded here because other formats can run "
+                "code: ask its author to convert it, or take another"
+            )
+        if (size := _download_bytes(info)) > self.largest_download:
+            raise VQ4DiTError(
+                f"{model} is a download of {size / 1e9:.0f} GB, and this server takes up to "
+                f"{self.largest_download / 1e9:.0f} GB: use the command line on a machine of your own"
+            )
+        return info
+
+
+@lru_cache(maxsize=512)  # every key pressed is a search, by every visitor
+def _found_on_the_hub(words: str) -> list[str]:
+    return [model.id for model in HfApi().list_models(search=words, filter="diffusers", limit=20, sort="downloads")]
+
+
+def _no_pipeline(model: str, names: set[str]) -> str:
+    if any("lora" in name.lower() or name == "adapter_config.json" for name in names):
+        return f"{model} is a LoRA, a small addition to another model: pick the model it belongs to"
+    if any(name.endswith(".gguf") for name in names):
+        return f"{model} is quantized already (GGUF): pick the original model"
+    return f"{model} is no diffusers pipeline (it has no model_index.json): look for a version of it that diffusers can load"
+
+
+def _download_bytes(info: ModelInfo) -> int:
+    """What a pipeline's load fetches: configs and safetensors in sub-folders, no variants."""
+    wanted = [f for f in info.siblings or () if "/" in f.rfilename and not re.search(r"\.(fp16|bf16|fp32)[.-]", f.rfilename)]
+    return sum(file.size or 0 for file in wanted if file.rfilename.endswith((".safetensors", ".json", ".txt", ".model")))
+
+
+def _labels(id2label: dict[str, str]) -> dict[str, int]:
+    return {words.split(",")[0]: int(index) for index, words in sorted(id2label.items(), key=lambda item: int(item[0]))}
+
+
+def _licence(info: ModelInfo) -> str:
+    card: Any = info.card_data or {}
+    return str(card.get("license_name") or card.get("license") or "")
+
+
+def _licence_of_folder(folder: Path) -> str:
+    readme = folder / "README.md"
+    try:
+        if not readme.is_file():
+            return ""
+        with open(readme, "rb") as file:
+            match = LICENCE_LINE.search(file.read(2000).decode(errors="replace"))
+    except OSError:  # a card that cannot be read is no card
+        return ""
+    return match.group(1) if match else ""

@@ -1,0 +1,188 @@
+"""Work on a project for a while: a lease of some seconds, after which everything finished is on disk.
+
+A lease may end in five ways: the work is done, its time is over, somebody asked to stop, something failed, or the process
+is killed. In the first four the project's status says so; after the last nobody holds its lock any more, which says it too.
+The next lease goes on from there and ends in the same bytes.
+
+`work` is a generator, because that is what a page (and a GPU worker in another process) can stream: it yields at least
+twice a second, whether something happened or not. What happened is in the project's folder.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from vq4dit.disk.job import Job
+from vq4dit.errors import HubError, VQ4DiTError
+from vq4dit.evaluation.metrics import LayerError, layer_errors
+from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.packed import PackedLinear
+from vq4dit.layers.vector import VQLinear
+from vq4dit.memory import is_out_of_memory
+from vq4dit.pipelines.hub_errors import without_tokens
+from vq4dit.pipelines.provenance import origin_of
+from vq4dit.pipelines.save import save
+from vq4dit.progress import Event, OnProgress, Progress
+from vq4dit.projects.messages import on_page, without_paths
+from vq4dit.projects.pipeline_cache import Loader
+from vq4dit.projects.workspace import Project, Status
+from vq4dit.recipes.quantize import check, run
+
+TICK_SECONDS = 0.5
+# Pipelines are shared, and recording hangs hooks into them: a turn begins when the one before has really ended, though its
+# page was closed long ago.
+COMPUTING = threading.Lock()
+
+
+class Stopped(Exception):
+    """Raised in a listener to leave a long task, with the reason; finished pieces are on disk."""
+
+
+def stream(task: Callable[[OnProgress], None], stop_asked: Callable[[], bool]) -> Iterator[None]:
+    """Run a task in a thread and yield twice a second until it ends.
+
+    Closing the generator stops the task at its next progress, but does not wait for that: pages are closed at any time.
+
+    Raises:
+        what the task raises.
+    """
+    ended: queue.Queue[BaseException | None] = queue.Queue()
+    closed = threading.Event()
+
+    def on_progress(progress: Progress) -> None:
+        if stop_asked():
+            raise Stopped("You stopped it. Every finished layer is kept.")
+        if closed.is_set():
+            raise Stopped("The page was closed or reloaded. Every finished layer is kept.")
+
+    def body() -> None:
+        try:
+            task(on_progress)
+            ended.put(None)
+        except BaseException as error:
+            ended.put(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    try:
+        while True:
+            try:
+                error = ended.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                yield
+                continue
+            if error is not None:
+                raise error
+            return
+    finally:
+        closed.set()
+
+
+def work(project: Project, loader: Loader, seconds: float | None = None) -> Iterator[None]:
+    """Go on with a project's quantization for `seconds`; afterwards `project.status()` tells how it stands.
+
+    Raises:
+        JobError: if somebody else works on it.
+    """
+    yield from stream(lambda check_stop: _turn(project, loader, seconds, check_stop), project.is_asked_to_stop)
+
+
+def _turn(project: Project, loader: Loader, seconds: float | None, check_stop: OnProgress) -> None:
+    """The work itself, in its own thread, so that the project stays claimed until it has really ended."""
+    with COMPUTING, project.claim():
+        if project.status().phase == "done":  # by another tab, while this one waited for its turn
+            return
+        before = project.status().seconds
+        started = time.monotonic()
+
+        def spent() -> float:
+            return before + time.monotonic() - started
+
+        project.set_status(Status("running", seconds=before))
+        try:
+            check_stop(Progress("cluster", 0, 1))
+            _quantize(project, loader, seconds, spent, check_stop)
+        except Stopped as stop:
+            project.set_status(Status("paused", str(stop), seconds=spent()))
+        except Exception as error:
+            project.set_status(failure(error, spent()))
+
+
+def failure(error: Exception, seconds: float = 0.0) -> Status:
+    """What a failed project says. An error that is not meant for people is named, and its place folded away."""
+    if isinstance(error, HubError):  # "what and why. Advice"
+        why, _, advice = on_page(error).partition(". ")
+        return Status("failed", why, advice, seconds=seconds)
+    if isinstance(error, (VQ4DiTError, ValueError)):
+        return Status("failed", on_page(error), seconds=seconds)
+    if is_out_of_memory(error):
+        return Status(
+            "failed",
+            "The memory was not enough for this model.",
+            "Finished layers are kept. Close other programs and press Resume, or choose a smaller model.",
+            on_page(error),
+            seconds,
+        )
+    place = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().splitlines()[-1:]
+    return Status(
+        "failed",
+        "Something went wrong that we did not foresee.",
+        "Finished layers are kept: press Resume. If it happens again, report it with the details below.",
+        f"{type(error).__name__}: {without_tokens(on_page(error))} · {without_paths(' '.join(place).strip())}",
+        seconds,
+    )
+
+
+def _quantize(
+    project: Project, loader: Loader, seconds: float | None, spent: Callable[[], float], check_stop: OnProgress
+) -> None:
+    pipeline = loader.original(project)
+    targets = check(pipeline, project.settings)
+    origin = origin_of(loader.catalog.locate(project.model), project.revision, project.settings)
+    layers = project.layers()
+    measured = {layer["name"] for layer in layers}
+    reached: dict[str, int] = {}
+    for event in project.events():
+        reached[event.stage] = max(event.done, reached.get(event.stage, 0))
+
+    def on_progress(progress: Progress) -> None:
+        new = [name for name in targets if name not in measured and job.has(f"layers/{name}")]
+        if new:
+            layers.extend(_fitted(name, targets[name], job.read(f"layers/{name}")) for name in new)
+            measured.update(new)
+            project.set_layers(layers)
+        if progress.done > reached.get(progress.stage, -1):  # a resumed job passes its finished pieces again
+            reached[progress.stage] = progress.done
+            finished = " ".join(new)
+            project.add_event(Event(progress.stage, progress.done, progress.total, spent(), dict(progress.metrics), finished))
+        check_stop(progress)
+
+    with Job.open(project.work, project.settings, pipeline, resume=True) as job:
+        quantized = run(job, pipeline, seconds, on_progress)
+        if quantized is None:
+            project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
+            return
+        origin = replace(origin, fingerprint=job.fingerprint)
+        source = loader.source(project)
+        save(quantized, project.result, overwrite=True, source=source, origin=origin, scratch=project.work)
+        project.set_layers([asdict(layer) for layer in layer_errors(pipeline.transformer, quantized.transformer)])
+        project.set_status(Status("done", seconds=spent()))
+        job.remove()
+
+
+def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
+    """A row of the layers table while the job runs: the layer's error before anything is calibrated."""
+    shape = (linear.out_features, linear.in_features)
+    layer: PackedLinear
+    if "coded_integers" in piece:
+        layer = EntropyCodedLinear.from_tensors(piece, shape)
+    else:
+        layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)
+    return asdict(LayerError.of(name, layer, linear.weight.detach().float().cpu()))

@@ -1,0 +1,135 @@
+"""What a quantization will cost: seconds, memory, disk. Rough on purpose, and all in this one file.
+
+Two sums, each divided by a speed that was measured once (cpu) or is assumed (gpu). They are there so that nobody starts
+blindly; once the work runs, its own pace replaces them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vq4dit.config import QuantizationSettings
+from vq4dit.memory import check_memory
+from vq4dit.models.zero_data import LARGE, STEPS
+from vq4dit.pipelines.inspect import SizePrediction
+from vq4dit.progress import Event
+from vq4dit.recipes.fisher import TOKENS as SENSITIVITY_TOKENS
+from vq4dit.recipes.fisher import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
+from vq4dit.recipes.fisher import TOKENS_TOGETHER
+from vq4dit.recipes.gptq import block_rows
+from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
+from vq4dit.recipes.layerwise import TOKENS as FIT_TOKENS
+from vq4dit.recipes.layerwise import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
+
+Device = Literal["cpu", "gpu"]
+
+LLOYD_ITERATIONS = 15
+# cpu: a core of x86-64, measured on the bundled model (processor seconds of codebooks and of learning steps), times the cores
+# that torch uses. gpu: assumed, never measured: half of the fp32 figure of half an H200 (6.7e13 for a whole one).
+# Distances between a sub-vector and a codeword, per second.
+DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
+# Floating-point operations of walks and calibration, per second.
+OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
+LOAD_BYTES_PER_SECOND = 5e8
+BASE_BYTES = 500_000_000  # of Python and torch
+# Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
+SECONDS_PER_COLUMN = 9e-5
+ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
+WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
+SENSITIVITY_OPERATIONS = 8  # the same: forward, forward and backward (of later steps more), products of gradients
+
+# GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
+DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by stage, and bytes."""
+
+    stages: dict[str, float]
+    memory_bytes: int
+    disk_bytes: int  # of the job's folder and the result, at their largest
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+    def fits(self) -> dict[str, bool]:
+        """For each kind of visitor, whether a day's GPU time is enough."""
+        return {visitor: self.seconds <= limit for visitor, limit in DAILY_GPU_SECONDS.items()}
+
+
+def estimate(
+    prediction: SizePrediction, settings: QuantizationSettings, *, parameters: int, tokens: int, device: Device
+) -> Estimate:
+    """The cost of quantizing a model.
+
+    Args:
+        parameters: of the whole transformer.
+        tokens: positions that one image has in it.
+    """
+    cores = torch.get_num_threads() if device == "cpu" else 1
+    distances, operations = cores * DISTANCES_PER_SECOND[device], cores * OPERATIONS_PER_SECOND[device]
+    weights = prediction.quantized_weights
+    subvectors = [layer.rows * layer.columns // settings.subvector_dim for layer in prediction.layers]
+    stages: dict[str, float] = {}
+    if settings.recipe != "best":
+        codewords = settings.num_codewords
+        clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
+        stages["cluster"] = sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND
+    memory = BASE_BYTES + 8 * parameters  # the original and the result, in fp32
+    disk = prediction.file_bytes + 8 * sum(subvectors)
+    if settings.recipe == "best":
+        large = parameters >= LARGE
+        walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
+        felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
+        blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in prediction.layers]
+        calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
+        fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
+        stages["fit"] = fitted + weights * (walked + felt) / operations
+        coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
+        together = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER)
+        step_tokens = max(2 * tokens, together / STEPS)  # one trajectory at least
+        held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in prediction.layers)  # to go back
+        seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
+        memory += int(4 * (step_tokens * held_width + seen)) + 12 * coupled
+        disk += 4 * weights + 4 * coupled
+    if settings.recipe == "paper":
+        calibration = settings.calibration
+        rows = 2 * calibration.num_trajectories * tokens  # guidance doubles the batch
+        # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per weight: mixing about 40
+        per_step = weights * (8 * rows + 40)
+        stages["calibrate"] = calibration.steps * per_step / operations
+        soft = sum(subvectors) * calibration.num_candidates
+        memory += 20 * soft + 8 * weights
+        disk += 16 * soft  # a checkpoint, and the next one beside it
+    return Estimate(stages, memory, disk)
+
+
+def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -> None:
+    """Raise `VQ4DiTError` if quantizing takes more memory than there is: where the model is loaded, and on `device`.
+
+    Args:
+        model: for the message.
+    """
+    for place in {"cpu", str(device)}:
+        check_memory(cost.memory_bytes, f"quantizing {model}", place)
+
+
+def seconds_left(events: Sequence[Event], stages: dict[str, float]) -> float | None:
+    """The time to the end by the pace of the running stage; later stages by their estimate, corrected by that pace."""
+    same = [event for event in events if event.stage == events[-1].stage and event.done]  # the rest is preparation
+    if len(same) < 2 or same[-1].done <= same[0].done:
+        return None
+    last = same[-1]
+    pace = (last.seconds - same[0].seconds) / (last.done - same[0].done)
+    expected = stages.get(last.stage, 0.0)
+    correction = min(4.0, max(0.25, pace * last.total / expected)) if expected else 1.0
+    names = list(stages)
+    later = names[names.index(last.stage) + 1 :] if last.stage in stages else []
+    return pace * (last.total - last.done) + correction * sum(stages[name] for name in later)

@@ -1,0 +1,225 @@
+"""Error feedback: round a weight so that a layer's *outputs* stay, and what reads them minds least.
+
+A layer sees inputs x with second moments H = E[x xᵀ], and what is behind it minds errors in its outputs by B
+(`vq4dit/recipes/fisher.py`). With E = W - Ŵ the error that the noise shows is about
+
+    tr(B E H Eᵀ)                              (the Kronecker-factored curvature of K-FAC, arXiv:1503.05671)
+
+Column after column is rounded, and what that got wrong is corrected in the columns that still can move: GPTQ (Frantar et al.
+2023, arXiv:2210.17323). Rows meet in B as columns meet in H, so a block of rows that is done corrects the rows after it in the
+same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). What an error costs after all corrections is a number for each row times
+one for each column, and steps are small where that is large (`vq4dit/recipes/bit_allocation.py`).
+
+Rounding to the nearest integer is the best for the column at hand, not for those to come. A beam keeps the few best of all
+roundings so far, as decoders of lattices do; of a layer's error that takes an eighth.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
+from vq4dit.layers.entropy_coded import nearest_step, step_size
+from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
+COUPLING_DAMPING = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each of them costs
+LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
+BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
+BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
+FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
+BEAM = 32  # roundings kept for each row
+FILLED = 0.9  # of what a file's integers can be, by weights as they are: corrections need the rest
+
+
+def block_rows(rows: int) -> int:
+    """How many of a layer's rows are rounded side by side."""
+    return BLOCK_ROWS if rows > FEW_ROWS else BLOCK_ROWS // 2
+
+
+class QuantizedWeight(NamedTuple):
+    """Ŵ = diag(row_scale) integers diag(column_scale)."""
+
+    integers: Integer[Tensor, "rows columns"]
+    row_scale: Float[Tensor, " rows"]
+    column_scale: Float[Tensor, " columns"]
+
+    def weight(self) -> Float[Tensor, "rows columns"]:
+        return self.integers * self.row_scale.unsqueeze(1) * self.column_scale
+
+
+class Correction:
+    """How an error in one element of a vector is corrected in the elements after it, under a metric M.
+
+    With M = V Vᵀ (V upper triangular) and U = V⁻¹, the least that an error e in element g can cost once all later ones are at
+    their best is (e V_gg)², and the best they can do is to move by -(e V_gg) U_g,later. Elements come in the order in which
+    they cost more and more: those that will be left out first are made good by those that will not.
+    """
+
+    def __init__(self, metric: Float[Tensor, "n n"]):
+        self.order = metric.diagonal().argsort(stable=True)
+        ordered = metric.double()[self.order][:, self.order]
+        self.root = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)  # V: of elements from the last to the first
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "n n"]:
+        """U, for elements in their order."""
+        identity = torch.eye(len(self.root), dtype=self.root.dtype, device=self.root.device)
+        return torch.linalg.solve_triangular(self.root, identity, upper=True)
+
+    def costs(self, block: int = 1) -> Float[Tensor, " n"]:
+        """What an error of 1 in each element costs, in the metric's own order, if blocks are decided at a time."""
+        if block == 1:
+            costs = self.root.diagonal().square()
+        else:
+            position = torch.arange(len(self.root), device=self.root.device) // block
+            costs = (self.root * (position.unsqueeze(1) == position)).square().sum(1)
+        return torch.empty_like(costs).index_copy_(0, self.order, costs).float()
+
+
+class ErrorFeedback:
+    """Both sides of a layer's error: what corrects what, and what is left to cost something.
+
+    Args:
+        second_moments: H of the inputs.
+        sensitivity: B of the outputs, or its diagonal: then no row corrects another.
+    """
+
+    def __init__(
+        self,
+        second_moments: Float[Tensor, "columns columns"],
+        sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    ):
+        self.columns = Correction(damp(second_moments))
+        self.column_cost = self.columns.costs()
+        self.rows: Correction | None = None
+        self.block_rows = len(sensitivity)
+        if sensitivity.ndim == 2:
+            self.block_rows = block_rows(len(sensitivity))
+            self.rows = Correction(damp_coupling(sensitivity))
+            self.row_cost = self.rows.costs(self.block_rows)
+        else:
+            self.row_cost = sensitivity + LEAST_SENSITIVITY * sensitivity.mean().clamp(min=1e-12)
+
+    def rate_curve(self, weight: Float[Tensor, "rows columns"]) -> RateCurve:
+        """Bits that this weight takes at each cost of an error."""
+        return RateCurve((weight.square().mean(1) * self.row_cost).sqrt(), self.column_cost.sqrt())
+
+    def scales(
+        self, weight: Float[Tensor, "rows columns"], log_t: float
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+        """Row and column scales, of the sizes that a file can tell, whose products are the steps t / sqrt(w_i d_j).
+
+        A row whose largest weight would be too many of them has larger ones.
+        """
+        row, column = self.row_cost.double().rsqrt(), self.column_cost.double().rsqrt()
+        balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both lie around 1
+        column_scale = step_size(nearest_step(column * 2**-balance))
+        least = (weight.abs() / column_scale).amax(1).double() / (FILLED * LARGEST)
+        return step_size(nearest_step(torch.maximum(row * 2 ** (log_t + balance), least))), column_scale
+
+    def round(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        row_scale: Float[Tensor, " rows"],
+        column_scale: Float[Tensor, " columns"],
+        beam: int = BEAM,
+    ) -> Integer[Tensor, "rows columns"]:
+        """The integers, by feedback over both sides."""
+        column_order = self.columns.order
+        row_order = self.rows.order if self.rows else torch.arange(len(weight), device=weight.device)
+        remaining = weight.float()[row_order][:, column_order]
+        row_scale, column_scale = row_scale[row_order], column_scale[column_order]
+        found = torch.empty(remaining.shape, dtype=torch.int16, device=weight.device)
+        size = column_scale / self.columns.factor.diagonal().float()
+        factor = self.columns.factor.float() * size.unsqueeze(1) / column_scale
+        for start in range(0, len(weight), self.block_rows):
+            stop = start + self.block_rows
+            rows = slice(start, stop)
+            step = row_scale[rows].unsqueeze(1) * column_scale
+            found[rows] = round_rows(remaining[rows] / step, factor, size.square(), beam)
+            if self.rows and stop < len(weight):
+                correction = self.rows.factor[rows]
+                error = remaining[rows] - found[rows] * step
+                remaining[stop:] -= (correction[:, stop:].T @ torch.linalg.solve(correction[:, rows].T, error.double())).float()
+        return found[row_order.argsort()][:, column_order.argsort()]
+
+
+def round_rows(
+    wanted: Float[Tensor, "rows columns"], factor: Float[Tensor, "columns columns"], cost: Float[Tensor, " columns"], beam: int
+) -> Integer[Tensor, "rows columns"]:
+    """Round columns in their order, each row for itself, keeping the `beam` best roundings of the columns so far.
+
+    In units of the steps, where row scales cancel: an error e in column j costs e² cost_j, and moves what is wanted of the
+    later columns by -e factor_j,later.
+    """
+    rows, columns = wanted.shape
+    left = wanted.unsqueeze(1).clone()  # (rows, kept, columns): what is wanted; of columns that are done, their integers
+    total, one, costs = wanted.new_zeros(rows, 1), wanted.new_ones(()), cost.tolist()
+    row = torch.arange(rows, device=wanted.device).unsqueeze(1)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(columns, start + BLOCK_COLUMNS)
+        here = slice(start, stop)
+        origin = torch.arange(left[:, :, 0].numel(), dtype=wanted.dtype, device=wanted.device)  # the rounding it continues
+        state = torch.cat([left[:, :, here], origin.view(rows, -1, 1)], dim=2)
+        effects = factor[here, here].triu()  # of an error on its column, which it makes an integer, and on those after it
+        for column, effect in enumerate(F.pad(effects, (0, 1))):
+            here_wanted = state[:, :, column]
+            error = here_wanted - here_wanted.round().clamp_(1 - LARGEST, LARGEST - 1)
+            if beam > 1:
+                second = error - torch.copysign(one, error)  # of the second nearest integer
+                errors = torch.stack([error, second], dim=1)
+                totals = torch.addcmul(total.unsqueeze(1), errors, errors, value=costs[start + column]).flatten(1)
+                total, best = totals.topk(min(beam, totals.shape[1]), dim=1, largest=False, sorted=False)
+                error = errors.flatten(1).gather(1, best)
+                parent = torch.add(best.remainder_(state.shape[1]), row, alpha=state.shape[1])
+                state = state.flatten(0, 1).index_select(0, parent.flatten()).view(rows, -1, state.shape[2])
+            state.addcmul_(error.unsqueeze(2), effect, value=-1)
+        if beam > 1:
+            left = left.flatten(0, 1).index_select(0, state[:, :, -1].flatten().long()).view(rows, -1, columns)
+        integers = state[:, :, :-1].round()
+        done = torch.linalg.solve_triangular(effects, left[:, :, here] - integers, upper=True, left=False, unitriangular=True)
+        left[:, :, here] = integers
+        left[:, :, stop:] -= done @ factor[here, stop:]
+    return left[row.squeeze(1), total.argmin(1)].short()
+
+
+def quantize_weight(
+    weight: Float[Tensor, "rows columns"],
+    second_moments: Float[Tensor, "columns columns"],
+    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    bits: float,
+    *,
+    beam: int = BEAM,
+) -> QuantizedWeight:
+    """Round a weight to integers that take about `bits` bits together, so that tr(B E H Eᵀ) is small.
+
+    The step that the rate curve asks for is tried by rounding to the nearest; the curve is then off by a factor that is known.
+    """
+    weight = weight.float()
+    feedback = ErrorFeedback(second_moments, sensitivity)
+    curve = feedback.rate_curve(weight)
+    bits = max(bits, 0.0)
+    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits))
+    tried = feedback.round(weight, row_scale, column_scale, beam=1)
+    taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()
+    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits * bits / max(taken, 1e-9)))
+    return QuantizedWeight(feedback.round(weight, row_scale, column_scale, beam), row_scale, column_scale)
+
+
+def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Float[Tensor, "n n"]:
+    """H + λ mean(diag H) I."""
+    diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
+    identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
+    return second_moments + damping * diagonal * identity
+
+
+def damp_coupling(sensitivity: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """B + λ diag(B), and a little for rows that seem not to matter at all."""
+    return damp(sensitivity + COUPLING_DAMPING * torch.diag(sensitivity.diagonal()), LEAST_SENSITIVITY)

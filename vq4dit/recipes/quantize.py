@@ -1,0 +1,270 @@
+"""The three recipes, as jobs that can stop and go on.
+
+    kmeans   codebooks by k-means, nearest assignments, done
+    paper    VQ4DiT: k-means, n candidates per sub-vector, zero-data block-wise calibration, the largest ratio wins
+    best     integers instead of codewords, with bits where they matter, layer by layer with error feedback (`entropy_coded.py`)
+
+`quantize` does it in one go. `run` does it as a job on disk that can stop and go on; both end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vq4dit.config import QuantizationSettings, VQ4DiTConfig, check_settings
+from vq4dit.disk.job import Job, TimeBudget
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.layers.codebook import nearest_codewords, split_subvectors
+from vq4dit.layers.entropy_coded import coded_layers
+from vq4dit.layers.vector import VQLinear
+from vq4dit.models.adapters import adapter_layers, adapter_names
+from vq4dit.models.blocks import equal_embedders, find_targets
+from vq4dit.models.student import rest_dtype, student_with
+from vq4dit.models.zero_data import check_supported
+from vq4dit.pipelines.provenance import made_by
+from vq4dit.pipelines.quantizer import attach
+from vq4dit.progress import OnProgress, Progress, ignore
+from vq4dit.randomness import named_generator
+from vq4dit.recipes.calibration import Calibration
+from vq4dit.recipes.entropy_coded import quantize_best
+from vq4dit.recipes.kmeans import fit_codebook
+from vq4dit.recipes.soft_layers import SoftVQLinear, start_logits
+from vq4dit.surroundings import ordinary_torch, with_gradients
+
+CHECKPOINT_SECONDS = 15.0
+CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
+FINITE_CHUNK = 2**22  # values looked at in one go
+WRITE_BYTES_PER_SECOND = 2e8  # a guess, until the first checkpoint tells
+
+
+@ordinary_torch()
+def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_progress: OnProgress = ignore) -> Any:
+    """Quantize the transformer of a pipeline; the original stays as it is.
+
+    Args:
+        settings: by default the recipe `best` at 2 bits.
+
+    Returns:
+        A pipeline of the same kind, whose other parts are shared with the original. `save_pretrained` packs it.
+
+    Raises:
+        UnsupportedModelError: see `check`.
+    """
+    settings = QuantizationSettings() if settings is None else settings
+    check(pipeline, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        with Job.open(Path(folder), settings, pipeline, resume=False) as job:
+            return run(job, pipeline, on_progress=on_progress)
+
+
+@ordinary_torch()
+def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnProgress = ignore) -> Any | None:
+    """Go on with a job until it is done, or until `seconds` are nearly over.
+
+    Returns:
+        The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
+    """
+    budget = TimeBudget(seconds)
+    pipeline = with_gradients(pipeline)
+    targets = check(pipeline, job.settings)
+    if job.settings.recipe == "best":
+        student = quantize_best(job, pipeline, targets, budget, on_progress)
+        return None if student is None else _finish(pipeline, student, job)
+    if not _cluster(job, targets, budget, on_progress):
+        return None
+    if job.settings.recipe == "kmeans":
+        hardened = {name: _clustered_layer(job, name, linear) for name, linear in targets.items()}
+        return _finish(pipeline, student_with(pipeline.transformer, hardened), job)
+    soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
+    student = student_with(pipeline.transformer, soft)
+    with torch.enable_grad():
+        if not calibrate(job, pipeline, student, budget, on_progress):
+            return None
+    for name, layer in soft.items():
+        student.set_submodule(name, layer.harden(targets[name].weight.dtype))
+    return _finish(pipeline, student, job)
+
+
+@ordinary_torch()
+@torch.no_grad()
+def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
+    """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
+
+    Raises:
+        UnsupportedModelError: if the model is quantized already, carries an adapter, is offloaded, is stored in less than 16
+            bit or has no blocks, its pipeline cannot make zero data for the recipe, or a weight of any part is not finite.
+        ValueError: if these are no settings.
+    """
+    check_settings(settings)
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedModelError(
+            f"a {type(pipeline).__name__} has no transformer; vq4dit quantizes diffusion transformers such as "
+            "facebook/DiT-XL-2-256"
+        )
+    if getattr(transformer, "is_quantized", False):
+        raise UnsupportedModelError(
+            f"this model is quantized already ({pipeline.transformer.quantization_method.value}): start from the original model"
+        )
+    if attached := adapter_layers(transformer):
+        name, wrapper = next(iter(attached.items()))
+        raise UnsupportedModelError(
+            f"the adapter {', '.join(adapter_names(wrapper))} is attached to {name}: merge it (pipeline.fuse_lora and then "
+            "pipeline.unload_lora_weights, or merge_and_unload of the PEFT model) or unload it before quantizing"
+        )
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} is not in memory (the model is offloaded, or was made on the meta device): load the pipeline without "
+                "device_map and offloading, it is quantized on the device where it lies"
+            )
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise UnsupportedModelError(
+                f"{name} is of type {tensor.dtype}, as layerwise casting stores it: quantize the model as it was loaded, in "
+                "fp32, fp16 or bf16"
+            )
+    if others := [name for name, part in pipeline.components.items() if name != "transformer" and _is_like(part, transformer)]:
+        raise UnsupportedModelError(
+            f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
+            "is: two-stage models are not supported yet, take one with a single transformer"
+        )
+    if settings.recipe == "paper":
+        check_supported(pipeline, settings.calibration.num_inference_steps)
+    elif settings.recipe == "best":
+        check_supported(pipeline)
+    targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
+    _check_finite(pipeline)
+    for name, linear in targets.items():
+        for p in linear.parameters():
+            if p.abs().max() > torch.finfo(torch.float16).max:
+                found = f"{name} has values above 65504, the largest that fp16 holds"
+                raise UnsupportedModelError(
+                    f"{found}: leave it in 16 bit with --keep {name}",
+                    page=f"{found}: name it under the layers to keep in 16 bit",
+                )
+    return targets
+
+
+def _check_finite(pipeline: Any) -> None:
+    """Raise `UnsupportedModelError` if a weight is not finite: of the transformer, or of a part that is copied beside it."""
+    parts = {"transformer": pipeline.transformer, **pipeline.components}
+    for part, module in parts.items():
+        for name, p in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if not _is_finite(p):
+                raise UnsupportedModelError(
+                    f"{name if part == 'transformer' else f'{part}.{name}'} has values that are not finite (NaN or infinity): "
+                    "the file is damaged, or was converted to a type too small for it"
+                )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Looked at in pieces: parts that are not quantized may be large. What is not in memory is not looked at."""
+    if not values.is_floating_point() or values.device.type == "meta":
+        return True
+    return all(bool(torch.isfinite(piece.float()).all()) for piece in values.detach().flatten().split(FINITE_CHUNK))
+
+
+def _is_like(part: Any, transformer: nn.Module) -> bool:
+    """Whether another part is a transformer as well, of the same class: the second stage of a model of two, say."""
+    return isinstance(part, nn.Module) and type(part) is type(transformer)
+
+
+def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:
+    return split_subvectors(linear.weight.detach().float(), dim)
+
+
+def _cluster(job: Job, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """Fit a codebook and find the candidates of every layer that has no piece yet; False if time ran out."""
+    settings = job.settings
+    count = 1 if settings.recipe == "kmeans" else settings.calibration.num_candidates
+    slowest = 0.0
+    for done, (name, linear) in enumerate(targets.items()):
+        if not job.has(f"layers/{name}"):
+            if slowest and not budget.allows(2 * slowest):  # every slice clusters at least one layer
+                return False
+            started = time.monotonic()
+            subvectors = subvectors_of(linear, settings.subvector_dim)
+            codebook = fit_codebook(subvectors, settings.num_codewords, generator=named_generator(settings.seed, name))
+            _, candidates = nearest_codewords(subvectors, codebook, count)
+            job.write(f"layers/{name}", {"codebook": codebook, "candidates": candidates})
+            slowest = max(slowest, time.monotonic() - started)
+        on_progress(Progress("cluster", done + 1, len(targets)))
+    return True
+
+
+def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    piece = job.read(f"layers/{name}")
+    return piece["codebook"].to(linear.weight.device), piece["candidates"].to(linear.weight.device)
+
+
+def _clustered_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
+    codebook, candidates = _piece(job, name, linear)
+    shape = (linear.out_features, linear.in_features)
+    return VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=linear.weight.dtype)
+
+
+def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
+    codebook, candidates = _piece(job, name, linear)
+    subvectors = subvectors_of(linear, job.settings.subvector_dim)
+    logits = start_logits(subvectors, codebook, candidates, job.settings.calibration.ratio_start)
+    return SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
+
+
+def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
+    """`paper`: calibrate from the newest checkpoint to the end, with a checkpoint now and then; False if time ran out first."""
+    config = job.settings.calibration
+    calibration = Calibration(pipeline, student, config, named_generator(job.settings.seed, "zero data"))
+    if job.has("calibration"):
+        calibration.restore(job.read("calibration"))
+    step_seconds = 0.0
+    write_seconds = sum(tensor.nbytes for tensor in calibration.tensors().values()) / WRITE_BYTES_PER_SECOND
+    first_step = calibration.step
+    written = time.monotonic()
+    while calibration.step < config.steps:
+        started = time.monotonic()
+        moved_on = calibration.step > first_step  # every slice makes at least one step, else a job might never end
+        if moved_on and not budget.allows(2 * step_seconds + 2 * write_seconds):
+            job.write("calibration", calibration.tensors())
+            return False
+        metrics = calibration.advance()
+        step_seconds = time.monotonic() - started
+        on_progress(Progress("calibrate", calibration.step, config.steps, metrics))
+        if time.monotonic() - written > max(CHECKPOINT_SECONDS, write_seconds / CHECKPOINT_SHARE):
+            started = time.monotonic()
+            job.write("calibration", calibration.tensors())
+            written = time.monotonic()
+            write_seconds = written - started
+    if calibration.step > first_step:  # what comes after it can be stopped too
+        job.write("calibration", calibration.tensors())
+    return True
+
+
+def _finish(pipeline: Any, student: Any, job: Job) -> Any:
+    """The pipeline with the student in place of the transformer, which knows how it was made."""
+    settings = job.settings
+    shared = equal_embedders(student)
+    dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
+    config = VQ4DiTConfig(
+        format_version=3 if coded_layers(student) else 1,
+        bits=settings.bits,
+        recipe=settings.recipe,
+        seed=settings.seed,
+        dtype=dtype,
+        shared_embedders=shared,
+    )
+    attach(student, config)
+    student.vq4dit_origin = made_by(settings, job.fingerprint)
+    quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
+    quantized.register_modules(transformer=student)
+    if labels := getattr(pipeline, "labels", None):  # DiTPipeline reads them from model_index.json but does not write them
+        names = {str(index): [name for name, i in labels.items() if i == index] for index in sorted(set(labels.values()))}
+        quantized.register_to_config(id2label={index: ", ".join(words) for index, words in names.items()})
+    return quantized

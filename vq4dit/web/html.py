@@ -1,0 +1,292 @@
+"""The page's pieces as HTML: hero, card, command, progress, chart, table, log, trouble.
+
+Everything that comes from outside is escaped here. Pictures travel inside the page (data URIs), so no visitor's picture is
+ever a file that others could fetch.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vq4dit.config import QuantizationSettings
+from vq4dit.progress import Event
+from vq4dit.projects.catalog import ModelCard
+from vq4dit.projects.workspace import Project, Status
+from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
+from vq4dit.web.messages import Trouble, clock, duration, escape, size
+
+LOG_LINES = 60
+STAGES = {
+    "cluster": "Fitting codebooks",
+    "calibrate": "Calibrating",
+    "fit": "Fitting layer by layer",
+    "sample": "Drawing",
+    "measure": "Measuring",
+}
+PHASES = {"new": "Ready", "running": "Running", "waiting": "Running", "paused": "Paused", "done": "Done", "failed": "Failed"}
+
+
+def data_uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def hero(picture: Path) -> str:
+    """One sentence and one picture."""
+    alt = "Eight emoji drawn by the original model, the same eight by the model at 2 bits, and their differences"
+    rows = "".join(f"<li>{row}</li>" for row in ("original", "at 2 bits", "difference × 4"))
+    return (
+        '<header class="hero"><div><p class="brand"><span aria-hidden="true" class="mark"></span>vq4dit</p>'
+        "<h1>A diffusion transformer in a seventh of its bytes.</h1>"
+        "<p>Pick one, choose 2, 3 or 4 bits per weight, watch it shrink, and see with the same seeds what that changed.</p>"
+        "</div>"
+        f'<figure><div class="sheet"><ul aria-hidden="true">{rows}</ul><img src="{data_uri(picture.read_bytes())}" alt="{alt}">'
+        "</div><figcaption>The bundled model: 25 MB of transformer, then 3.6 MB.</figcaption></figure></header>"
+    )
+
+
+def heading(number: int, title: str, text: str) -> str:
+    return f'<div class="heading"><span class="number" aria-hidden="true">{number}</span><h2>{title}</h2><p>{text}</p></div>'
+
+
+def empty(text: str) -> str:
+    return f'<p class="empty">{text}</p>'
+
+
+def trouble(found: Trouble) -> str:
+    """What happened, why, what next."""
+    details = f"<details><summary>Details</summary><pre>{escape(found.details)}</pre></details>" if found.details else ""
+    return (
+        f'<div class="trouble" role="alert"><strong>{escape(found.what)}</strong><p>{escape(found.why)}</p>'
+        f'<p class="next"><b>What to do:</b> {linked(escape(found.next_step))}</p>{details}</div>'
+    )
+
+
+def linked(text: str) -> str:
+    """Escaped text with its web addresses as links."""
+    return re.sub(r"https?://[\w./:-]*\w", r'<a href="\g<0>" target="_blank" rel="noopener">\g<0></a>', text)
+
+
+def card(name: str, found: ModelCard, costs: dict[int, Estimate], chosen: int, device: str) -> str:
+    """What a model is, and what would become of it at each width."""
+    inspection = found.inspection
+    smallest = inspection.predictions[0]
+    facts = {
+        "family": f"{found.pipeline} · {inspection.class_name}",
+        "blocks": str(inspection.num_blocks),
+        "parameters": f"{inspection.parameters / 1e6:.1f} M",
+        "transformer file": size(inspection.file_bytes),
+        "licence": found.licence or "not stated",
+        "access": "gated, and your login may read it" if found.gated else "open",
+        "download": size(found.download_bytes) if found.download_bytes else "none",
+        "memory needed": size(costs[chosen].memory_bytes),
+    }
+    terms = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    rows = "".join(
+        f'<tr class="{"chosen" if p.bits == chosen else ""}"><th scope="row">{p.bits} bits</th><td>{size(p.file_bytes)}</td>'
+        f"<td>{inspection.file_bytes / p.file_bytes:.1f} × smaller</td><td>{duration(costs[p.bits].seconds)}</td></tr>"
+        for p in inspection.predictions
+    )
+    where = "on the GPU" if device == "gpu" else "here"
+    kept = "".join(f"<li><code>{escape(k.name)}</code> {escape(k.reason)}</li>" for k in smallest.kept[:80])
+    taken = "".join(f"<li><code>{escape(x.name)}</code> {x.rows} × {x.columns}</li>" for x in smallest.layers[:200])
+    return (
+        f'<article class="card"><h3>{escape(name)}</h3><dl>{terms}</dl><table><caption>Predicted, before anything is loaded'
+        f"</caption><thead><tr><th>width</th><th>transformer</th><th>against now</th><th>time {where}, about</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>{quota(costs[chosen]) if device == 'gpu' else ''}"
+        f"<details><summary>{len(smallest.layers)} layers are quantized, {len(smallest.kept)} stay in 16 bit</summary>"
+        f'<ul class="layers">{taken}{kept}</ul></details></article>'
+    )
+
+
+def quota(cost: Estimate) -> str:
+    """Whether a day's GPU time is enough, for each kind of visitor."""
+    fits = "".join(
+        f'<li class="{"yes" if ok else "no"}">{escape(visitor)}: {"fits" if ok else "does not fit"} a day of about '
+        f"{duration(DAILY_GPU_SECONDS[visitor])}</li>"
+        for visitor, ok in cost.fits().items()
+    )
+    return f'<ul class="quota">{fits}</ul>'
+
+
+def command_of(model: str, settings: QuantizationSettings, output: str) -> str:
+    """The same thing in a terminal."""
+    words = ["python -m vq4dit quantize", _quoted(model), f"--bits {settings.bits}", f"--recipe {settings.recipe}"]
+    words += [f"--seed {settings.seed}"] + [f"--keep {_quoted(pattern)}" for pattern in settings.keep]
+    return " ".join([*words, f"--output {_quoted(output)}"])
+
+
+def _quoted(text: str) -> str:
+    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("'", "'\\''") + "'"
+
+
+def copyable(label: str, text: str, element: str) -> str:
+    """A line to copy, with a button that works by keyboard too."""
+    click = (
+        "const c = this.previousElementSibling, a = c.querySelector('a');"
+        "navigator.clipboard.writeText(a ? a.href : c.textContent);this.textContent = 'Copied'"
+    )
+    content = f'<a href="{escape(text)}">{escape(text)}</a>' if text.startswith("?") else escape(text)
+    return (
+        f'<div class="copyable" id="{element}"><span>{label}</span><code tabindex="0">{content}</code>'
+        f'<button type="button" onclick="{click}" aria-label="Copy: {label}">Copy</button></div>'
+    )
+
+
+def link_of(model: str, settings: QuantizationSettings) -> str:
+    """Query parameters that restore these settings, made absolute by the page that shows them."""
+    from urllib.parse import urlencode
+
+    values = {"model": model, "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
+    return "?" + urlencode(values | ({"keep": " ".join(settings.keep)} if settings.keep else {}))
+
+
+def progress(project: Project, status: Status, events: Sequence[Event], seconds_left: float | None) -> str:
+    """The state of a project in one line and one bar."""
+    last = events[-1] if events else None
+    share = last.done / max(1, last.total) if last else 0.0
+    if status.phase == "done":
+        share = 1.0
+    stage = STAGES.get(last.stage, last.stage.replace("_", " ").capitalize()) if last else "Reading the model"
+    told = f"{stage}: {last.done} of {last.total}" if last else stage
+    if status.phase == "running":
+        told += f" · {clock(project.seconds_so_far(status))} so far"
+    if status.phase in ("running", "waiting") and seconds_left is not None:
+        told += f" · about {duration(seconds_left)} left"
+    elif status.phase == "done":
+        told = f"{escape(project.name)} is packed, after {duration(status.seconds)}"
+    label = f"{PHASES[status.phase]}: {told}"
+    return (
+        f'<div class="progress {status.phase}" data-phase="{status.phase}"><p role="status"><span class="pill">'
+        f"{PHASES[status.phase]}</span> {told}</p>"
+        f'<div class="bar" role="progressbar" aria-label="{label}" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div></div>'
+    )
+
+
+def block_of(layer: str) -> str:
+    """'transformer_blocks.3' of 'transformer_blocks.3.attn1.to_q'."""
+    match = re.match(r"(.*?\.\d+)\.", layer)
+    return match.group(1) if match else layer
+
+
+def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event]) -> str:
+    """Bars: mean relative error of each block's finished layers. Lines: what calibration reports."""
+    blocks: dict[str, list[float]] = {}
+    for layer in layers:
+        if "relative_error" in layer:
+            blocks.setdefault(block_of(layer["name"]), []).append(layer["relative_error"])
+    if not blocks:
+        return empty("A bar appears here for every block, as soon as its first layer is finished.")
+    means = [sum(errors) / len(errors) for errors in blocks.values()]
+    count, top = max(num_blocks, len(means)), max(means) * 1.15
+    width = 960 / count
+    bar = min(46.0, 0.76 * width)
+    bars = "".join(
+        f'<rect x="{(i + 0.5) * width - bar / 2:.1f}" y="{140 - 130 * mean / top:.1f}" width="{bar:.1f}" '
+        f'height="{130 * mean / top:.1f}" rx="{min(4, width / 4):.1f}"><title>{escape(name)}: {mean:.4f}</title></rect>'
+        for i, (name, mean) in enumerate(zip(blocks, means, strict=True))
+    )
+    every = max(1, count // 14)
+    ticks = "".join(f'<text x="{(i + 0.5) * width:.1f}" y="156">{i}</text>' for i in range(0, count, every))
+    told = f"{len(means)} of {count} blocks, relative error {min(means):.4f} to {max(means):.4f}"
+    return (
+        f'<figure class="chart"><figcaption>Error of each block\'s weights <span>‖W − Ŵ‖² / ‖W‖², {told}</span></figcaption>'
+        f'<svg viewBox="0 0 960 162" role="img" aria-label="Bars: {told}"><line x1="0" x2="960" y1="140" y2="140"/>{bars}'
+        f"{ticks}</svg>{''.join(curve(name, values) for name, values in curves(events).items())}</figure>"
+    )
+
+
+def curves(events: Sequence[Event]) -> dict[str, list[float]]:
+    """Every figure that some stage reports again and again."""
+    found: dict[str, list[float]] = {}
+    for event in events:
+        for name, value in event.metrics.items():
+            found.setdefault(f"{event.stage}: {name.replace('_', ' ')}", []).append(value)
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def curve(name: str, values: list[float]) -> str:
+    """A small line of a figure over time, at most 300 points."""
+    shown = values[:: max(1, len(values) // 300)]
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    points = " ".join(f"{640 * i / max(1, len(shown) - 1):.1f},{56 - 50 * (v - low) / span:.1f}" for i, v in enumerate(shown))
+    told = f"{values[0]:.3g} at first, now {values[-1]:.3g}"
+    return (
+        f'<div class="curve"><span>{escape(name)} <b>{told}</b></span><svg viewBox="0 0 640 60" preserveAspectRatio="none" '
+        f'role="img" aria-label="{escape(name)}: {told}"><polyline points="{points}"/></svg></div>'
+    )
+
+
+def layers_table(layers: Sequence[dict[str, Any]]) -> str:
+    if not layers:
+        return empty("Finished layers are listed here.")
+    rows = "".join(
+        f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td>{layer["rows"]} × {layer["columns"]}</td>'
+        f"<td>{layer['bits_per_weight']:.2f}</td>"
+        f"<td>{layer['relative_error']:.4f}</td></tr>"
+        if {"relative_error", "bits_per_weight"} <= layer.keys()
+        else f'<tr><th scope="row"><code>{escape(layer["name"])}</code></th><td colspan="3"></td></tr>'
+        for layer in layers
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Finished layers"><table><thead><tr><th>layer</th>'
+        f"<th>shape</th><th>bits per weight</th><th>error</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def log(events: Sequence[Event]) -> str:
+    """The newest lines, newest first."""
+    if not events:
+        return empty("The log begins when the work does.")
+    lines = []
+    for event in reversed(events[-LOG_LINES:]):
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
+        lines.append(f"{event.seconds:7.1f} s  {event.stage} {event.done}/{event.total}  {event.layer}  {figures}".rstrip())
+    content = escape("\n".join(lines))
+    return f'<pre class="log" tabindex="0" role="log" aria-label="Log, newest first">{content}</pre>'
+
+
+def note(text: str) -> str:
+    return f'<p class="note" role="status">{escape(text)}</p>'
+
+
+def welcome(name: str, phase: str) -> str:
+    """Offered on return."""
+    told = f"<b>Your last job:</b> {escape(name)}, {escape(phase)}."
+    return f'<p class="welcome" role="status">{told} <a href="#run">Go to it</a></p>'
+
+
+def score(game: dict[str, Any]) -> str:
+    """The running score of the blind test."""
+    total, right = game.get("total", 0), game.get("right", 0)
+    told = "" if game.get("open") or not total else ("Right. " if game.get("was") else "No, the other one. ")
+    chance = " A coin would get half." if total >= 4 else ""
+    so_far = f"<b>{right} of {total}</b> right.{chance}" if total else "Which one is the original?"
+    return f'<p class="score" role="status">{told}{so_far}</p>'
+
+
+def load_snippet(name: str) -> str:
+    """The three lines that load what was downloaded."""
+    code = f'import vq4dit\nfrom diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained("{name}")'
+    return f'<p class="note">Unpack it, then:</p><pre class="snippet" tabindex="0">{escape(code)}</pre>'
+
+
+def inspection_values(found: ModelCard) -> dict[str, Any]:
+    """A card for programs."""
+    inspection = found.inspection
+    return {
+        "model": inspection.model if "/" not in inspection.model[:1] else Path(inspection.model).name,
+        "pipeline": found.pipeline,
+        "transformer": inspection.class_name,
+        "blocks": inspection.num_blocks,
+        "parameters": inspection.parameters,
+        "licence": found.licence,
+        "gated": found.gated,
+        "bytes": inspection.file_bytes,
+        "predicted_bytes": {str(p.bits): p.file_bytes for p in inspection.predictions},
+    }
