@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vq4dit import devices
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.devices import available, describe, exact, resolve
 from vq4dit.errors import VQ4DiTError
 from vq4dit.projects.catalog import Catalog

@@ -12,13 +12,12 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.cli.terminal import Console
 from vq4dit.printable import printable
 from vq4dit.progress import Event
 from vq4dit.projects.drawn_pairs import Pair
-from vq4dit.web import html as parts
-from vq4dit.web import pictures
+from vq4dit.web import html, pictures
 from vq4dit.web.messages import Trouble, escape
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
@@ -103,10 +102,10 @@ def test_every_commands_words_are_harmless(tmp_path, model_folder, capsys):
 class Texts(HTMLParser):
     """All that a browser would show, or read out."""
 
-    def __init__(self, html: str):
+    def __init__(self, text: str):
         super().__init__()
         self.found, self.tags = "", set()
-        self.feed(html)
+        self.feed(text)
 
     def handle_data(self, data: str) -> None:
         self.found += data
@@ -120,16 +119,16 @@ def test_the_pages_html_is_harmless():
     nasty = NASTY + "<script>x</script>\"'>"
     layer = {"name": nasty, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}
     event = Event(nasty, 1, 2, 0.1, {nasty: 1.0}, nasty)
-    for html in (
+    for page in (
         escape(nasty),
-        parts.trouble(Trouble(nasty, nasty, nasty, nasty)),
-        parts.log([event]),
-        parts.layers_table([layer]),
-        parts.chart([layer], 1, [event, event]),
-        parts.note(nasty),
-        parts.welcome(nasty, nasty),
-        parts.load_snippet(nasty),
+        html.trouble(Trouble(nasty, nasty, nasty, nasty)),
+        html.log([event]),
+        html.layers_table([layer]),
+        html.chart([layer], 1, [event, event]),
+        html.note(nasty),
+        html.welcome(nasty, nasty),
+        html.load_snippet(nasty),
     ):
-        read = Texts(html)
+        read = Texts(page)
         assert not STEERS.search(read.found) and "script" not in read.tags
     assert pictures.figures(None, [Pair(0, nasty, 0, 1.0, 1.0, "x", 1.0, 1.0)])

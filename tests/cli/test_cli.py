@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny import new_pipeline, new_transformer
 
 from vq4dit import CalibrationConfig, Job, QuantizationSettings
-from vq4dit.cli import main
 from vq4dit.cli import main as cli
+from vq4dit.cli.main import main
 from vq4dit.disk import folders
 from vq4dit.evaluation import compare as comparisons
 

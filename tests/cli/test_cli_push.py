@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.pipelines.provenance import read_origin
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vq4dit.cli import main
 from vq4dit.cli.bars import progress_bars
+from vq4dit.cli.main import main
 from vq4dit.cli.streams import Patient
 from vq4dit.errors import VQ4DiTError
 from vq4dit.progress import Progress

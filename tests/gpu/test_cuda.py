@@ -11,7 +11,7 @@ import torch
 from tiny import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.devices import resolve
 from vq4dit.evaluation.layer_errors import layer_noise_errors
 from vq4dit.evaluation.metrics import layer_errors, noise_nmse, sample

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from test_printable import NASTY
 
 import vq4dit
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.errors import FormatError, HubError, VQ4DiTError
 from vq4dit.hub.account import look_up_base
 from vq4dit.hub.markdown import plain

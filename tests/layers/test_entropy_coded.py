@@ -16,7 +16,7 @@ from torch import nn
 
 import vq4dit
 from vq4dit.errors import FormatError
-from vq4dit.evaluation import layer_errors
+from vq4dit.evaluation.metrics import layer_errors
 from vq4dit.layers.entropy_coded import EntropyCodedLinear, nearest_step, step_size
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.quantizer import packed_layers

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import new_transformer
 
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.errors import FormatError, UnsupportedModelError
 from vq4dit.models.zero_data import check_supported
 from vq4dit.pipelines.inspect import inspect

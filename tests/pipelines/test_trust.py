@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vq4dit.cli import main
+from vq4dit.cli.main import main
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import FormatError, VQ4DiTError
 from vq4dit.hub.push import Pushed, same_image

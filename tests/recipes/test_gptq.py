@@ -162,7 +162,7 @@ def test_scales_are_of_a_size_that_a_file_can_tell():
 def test_the_width_of_blocks_changes_hardly_anything(columns, monkeypatch):
     weight, moments, coupling = problem(0, columns=columns)
     usual = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
-    monkeypatch.setattr(error_feedback, "BLOCK_COLUMNS", 5)
+    monkeypatch.setattr(gptq, "BLOCK_COLUMNS", 5)
     narrow = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
     assert (usual.integers != narrow.integers).float().mean() < 0.02  # sums in another order
 

@@ -14,9 +14,7 @@ from vq4dit.progress import Event
 from vq4dit.projects.catalog import BUNDLED, Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Status, Workspace
-from vq4dit.web import gpu
-from vq4dit.web import html as parts
-from vq4dit.web import messages as words
+from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers, chosen
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.page import Page
@@ -79,10 +77,10 @@ def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_cho
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )  # fmt: skip
 def test_every_failure_says_what_why_and_what_next(error, what, why, next_step):
-    found = words.explain(error)
+    found = messages.explain(error)
     assert what in found.what and why in found.why and next_step in found.next_step
-    html = parts.trouble(found)
-    assert 'role="alert"' in html and "What to do:" in html and "Traceback" not in html
+    shown = html.trouble(found)
+    assert 'role="alert"' in shown and "What to do:" in shown and "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
@@ -105,40 +103,40 @@ def test_what_the_gpu_scheduler_says_becomes_a_paused_job(text, phase, message, 
 
 
 def test_durations_and_sizes_are_for_people():
-    assert [words.duration(s) for s in (0.2, 12, 89, 150, 8000)] == ["0 s", "12 s", "89 s", "2 min", "2 h 13 min"]
-    assert [words.clock(s) for s in (0.9, 12, 125, 3725)] == ["0:00", "0:12", "2:05", "1:02:05"]
-    assert [words.size(n) for n in (12, 4300, 3.61e6, 1.349e9)] == ["12 bytes", "4.3 kB", "3.61 MB", "1.35 GB"]
+    assert [messages.duration(s) for s in (0.2, 12, 89, 150, 8000)] == ["0 s", "12 s", "89 s", "2 min", "2 h 13 min"]
+    assert [messages.clock(s) for s in (0.9, 12, 125, 3725)] == ["0:00", "0:12", "2:05", "1:02:05"]
+    assert [messages.size(n) for n in (12, 4300, 3.61e6, 1.349e9)] == ["12 bytes", "4.3 kB", "3.61 MB", "1.35 GB"]
 
 
 # --- pieces ---
 
 
 def test_what_comes_from_outside_is_escaped(studio, visitor):
-    trouble = parts.trouble(words.Trouble(NASTY, NASTY, NASTY, NASTY))
-    log = parts.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
-    table = parts.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
-    chart = parts.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
-    link = parts.copyable("x", parts.link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
-    for html in (trouble, log, table, chart, link):
-        assert "<img" not in html
+    trouble = html.trouble(messages.Trouble(NASTY, NASTY, NASTY, NASTY))
+    log = html.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
+    table = html.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
+    chart = html.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
+    link = html.copyable("x", html.link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
+    for shown in (trouble, log, table, chart, link):
+        assert "<img" not in shown
     card = Answers(studio).look(None, f"ann/{NASTY}", 2, "best", 0, "")[0]
     assert "<img" not in card and "no model that can be opened" in card
 
 
 def test_the_log_is_bounded():
-    assert parts.log([Event("cluster", i, 10**5, 0.1) for i in range(10**4)]).count("\n") < 100
+    assert html.log([Event("cluster", i, 10**5, 0.1) for i in range(10**4)]).count("\n") < 100
 
 
 def test_stages_and_figures_nobody_has_heard_of_are_shown(studio, visitor):
     project = studio.begin(visitor, Choice("folder:tiny", 2, "kmeans", 0, ""))
     events = [Event("second_moments", i, 9, float(i), {"new_figure": 1 / i}) for i in (1, 2)]
-    assert "Second moments: 2 of 9" in parts.progress(project, Status("running"), events, None)
-    assert "second_moments: new figure" in parts.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
+    assert "Second moments: 2 of 9" in html.progress(project, Status("running"), events, None)
+    assert "second_moments: new figure" in html.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
 
 
 def test_the_command_says_what_the_page_would_do():
     settings = Choice("ann/my model", 3, "paper", 5, "*.ff.* a'b").settings()
-    command = parts.command_of("ann/my model", settings, "out")
+    command = html.command_of("ann/my model", settings, "out")
     keep = "--keep '*.ff.*' --keep 'a'\\''b'"
     assert command == f"python -m vq4dit quantize 'ann/my model' --bits 3 --recipe paper --seed 5 {keep} --output out"
 

@@ -11,10 +11,10 @@ from vq4dit.errors import JobError
 def folder_bytes(folder: Path) -> int:
     """What the files of a folder need; those that vanish meanwhile do not count."""
     paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return sum(stat.st_size for path in paths if (stat := _stat(path)))
+    return sum(stat.st_size for path in paths if (stat := stat_of(path)))
 
 
-def _stat(path: Path) -> os.stat_result | None:
+def stat_of(path: Path) -> os.stat_result | None:
     """None if it is not there any more."""
     try:
         return path.stat()

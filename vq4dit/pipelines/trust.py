@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
     """
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    _check_installed(model, name, pipeline)
     if not _is_class(pipeline, diffusers.DiffusionPipeline):
         raise UnsupportedModelError(
             f"the pipeline of {model}, {shown(name)}, is not in diffusers {diffusers.__version__}, and {NO_CODE}: upgrade "
@@ -49,6 +51,8 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
         if part.startswith("_") or value == [None, None]:  # a component that is left out
             continue
         is_named = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+        if is_named:
+            _check_installed(f"the {part} of {model}", value[1], _found(*value))
         if is_named and not _is_known(*value) or not is_named and part in required:
             raise UnsupportedModelError(
                 f"the {part} of {model} is said to be {shown(value)}, which neither diffusers nor transformers has, and "
@@ -56,26 +60,38 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
             )
 
 
+def _check_installed(what: str, name: Any, found: Any) -> None:
+    """Raise `UnsupportedModelError` if this only stands for a class: a package that it needs is not installed."""
+    needed = getattr(found, "_backends", ()) if type(found).__name__ == "DummyObject" else ()
+    if missing := " ".join(package for package in needed if not find_spec(package)):
+        raise UnsupportedModelError(
+            f"{what} is a {name}, which needs packages that are not installed here: pip install {missing}"
+        )
+
+
+def _found(library: str, name: str) -> Any:
+    """What diffusers would take for this class, or None."""
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    if library == "diffusers":
+        return getattr(diffusers, name, None)
+    if library == "transformers":
+        return getattr(importlib.import_module(library), name, None) if find_spec(library) else None
+    package = getattr(sys.modules["diffusers.pipelines"], library, None) if library.isidentifier() else None
+    found = getattr(package, name, None) if isinstance(package, ModuleType) else None
+    return found if getattr(found, "__module__", "").startswith("diffusers.pipelines.") else None
+
+
 def _is_known(library: str, name: str) -> bool:
     """Whether this is a class of a model, scheduler, tokenizer or processor that diffusers would load, and no base of such."""
-    if not name.isidentifier() or name.startswith("_"):
-        return False
     kinds = [diffusers.ModelMixin, diffusers.SchedulerMixin]
-    if library == "diffusers":
-        return _is_class(getattr(diffusers, name, None), *kinds)
-    package: Any = sys.modules["diffusers.pipelines"]
-    if library == "transformers":
-        package = importlib.import_module(library)
-    elif library.isidentifier():
-        package = getattr(package, library, None)
-    found = getattr(package, name, None) if isinstance(package, ModuleType) else None
-    if library != "transformers" and not getattr(found, "__module__", "").startswith("diffusers.pipelines."):
-        return False
-    return _is_class(found, *kinds, *_kinds_of_transformers())
+    return _is_class(_found(library, name), *kinds, *(_kinds_of_transformers() if library != "diffusers" else ()))
 
 
 def _kinds_of_transformers() -> list[type]:
     """What diffusers loads of transformers. (A class that lacks a package here is none of them.)"""
+    if not find_spec("transformers"):
+        return []
     transformers = importlib.import_module("transformers")
     names = ("PreTrainedModel", "PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin")
     return [getattr(transformers, name) for name in names if hasattr(transformers, name)]

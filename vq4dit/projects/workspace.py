@@ -37,7 +37,7 @@ from typing import Any, Literal
 from vq4dit.config import QuantizationSettings
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.locks import locked
-from vq4dit.disk.space import folder_bytes
+from vq4dit.disk.space import folder_bytes, stat_of
 from vq4dit.errors import JobError
 from vq4dit.progress import Event
 
@@ -189,7 +189,7 @@ class Project:
 
     def last_used(self) -> float:
         """When a file of it changed last; a worker's own come and go while we look."""
-        found = [stat for path in (self.folder, *self.folder.glob("*")) if (stat := _stat(path))]
+        found = [stat for path in (self.folder, *self.folder.glob("*")) if (stat := stat_of(path))]
         return max((stat.st_mtime for stat in found), default=0.0)
 
 

@@ -16,7 +16,7 @@ from vq4dit.printable import printable
 from vq4dit.projects.catalog import BUNDLED
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.web import html as parts
+from vq4dit.web import html
 from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Choice, Studio, default_labels
 
@@ -63,8 +63,8 @@ class Answers:
             card = self.studio.card(choice.model or "", settings.keep, settings.recipe, secret(token))
             costs = self.studio.costs(card, choice)
         except Exception as error:
-            return parts.trouble(explain(error)), ""
-        shown = parts.card(choice.model, card, costs, settings.bits, self.studio.device)
+            return html.trouble(explain(error)), ""
+        shown = html.card(choice.model, card, costs, settings.bits, self.studio.device)
         return shown, commands(choice)
 
     def classes(self, model: str, listed: str, request: gr.Request, token: gr.OAuthToken | None) -> tuple:
@@ -90,7 +90,7 @@ class Answers:
         try:
             project = self.studio.begin(visitor, Choice(*values), secret(token))
         except Exception as error:
-            return *idle(parts.trouble(explain(error))), visitor, gr.skip(), turn  # without a key it would be the last job
+            return *idle(html.trouble(explain(error))), visitor, gr.skip(), turn  # without a key it would be the last job
         if project.status().phase == "done":
             return *self.view(project), visitor, project.key, turn
         return *started(), visitor, project.key, turn + 1
@@ -99,7 +99,7 @@ class Answers:
         try:
             self.studio.project(key, project_key).forget_stop()
         except Exception as error:
-            return *idle(parts.trouble(explain(error))), turn
+            return *idle(html.trouble(explain(error))), turn
         return *started(), turn + 1
 
     def stop(self, key: str, project_key: str) -> tuple:
@@ -121,7 +121,7 @@ class Answers:
         try:
             project = self.studio.project(key, project_key)
         except Exception as error:
-            yield *idle(parts.trouble(explain(error))), gr.skip()
+            yield *idle(html.trouble(explain(error))), gr.skip()
             return
         found = None
         for found in self.studio.quantize(project, secret(token)):
@@ -144,22 +144,22 @@ class Answers:
         """All that the run step shows of a project, from its folder."""
         status, events, layers = project.status(), project.events(), project.layers()
         left = self.studio.time_left(project) if status.phase in ("running", "waiting") else None
-        bar = parts.progress(project, status, events, left)
+        bar = html.progress(project, status, events, left)
         if found or status.phase in ("paused", "failed"):
-            bar += parts.trouble(
+            bar += html.trouble(
                 found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
             )
         working = status.phase in ("running", "waiting")
         if working and project.is_asked_to_stop():
-            bar += parts.note("Stopping after this piece …")
+            bar += html.note("Stopping after this piece …")
         paused = status.phase in PAUSES
         begin = gr.Button(visible=not working, variant="secondary" if paused else "primary")
         buttons = begin, gr.Button(visible=working), gr.Button(visible=paused)
         return (
             bar,
-            parts.chart(layers, project.forecast().num_blocks, events),
-            parts.layers_table(layers),
-            parts.log(events),
+            html.chart(layers, project.forecast().num_blocks, events),
+            html.layers_table(layers),
+            html.log(events),
             *buttons,
         )
 
@@ -169,9 +169,9 @@ class Answers:
         try:
             path = self.studio.download(self.studio.project(key, project_key))
         except Exception as error:
-            return gr.skip(), parts.trouble(explain(error))
+            return gr.skip(), html.trouble(explain(error))
         label = f"Download {path.name} ({size(path.stat().st_size)})"
-        return gr.DownloadButton(label, value=str(path), visible=True), parts.load_snippet(path.stem)
+        return gr.DownloadButton(label, value=str(path), visible=True), html.load_snippet(path.stem)
 
     # --- what programs may ask ---
 
@@ -182,7 +182,7 @@ class Answers:
             model: a Hub id such as facebook/DiT-XL-2-256, or assets/emoji-dit, the bundled one.
         """
         try:
-            return parts.inspection_values(self.studio.card(model))
+            return html.inspection_values(self.studio.card(model))
         except Exception as error:
             raise gr.Error(on_page(error), print_exception=False) from error
 
@@ -220,13 +220,13 @@ def idle(message: str) -> tuple:
 
 def started() -> tuple:
     """The run step while the first turn waits in the queue."""
-    told = parts.note("Your job is in the queue; it begins when its turn comes.")
+    told = html.note("Your job is in the queue; it begins when its turn comes.")
     return told, *(gr.skip(),) * 3, gr.Button(visible=False), gr.Button(visible=True), gr.Button(visible=False)
 
 
 def greeting(last: Project) -> str:
     status: Status = last.status()
-    return parts.welcome(last.name, parts.PHASES[status.phase].lower())
+    return html.welcome(last.name, html.PHASES[status.phase].lower())
 
 
 def chosen(query: dict[str, str], last: Project | None) -> tuple:
@@ -250,5 +250,5 @@ def classes_of(query: dict[str, str], model: str) -> list[int]:
 def commands(choice: Choice) -> str:
     settings = choice.settings()
     output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
-    link = parts.copyable("Link to these settings", parts.link_of(choice.model, settings), "link")
-    return parts.copyable("The same in a terminal", parts.command_of(choice.model, settings, output), "command") + link
+    link = html.copyable("Link to these settings", html.link_of(choice.model, settings), "link")
+    return html.copyable("The same in a terminal", html.command_of(choice.model, settings, output), "command") + link

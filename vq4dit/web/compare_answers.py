@@ -10,8 +10,7 @@ import gradio as gr
 from vq4dit.printable import printable
 from vq4dit.projects.drawn_pairs import Pair, PairSettings, drawn_pairs, report
 from vq4dit.projects.workspace import Project
-from vq4dit.web import html as parts
-from vq4dit.web import pictures
+from vq4dit.web import html, pictures
 from vq4dit.web.answers import secret
 from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
@@ -31,11 +30,11 @@ class CompareAnswers:
         try:
             project = self.studio.project(key, project_key)
         except Exception as error:
-            return parts.trouble(explain(error)), gr.skip(), drawing
+            return html.trouble(explain(error)), gr.skip(), drawing
         if project.status().phase != "done":
-            return parts.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
+            return html.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
         project.forget_stop()
-        return parts.note("Your pictures are in the queue."), gr.Button(visible=True), drawing + 1
+        return html.note("Your pictures are in the queue."), gr.Button(visible=True), drawing + 1
 
     def halt(self, key: str, project_key: str) -> None:
         """Ask to stop; the drawing's own stream tells the rest: an answer from here might arrive after its last word."""
@@ -61,7 +60,7 @@ class CompareAnswers:
             on_page = pairs
             yield counted(project, settings, working=True), *shown, gr.skip(), gr.skip()
         finished = found is not None or self.studio.is_drawn(project, settings) or project.is_asked_to_stop()
-        told = parts.trouble(found) if found else counted(project, settings, working=not finished)
+        told = html.trouble(found) if found else counted(project, settings, working=not finished)
         shown = self.shown(key, project, drawn_pairs(project), on_page)
         yield told, *shown, gr.Button(visible=not finished), gr.skip() if finished else drawing + 1
 
@@ -72,7 +71,7 @@ class CompareAnswers:
         except Exception:
             return (gr.skip(),) * 6
         pairs = drawn_pairs(project)
-        return parts.note(f"{len(pairs)} pairs") if pairs else gr.skip(), *self.shown(key, project, pairs)
+        return html.note(f"{len(pairs)} pairs") if pairs else gr.skip(), *self.shown(key, project, pairs)
 
     def shown(self, key: str, project: Project, pairs: list[Pair], on_page: Sequence[Pair] = ()) -> tuple:
         """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
@@ -96,12 +95,12 @@ class CompareAnswers:
         try:
             project = self.studio.project(key, project_key)
         except Exception as error:
-            return parts.trouble(explain(error)), "", game
+            return html.trouble(explain(error)), "", game
         pairs = drawn_pairs(project)
         if not pairs:
-            return parts.empty("Draw some pairs first."), "", game
+            return html.empty("Draw some pairs first."), "", game
         game = game | {"pair": random.randrange(len(pairs)), "left": random.random() < 0.5, "open": True}
-        return pictures.blind(project, pairs[game["pair"]], game["left"], False), parts.score(game), game
+        return pictures.blind(project, pairs[game["pair"]], game["left"], False), html.score(game), game
 
     def guess(self, key: str, project_key: str, game: dict, left: bool) -> tuple:
         if not game.get("open"):
@@ -112,7 +111,7 @@ class CompareAnswers:
             return self.deal(key, project_key, game)
         right = int(game["left"] == left)
         game = game | {"open": False, "right": game.get("right", 0) + right, "total": game.get("total", 0) + 1, "was": right}
-        return pictures.blind(project, pairs[game["pair"]], game["left"], True), parts.score(game), game
+        return pictures.blind(project, pairs[game["pair"]], game["left"], True), html.score(game), game
 
     def guess_left(self, key: str, project_key: str, game: dict) -> tuple:
         return self.guess(key, project_key, game, True)
@@ -128,8 +127,8 @@ def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
     stopped = project.is_asked_to_stop() and report(project) is None
     told = f"{done} of {len(wanted)} pairs" if done < len(wanted) else f"{done} pairs"
     if stopped and not working:
-        return parts.note(f"You stopped it: {told}. Press Draw pairs to go on.")
+        return html.note(f"You stopped it: {told}. Press Draw pairs to go on.")
     if working:
         told = f"Drawing: {told}" if done < len(wanted) else f"{told}, measuring the noise"
-        return parts.note(f"{told}, stopping …" if stopped else f"{told} …")
-    return parts.note(told)
+        return html.note(f"{told}, stopping …" if stopped else f"{told} …")
+    return html.note(told)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from vq4dit.config import RECIPES
 from vq4dit.projects.catalog import BUNDLED
-from vq4dit.web import html as parts
+from vq4dit.web import html
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.push_panel import Login, PushPanel
@@ -33,7 +33,7 @@ class Page:
             self.visitor = gr.BrowserState("", storage_key="vq4dit-visitor", secret="vq4dit")
             self.project, self.turn, self.drawing = gr.State(""), gr.State(0), gr.State(0)
             self.game, self.listed = gr.State({}), gr.State("")
-            gr.HTML(parts.hero(picture), elem_id="hero")
+            gr.HTML(html.hero(picture), elem_id="hero")
             self.welcome = gr.HTML(elem_id="welcome", visible=False)
             self._pick()
             self._choose()
@@ -47,7 +47,7 @@ class Page:
 
     def _pick(self) -> None:
         with gr.Column(elem_classes="step", elem_id="pick"):
-            gr.HTML(parts.heading(1, "Pick a model", "Type to search the Hugging Face Hub. Only headers are read here."))
+            gr.HTML(html.heading(1, "Pick a model", "Type to search the Hugging Face Hub. Only headers are read here."))
             self.model = gr.Dropdown(
                 self.studio.catalog.offered(),
                 value=BUNDLED,
@@ -55,11 +55,11 @@ class Page:
                 label="Model",
                 elem_id="model",
             )
-            self.card = gr.HTML(parts.empty("What there is to know about the model appears here."), elem_id="card")
+            self.card = gr.HTML(html.empty("What there is to know about the model appears here."), elem_id="card")
 
     def _choose(self) -> None:
         with gr.Column(elem_classes="step", elem_id="choose"):
-            gr.HTML(parts.heading(2, "Choose how small", "Two bits is where it gets interesting; four is nearly the original."))
+            gr.HTML(html.heading(2, "Choose how small", "Two bits is where it gets interesting; four is nearly the original."))
             with gr.Row():
                 with gr.Column(scale=3):
                     self.bits = gr.Radio(widths_offered(), value=2, label="Bits per weight", elem_id="bits")
@@ -79,24 +79,22 @@ class Page:
     def _run(self) -> None:
         with gr.Column(elem_classes="step", elem_id="run"):
             told = f"Stop whenever you like: every finished layer is kept. One job works at a time, up to {QUEUE_LENGTH} wait."
-            gr.HTML(parts.heading(3, "Watch it shrink", told))
+            gr.HTML(html.heading(3, "Watch it shrink", told))
             with gr.Row(elem_classes="buttons"):
                 self.start = gr.Button("Quantize", variant="primary", elem_id="start")
                 self.stop = gr.Button("Stop", elem_id="stop", visible=False)
                 self.resume = gr.Button("Resume", variant="primary", elem_id="resume", visible=False)
-            self.progress = gr.HTML(parts.empty("Nothing runs yet."), elem_id="progress")
-            self.chart = gr.HTML(parts.chart([], 0, []), elem_id="chart")
+            self.progress = gr.HTML(html.empty("Nothing runs yet."), elem_id="progress")
+            self.chart = gr.HTML(html.chart([], 0, []), elem_id="chart")
             with gr.Accordion("Finished layers", open=False, elem_id="layers-box"):
-                self.layers = gr.HTML(parts.layers_table([]), elem_id="layers")
+                self.layers = gr.HTML(html.layers_table([]), elem_id="layers")
             with gr.Accordion("Log", open=False, elem_id="log-box"):
-                self.log = gr.HTML(parts.log([]), elem_id="log")
+                self.log = gr.HTML(html.log([]), elem_id="log")
 
     def _compare(self) -> None:
         with gr.Column(elem_classes="step", elem_id="compare"):
             gr.HTML(
-                parts.heading(
-                    4, "Compare", "Same class, same noise, through both models. Drag the line, or use the arrow keys."
-                )
+                html.heading(4, "Compare", "Same class, same noise, through both models. Drag the line, or use the arrow keys.")
             )
             with gr.Row():
                 self.labels = gr.Dropdown([], multiselect=True, max_choices=12, label="Classes", elem_id="labels", scale=3)
@@ -105,7 +103,7 @@ class Page:
                 self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
                 self.halt = gr.Button("Stop drawing", elem_id="halt", visible=False)
             self.drawn = gr.HTML(
-                parts.empty("When a model is packed, its pictures appear here beside the original's."), elem_id="drawn"
+                html.empty("When a model is packed, its pictures appear here beside the original's."), elem_id="drawn"
             )
             self.pair = gr.Radio([], label="Pair", elem_id="pair", visible=False)
             self.slider = gr.HTML(elem_id="slider-box")
@@ -113,7 +111,7 @@ class Page:
             with gr.Accordion("All pairs", open=False, elem_id="grid-box"):
                 self.grid = gr.HTML(elem_id="grid")
             with gr.Accordion("Blind test: which one is the original?", open=False, elem_id="blind-box"):
-                self.blind = gr.HTML(parts.empty("Draw some pairs first."), elem_id="blind")
+                self.blind = gr.HTML(html.empty("Draw some pairs first."), elem_id="blind")
                 with gr.Row(elem_classes="buttons"):
                     self.left = gr.Button("Left is the original", elem_id="guess-left")
                     self.right = gr.Button("Right is the original", elem_id="guess-right")
@@ -124,9 +122,7 @@ class Page:
 
     def _keep(self) -> None:
         with gr.Column(elem_classes="step", elem_id="keep-it"):
-            gr.HTML(
-                parts.heading(5, "Keep it", "A folder that diffusers loads with one more import, and the report beside it.")
-            )
+            gr.HTML(html.heading(5, "Keep it", "A folder that diffusers loads with one more import, and the report beside it."))
             with gr.Row(elem_classes="buttons"):
                 self.prepare = gr.Button("Prepare the download", elem_id="prepare")
                 self.file = gr.DownloadButton("Download", visible=False, variant="primary", elem_id="download")

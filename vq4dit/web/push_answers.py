@@ -17,8 +17,7 @@ from vq4dit.hub.account import Account, sign_in
 from vq4dit.hub.push import Existing, Target
 from vq4dit.projects.publish import check_download, offer, publish, pushed_of
 from vq4dit.projects.workspace import Project
-from vq4dit.web import html as parts
-from vq4dit.web import push_html as push_parts
+from vq4dit.web import html, push_html
 from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
 
@@ -68,14 +67,14 @@ class PushAnswers:
         asked: Mapping[str, str],
     ) -> tuple:
         if token is None and not (self.own_login and get_token()):
-            return hidden(push_parts.signed_out())
+            return hidden(push_html.signed_out())
         project = self.finished(key, project_key)
         if project is None:
-            return hidden(push_parts.nothing_yet(profile.username if profile else ""))
+            return hidden(push_html.nothing_yet(profile.username if profile else ""))
         try:
             return offered(project, self.account(token), asked)
         except Exception as error:
-            return hidden(parts.trouble(explain(error)))
+            return hidden(html.trouble(explain(error)))
 
     def finished(self, key: str, project_key: str) -> Project | None:
         try:
@@ -89,30 +88,30 @@ class PushAnswers:
     ) -> Iterator[tuple]:
         """Streamed; the same again after any failure goes on."""
         try:
-            yield parts.note("Signing in …"), *busy()
+            yield html.note("Signing in …"), *busy()
             project, account = self.studio.project(key, project_key), self.account(token)
             target = Target(repo_id=account.repo_id(f"{owner}/{name.strip()}"), private=bool(private), existing=existing)
             for progress in publish(project, self.studio.workspace.projects(key), target, account):
-                yield push_parts.sending(progress), *busy()
-            yield push_parts.published(pushed_of(project)), *idle(True)
+                yield push_html.sending(progress), *busy()
+            yield push_html.published(pushed_of(project)), *idle(True)
         except Exception as error:
-            yield parts.trouble(explain(error)), *idle(False)
+            yield html.trouble(explain(error)), *idle(False)
 
     def cancel(self, key: str, project_key: str) -> str:
         self.studio.project(key, project_key).ask_to_stop()
-        return parts.note("Cancelling …")
+        return html.note("Cancelling …")
 
     def compare(self, key: str, project_key: str, token: gr.OAuthToken | None) -> Iterator[str]:
         """Download it again, load it, draw one image."""
         found: list[bool] = []
         try:
             project, account = self.studio.project(key, project_key), self.account(token)
-            told = push_parts.published(pushed_of(project))
+            told = push_html.published(pushed_of(project))
             for _ in check_download(project, account, found):
-                yield told + parts.note("Downloading it again, and drawing one image with each …")
-            yield told + push_parts.compared(found[0])
+                yield told + html.note("Downloading it again, and drawing one image with each …")
+            yield told + push_html.compared(found[0])
         except Exception as error:
-            yield parts.trouble(explain(error))
+            yield html.trouble(explain(error))
 
 
 def hidden(told: str) -> tuple:
@@ -132,7 +131,7 @@ def offered(project: Project, account: Account, asked: Mapping[str, str]) -> tup
         info=f"{'Private' if found.private else 'Public'} at first: {found.reason}.",
     )
     name = asked.get("name", found.name)[:96]
-    told, state = push_parts.signed_in(account.name), push_parts.published(pushed)
+    told, state = push_html.signed_in(account.name), push_html.published(pushed)
     return told, gr.Column(visible=True), targets, name, private, state, gr.Button(visible=pushed is not None)
 
 

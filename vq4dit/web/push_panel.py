@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from vq4dit.web import push_html as push_parts
+from vq4dit.web import push_html
 from vq4dit.web.push_answers import PushAnswers
 from vq4dit.web.studio import Studio
 
@@ -40,12 +40,12 @@ class PushPanel:
         self.answers = PushAnswers(studio, own_login=login == "own")
         self.login_button: gr.LoginButton | None = None
         with gr.Column(elem_id="hub"):
-            gr.HTML(push_parts.heading())
+            gr.HTML(push_html.heading())
             if login == "oauth":
-                gr.HTML(push_parts.scopes(), elem_id="scopes")
+                gr.HTML(push_html.scopes(), elem_id="scopes")
                 self.login_button = gr.LoginButton("Sign in with Hugging Face", "Sign out ({})", elem_id="login")
             else:
-                gr.HTML(push_parts.own_login() if login == "own" else push_parts.no_login(), elem_id="scopes")
+                gr.HTML(push_html.own_login() if login == "own" else push_html.no_login(), elem_id="scopes")
             self.who = gr.HTML(elem_id="who")
             with gr.Column(visible=False, elem_id="push-form") as self.form:
                 self._form()
