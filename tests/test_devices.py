@@ -124,7 +124,7 @@ def test_a_gpu_without_enough_memory_is_told(tmp_path, model_folder, capsys, mon
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("vq4dit.cli.main.sample", full)
+    monkeypatch.setattr("vq4dit.cli.sample.sample", full)
     assert main(["sample", model_folder, "--labels", "cat", "--output", str(tmp_path / "x.png")]) == 1
     said = capsys.readouterr().err
     assert "the GPU's memory is used up" in said and "--device cpu" in said and "Traceback" not in said

@@ -15,7 +15,7 @@ with warnings.catch_warnings():  # what torch says of somebody else's package, w
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
     import torch  # noqa: F401
 
-from vq4dit.config import CalibrationConfig, QuantizationSettings, VQ4DiTConfig
+from vq4dit.config import CalibrationConfig, EntropyCodingConfig, QuantizationSettings, VQ4DiTConfig
 from vq4dit.disk.job import Job
 from vq4dit.errors import (
     CalibrationDivergedError,
@@ -35,6 +35,7 @@ from vq4dit.version import VERSION as __version__  # noqa: F401
 __all__ = [
     "CalibrationConfig",
     "CalibrationDivergedError",
+    "EntropyCodingConfig",
     "FormatError",
     "HubError",
     "Job",

@@ -1,8 +1,9 @@
 """The settings: what a file says about itself, and how it is to be made.
 
 `VQ4DiTConfig` travels in `config.json` and holds what loading needs; each layer's k and d are not in it, they follow from
-the layer's own tensors. `QuantizationSettings` is what a person chooses, `CalibrationConfig` the constants of VQ4DiT
-(arXiv:2408.17131) behind it. Where the paper leaves a constant open, the authors' released value is used and marked so.
+the layer's own tensors. `QuantizationSettings` is what a person chooses, `CalibrationConfig` and `EntropyCodingConfig` the
+constants of the recipes `paper` (VQ4DiT, arXiv:2408.17131) and `best` behind it. Where the paper leaves a constant open, the
+authors' released value is used and marked so.
 """
 
 from __future__ import annotations
@@ -132,6 +133,45 @@ class CalibrationConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EntropyCodingConfig:
+    """Constants of `best`. Where a large model has one of its own, more would take hours and hardly lower the error."""
+
+    sensitivity_tokens: int = 81920  # of all trajectories that output sensitivities B are measured on
+    sensitivity_tokens_of_large: int = 10240  # of B a diagonal is measured, and known sooner
+    sensitivity_tokens_together: int = 40960  # of trajectories side by side: their activations fill the memory
+    probes: tuple[int, ...] = (1,) * 4 + (2,) * 3 + (4,) * 3  # random v of each step
+    tokens: int = 61440  # of the trajectories that Hessians H are measured on: 60 for every input of a layer of 1,024
+    tokens_of_large: int = 20480  # the error is about a tenth higher, the trajectories three times shorter
+    beam: int = 32  # roundings kept for each row
+    beam_of_large: int = 1  # more would take ten times as long
+    input_correction: float = 0.5  # α of GPTAQ's corrected weight; 1 fits the few latents too closely
+    damping: float = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
+    coupling_damping: float = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each costs
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        object.__setattr__(self, "probes", tuple(self.probes))
+        if not self.probes or not all(isinstance(count, Integral) and count > 0 for count in self.probes):
+            raise ValueError(f"probes must be numbers of at least 1, one for each step, got {self.probes!r:.60}")
+        for entry in dataclasses.fields(self):
+            if entry.type == "int" and getattr(self, entry.name) < 1:
+                raise ValueError(f"{entry.name} must be at least 1, got {getattr(self, entry.name)}")
+        for name in ("input_correction", "damping", "coupling_damping"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def of_large(self) -> EntropyCodingConfig:
+        """The same for a model with hundreds of millions of weights."""
+        return dataclasses.replace(
+            self,
+            sensitivity_tokens=self.sensitivity_tokens_of_large,
+            tokens=self.tokens_of_large,
+            beam=self.beam_of_large,
+            probes=(1,),
+        )
+
+
 def _check_numbers(settings: Any) -> None:
     """Raise `ValueError` unless numbers are numbers, whole ones where they count something, and none is infinite or NaN."""
     for entry in dataclasses.fields(settings):
@@ -161,6 +201,7 @@ class QuantizationSettings:
     seed: int = 0
     keep: tuple[str, ...] = ()  # shell patterns of layers to leave in 16 bit
     calibration: CalibrationConfig = CalibrationConfig()
+    entropy_coding: EntropyCodingConfig = EntropyCodingConfig()
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for what is no setting: what is wrong is said here, not after minutes."""
@@ -170,6 +211,8 @@ class QuantizationSettings:
         object.__setattr__(self, "keep", tuple(self.keep))
         if not isinstance(self.calibration, CalibrationConfig):
             raise ValueError(f"calibration must be a CalibrationConfig, got {self.calibration!r:.60}")
+        if not isinstance(self.entropy_coding, EntropyCodingConfig):
+            raise ValueError(f"entropy_coding must be an EntropyCodingConfig, got {self.entropy_coding!r:.60}")
         if self.bits not in CODEBOOKS:
             raise ValueError(f"bits must be one of {sorted(CODEBOOKS)}, got {self.bits}")
         if self.recipe not in RECIPES:
@@ -184,10 +227,21 @@ class QuantizationSettings:
         return CODEBOOKS[self.bits][1]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "keep": list(self.keep)}
+        """As JSON has it: lists, no tuples."""
+        values = {**dataclasses.asdict(self), "keep": list(self.keep)}
+        values["entropy_coding"]["probes"] = list(self.entropy_coding.probes)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationSettings:
-        known = {field.name for field in dataclasses.fields(CalibrationConfig)}  # earlier versions had others
-        calibration = CalibrationConfig(**{name: value for name, value in values["calibration"].items() if name in known})
-        return cls(**{**values, "keep": tuple(values["keep"]), "calibration": calibration})
+        recipes = {
+            "calibration": _known(CalibrationConfig, values["calibration"]),
+            "entropy_coding": _known(EntropyCodingConfig, values.get("entropy_coding", {})),
+        }
+        return cls(**{**values, "keep": tuple(values["keep"]), **recipes})
+
+
+def _known(config: type, values: dict[str, Any]) -> Any:
+    """A config of those values that it has entries for: earlier versions had others."""
+    names = {entry.name for entry in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if name in names})

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["cluster", "calibrate", "fit", "sample", "measure", "upload"]
+StageName = Literal["cluster", "calibrate", "sensitivity", "trajectories", "bits", "fit", "sample", "measure", "upload"]
 
 
 @dataclass(frozen=True)
 class Progress:
     """`done` of `total` pieces of a stage: layers, steps, images or bytes, with the figures measured on the way."""
 
-    stage: Stage
+    stage: StageName
     done: int
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # {"block_mse": 3.1e-4}

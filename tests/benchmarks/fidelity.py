@@ -29,7 +29,7 @@ from diffusers import DPMSolverMultistepScheduler
 from process import run_vq4dit
 from torch import Tensor
 
-from vq4dit.config import CODEBOOKS
+from vq4dit.config import CODEBOOKS, EntropyCodingConfig
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import fingerprint
 from vq4dit.evaluation.metrics import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
@@ -74,7 +74,8 @@ def rtn_per_group(weight: Tensor, bits: int, moments: Callable[[], Tensor]) -> t
 
 def gptq(weight: Tensor, bits: int, moments: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """GPTQ (arXiv:2210.17323) with one grid per row: column after column, errors corrected in the columns to come."""
-    factor = torch.linalg.cholesky(torch.linalg.inv(damp(moments()).double()), upper=True).float()
+    damped = damp(moments(), EntropyCodingConfig().damping).double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
     low, high = weight.amin(1), weight.amax(1)
     step = (high - low).clamp(min=1e-12) / (2**bits - 1)
     remaining, rounded = weight.clone(), torch.empty_like(weight)
@@ -101,7 +102,7 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
     k, dim = CODEBOOKS[bits]
     targets, _ = find_targets(original.transformer, dim, k)
     transformer = copy.deepcopy(original.transformer)
-    walk = calibration_walk(original, 4.0, named_generator(seed, "layer by layer"))
+    walk = calibration_walk(original, 4.0, named_generator(seed, "layer by layer"), EntropyCodingConfig())
     bits_used = weights = 0.0
     for group in groups_in_turn(original.transformer, original.transformer, walk, list(targets)):
         moments: list[Tensor] = []

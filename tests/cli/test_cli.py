@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import new_pipeline, new_transformer
 
 from vq4dit import CalibrationConfig, Job, QuantizationSettings
-from vq4dit.cli import main as cli
+from vq4dit.cli import sample as sampling
 from vq4dit.cli.main import main
 from vq4dit.disk import folders
 from vq4dit.evaluation import compare as comparisons
@@ -278,7 +278,7 @@ def test_an_output_without_a_name_is_wrong_usage(model_folder, capsys, command, 
 @pytest.mark.parametrize("output", ["n" * 256, "d/" + "n" * 256 + "/q", "/proc/q", "/dev/null/q"], ids=lambda name: name[:9])
 def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, model_folder, capsys, monkeypatch, command, output):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vq4dit.cli.main.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("vq4dit.cli.quantize.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
     monkeypatch.setattr("vq4dit.cli.compare.load_pipeline", lambda *_, **__: pytest.fail("the work began"))
     models = [model_folder] * (2 if command == "compare" else 1)
     name = f"{output}/x.png" if command == "sample" else output
@@ -381,8 +381,8 @@ def test_a_picture_that_came_while_a_sample_was_drawn_is_not_replaced(tmp_path, 
         (tmp_path / "a.png").write_text("mine")
         return draw(*arguments, **options)
 
-    draw = cli.sample
-    monkeypatch.setattr(cli, "sample", slow)
+    draw = sampling.sample
+    monkeypatch.setattr(sampling, "sample", slow)
     assert "was not drawn by `sample`" in failure(capsys, *sample(model_folder, tmp_path / "a.png"))
     assert (tmp_path / "a.png").read_text() == "mine"
 
@@ -506,11 +506,13 @@ def test_a_model_too_small_for_any_codebook_is_told(tmp_path, capsys):
         ("kmeans", ["--trajectories", 1]),
         ("best", ["--candidates", 1]),
         ("best", ["--ratio-start", "uniform"]),
+        ("paper", ["--tokens", 640]),
     ],
 )
 def test_an_option_that_the_recipe_would_not_heed_is_refused(tmp_path, model_folder, capsys, recipe, option):
     said = failure(capsys, "quantize", model_folder, "--output", tmp_path / "q", "--recipe", recipe, *option)
-    assert f"{option[0]} belongs to the recipe paper, and the recipe is {recipe}" in said and "--recipe paper" in said
+    heeding = "best" if recipe == "paper" else "paper"
+    assert f"{option[0]} belongs to the recipe {heeding}, and the recipe is {recipe}" in said and f"--recipe {heeding}" in said
     assert not (tmp_path / "q.job").exists()
 
 
@@ -557,7 +559,7 @@ def test_killed_between_saving_and_cleaning_up_it_can_be_resumed(tmp_path, model
 @pytest.mark.parametrize("command", ["quantize", "sample", "compare"])
 def test_a_disk_without_room_for_the_result_is_told_before_the_work(tmp_path, model_folder, capsys, monkeypatch, command):
     monkeypatch.setattr("vq4dit.disk.space.shutil.disk_usage", lambda folder: SimpleNamespace(free=150))
-    for work in ("vq4dit.cli.main.run", "vq4dit.cli.main.sample", "vq4dit.cli.compare.compare"):
+    for work in ("vq4dit.cli.quantize.run", "vq4dit.cli.sample.sample", "vq4dit.cli.compare.compare"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
     models = [model_folder] * (2 if command == "compare" else 1)
     output = tmp_path / "new" / ("x.png" if command == "sample" else "x")

@@ -105,7 +105,7 @@ def test_whatever_fails_after_the_save_is_told_as_what_it_is(tmp_path, model_fol
     def fails(*_):
         raise error
 
-    monkeypatch.setattr("vq4dit.cli.main.layer_errors", fails)
+    monkeypatch.setattr("vq4dit.cli.quantize.layer_errors", fails)
     assert main(["quantize", model_folder, "--recipe", "kmeans", "--output", str(tmp_path / "q")]) == 0
     said = capsys.readouterr().err
     assert "the work is done and saved; only its report could not be told" in said and "error:" not in said

@@ -121,12 +121,14 @@ def test_progress_counts_every_layer_and_step_once(pipeline):
     assert all(p.metrics["block_mse"] > 0 for p in seen[14:])
 
 
-def test_progress_of_best_counts_every_layer_once(pipeline):
+def test_progress_of_best_names_its_stages_and_counts_every_step_and_layer_once(pipeline):
     seen = []
     vq4dit.quantize(pipeline, quick_settings(recipe="best"), seen.append)
-    assert {p.stage for p in seen if not p.done} == {"fit"}  # it walks first, and that may be stopped
-    assert [(p.stage, p.done, p.total) for p in seen if p.done] == [
-        *(("fit", done, 14) for done in (1, 4, 5, 6, 7, 8, 11, 12, 13, 14)),  # q, k and v together
+    assert [(p.stage, p.done, p.total) for p in seen] == [
+        *(("sensitivity", i + 1, 10) for i in range(10)),  # denoising steps
+        *(("trajectories", i + 1, 10) for i in range(10)),
+        *(("bits", i + 1, 14) for i in range(14)),  # layers
+        *(("fit", i + 1, 14) for i in range(14)),
     ]
 
 

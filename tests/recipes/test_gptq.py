@@ -6,11 +6,13 @@ import pytest
 import torch
 from coded_models import output_error
 
+from vq4dit.config import EntropyCodingConfig
 from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
 from vq4dit.recipes import gptq
 from vq4dit.recipes.gptq import Correction, ErrorFeedback, damp, damp_coupling, quantize_weight
 
+CONFIG = EntropyCodingConfig()
 SEEDS = pytest.mark.parametrize("seed", range(4))
 
 
@@ -34,7 +36,7 @@ def problem(seed: int, rows: int = 48, columns: int = 32) -> tuple[torch.Tensor,
 
 def joint_error(error: torch.Tensor, moments: torch.Tensor, coupling: torch.Tensor) -> float:
     """tr(B E H Eᵀ), damped as while quantizing."""
-    return ((damp_coupling(coupling) @ error @ damp(moments)) * error).sum().item()
+    return ((damp_coupling(coupling, CONFIG.coupling_damping) @ error @ damp(moments, CONFIG.damping)) * error).sum().item()
 
 
 def taken(integers: torch.Tensor) -> float:
@@ -43,7 +45,7 @@ def taken(integers: torch.Tensor) -> float:
 
 def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
     weight, _, _ = problem(0)
-    feedback = ErrorFeedback(torch.eye(32), torch.ones(48))
+    feedback = ErrorFeedback(torch.eye(32), torch.ones(48), CONFIG)
     scales = feedback.scales(weight, log_t=-3.0)
     steps = torch.outer(*scales)
     assert steps.std() / steps.mean() < 1e-3
@@ -56,7 +58,7 @@ def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
 def test_feedback_keeps_what_matters_better_than_rounding(seed, beam, coupled):
     weight, moments, coupling = problem(seed)
     sensitivity = coupling if coupled else coupling.diagonal()
-    feedback = ErrorFeedback(moments, sensitivity)
+    feedback = ErrorFeedback(moments, sensitivity, CONFIG)
     row_scale, column_scale = feedback.scales(weight, feedback_t(feedback, weight))
     steps = torch.outer(row_scale, column_scale)
     found = feedback.round(weight, row_scale, column_scale, beam)
@@ -72,8 +74,8 @@ def feedback_t(feedback: ErrorFeedback, weight: torch.Tensor) -> float:
 @SEEDS
 def test_rows_that_correct_each_other_are_better_together(seed):
     weight, moments, coupling = problem(seed)
-    together = quantize_weight(weight, moments, coupling, 2.0 * weight.numel())
-    apart = quantize_weight(weight, moments, coupling.diagonal(), 2.0 * weight.numel())
+    together = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), CONFIG)
+    apart = quantize_weight(weight, moments, coupling.diagonal(), 2.0 * weight.numel(), CONFIG)
     errors = [joint_error(weight - quantized.weight(), moments, coupling) for quantized in (together, apart)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -82,7 +84,8 @@ def test_a_wide_beam_is_better_and_costs_no_bits():
     errors, bits = [], []
     for seed in range(4):
         weight, moments, coupling = problem(seed)
-        found = [quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=beam) for beam in (1, 8)]
+        configs = [EntropyCodingConfig(beam=beam) for beam in (1, 8)]
+        found = [quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), config) for config in configs]
         errors.append([joint_error(weight - quantized.weight(), moments, coupling) for quantized in found])
         bits.append([taken(quantized.integers) for quantized in found])
     (near, wide), (bits_near, bits_wide) = torch.tensor(errors).sum(0), torch.tensor(bits).sum(0)
@@ -92,21 +95,21 @@ def test_a_wide_beam_is_better_and_costs_no_bits():
 def test_a_beam_that_holds_all_roundings_finds_the_best_of_them():
     generator = seeded(1)
     weight, moments = torch.randn(3, 5, generator=generator), correlated(200, 5, generator)
-    feedback = ErrorFeedback(moments, torch.ones(3))
+    feedback = ErrorFeedback(moments, torch.ones(3), CONFIG)
     scales = feedback.scales(weight, -1.0)
     found = feedback.round(weight, *scales, beam=4**5)
     steps = torch.outer(*scales)
     near = (weight / steps).floor()
     for row in range(3):
         every = [near[row] + torch.tensor(move) for move in itertools.product((-1.0, 0.0, 1.0, 2.0), repeat=5)]
-        costs = [(e := weight[row] - integers * steps[row]) @ damp(moments) @ e for integers in every]
+        costs = [(e := weight[row] - integers * steps[row]) @ damp(moments, CONFIG.damping) @ e for integers in every]
         error = weight[row] - found[row] * steps[row]
-        assert error @ damp(moments) @ error <= min(costs) * 1.001
+        assert error @ damp(moments, CONFIG.damping) @ error <= min(costs) * 1.001
 
 
 @pytest.mark.parametrize("element", [0, 3, 7])
 def test_later_elements_move_where_the_quadratic_is_least(element):
-    metric = damp(correlated(300, 8, seeded(element)))
+    metric = damp(correlated(300, 8, seeded(element)), CONFIG.damping)
     correction = Correction(metric)
     ordered = metric[correction.order][:, correction.order].double()
     later = ordered[element + 1 :, element + 1 :]
@@ -123,7 +126,7 @@ def test_rows_that_matter_more_are_kept_better_and_take_more_bits():
     weight = weight / weight.square().mean(1, keepdim=True).sqrt()
     sensitivity = torch.ones(48)
     sensitivity[:24] = 16
-    quantized = quantize_weight(weight, moments, sensitivity, 2.0 * weight.numel())
+    quantized = quantize_weight(weight, moments, sensitivity, 2.0 * weight.numel(), CONFIG)
     errors = (weight - quantized.weight()).square().mean(1)
     bits = coded_bits(quantized.integers, *estimate_levels(quantized.integers)).mean(1)
     assert errors[:24].mean() < 0.2 * errors[24:].mean()
@@ -134,7 +137,7 @@ def test_rows_that_matter_more_are_kept_better_and_take_more_bits():
 @pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 4.0])
 def test_the_promised_bits_are_taken(seed, bits):
     weight, moments, coupling = problem(seed, rows=128, columns=96)
-    quantized = quantize_weight(weight, moments, coupling, bits * weight.numel())
+    quantized = quantize_weight(weight, moments, coupling, bits * weight.numel(), CONFIG)
     assert taken(quantized.integers) / weight.numel() == pytest.approx(
         bits, abs=0.05
     )  # sizes of steps come in eighths of an octave
@@ -143,7 +146,7 @@ def test_the_promised_bits_are_taken(seed, bits):
 def test_another_bit_for_each_weight_divides_the_error_by_four():
     weight, moments, coupling = problem(3, rows=64, columns=64)
     errors = [
-        joint_error(weight - quantize_weight(weight, moments, coupling, b * weight.numel()).weight(), moments, coupling)
+        joint_error(weight - quantize_weight(weight, moments, coupling, b * weight.numel(), CONFIG).weight(), moments, coupling)
         for b in (3.0, 4.0)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
@@ -152,7 +155,7 @@ def test_another_bit_for_each_weight_divides_the_error_by_four():
 def test_scales_are_of_a_size_that_a_file_can_tell():
     weight, moments, coupling = problem(0)
     for factor in (1e-6, 1.0, 1e6):
-        quantized = quantize_weight(weight, moments * factor, coupling / factor, 3.0 * weight.numel())
+        quantized = quantize_weight(weight, moments * factor, coupling / factor, 3.0 * weight.numel(), CONFIG)
         for scale in (quantized.row_scale, quantized.column_scale):
             assert torch.equal(scale, step_size(nearest_step(scale))) and 2**-15 < scale.min() <= scale.max() < 2**15
         assert output_error(weight, quantized.weight(), moments) < 0.02
@@ -161,40 +164,40 @@ def test_scales_are_of_a_size_that_a_file_can_tell():
 @pytest.mark.parametrize("columns", [1, 7, 64, 65, 130])
 def test_the_width_of_blocks_changes_hardly_anything(columns, monkeypatch):
     weight, moments, coupling = problem(0, columns=columns)
-    usual = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
+    usual = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), EntropyCodingConfig(beam=1))
     monkeypatch.setattr(gptq, "BLOCK_COLUMNS", 5)
-    narrow = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), beam=1)
+    narrow = quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), EntropyCodingConfig(beam=1))
     assert (usual.integers != narrow.integers).float().mean() < 0.02  # sums in another order
 
 
 def test_a_weight_of_zeros_stays_and_no_number_is_lost():
-    quantized = quantize_weight(torch.zeros(8, 16), torch.zeros(16, 16), torch.zeros(8), 100.0)
+    quantized = quantize_weight(torch.zeros(8, 16), torch.zeros(16, 16), torch.zeros(8), 100.0, CONFIG)
     assert not quantized.weight().any()
 
 
 def test_fewer_inputs_than_columns_still_keep_the_weight(generator):
     weight = torch.randn(32, 64, generator=generator)
     inputs = torch.randn(3, 64, generator=generator)
-    quantized = quantize_weight(weight, inputs.T @ inputs / 3, torch.ones(32), 4.0 * weight.numel())
+    quantized = quantize_weight(weight, inputs.T @ inputs / 3, torch.ones(32), 4.0 * weight.numel(), CONFIG)
     assert output_error(weight, quantized.weight(), torch.eye(64)) < 0.3
 
 
 def test_the_same_weight_gives_the_same_integers():
     weight, moments, coupling = problem(0)
-    first, second = (quantize_weight(weight, moments, coupling, 2.0 * weight.numel()) for _ in range(2))
+    first, second = (quantize_weight(weight, moments, coupling, 2.0 * weight.numel(), CONFIG) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("bits", [-200.0, 0.0])
 def test_where_no_bits_are_left_none_are_taken(bits):
     weight, moments, coupling = problem(0)
-    assert taken(quantize_weight(weight, moments, coupling, bits).integers) < 0.05 * weight.numel()
+    assert taken(quantize_weight(weight, moments, coupling, bits, CONFIG).integers) < 0.05 * weight.numel()
 
 
 def test_a_weight_far_above_all_others_is_kept_and_costs_its_own_row_only():
     weight, moments, _ = problem(0)
     weight[3, 5] = 1e4
-    quantized = quantize_weight(weight, moments, torch.ones(48), 2.0 * weight.numel())
+    quantized = quantize_weight(weight, moments, torch.ones(48), 2.0 * weight.numel(), CONFIG)
     assert quantized.integers.abs().max() < LARGEST
     assert quantized.weight()[3, 5] == pytest.approx(1e4, rel=0.01)
     others = torch.arange(48) != 3
@@ -211,7 +214,7 @@ def test_more_bits_are_better_for_weights_with_heavy_tails(seed, coupled):
     metric = coupling if coupled else torch.diag(sensitivity)
     errors = []
     for bits in (2.0, 3.0, 4.0, 5.0):
-        quantized = quantize_weight(weight, moments, sensitivity, bits * weight.numel(), beam=2)
+        quantized = quantize_weight(weight, moments, sensitivity, bits * weight.numel(), EntropyCodingConfig(beam=2))
         assert taken(quantized.integers) < 1.03 * bits * weight.numel()
         errors.append(joint_error(quantized.weight() - weight, moments, metric))
     assert all(more < less / 2.5 for less, more in itertools.pairwise(errors))

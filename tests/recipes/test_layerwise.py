@@ -5,16 +5,18 @@ import copy
 import pytest
 import torch
 from coded_models import output_error
-from tiny import new_pipeline, quick_settings
+from tiny import QUICK, new_pipeline, quick_settings
 from torch import nn
 
 from vq4dit import quantize
+from vq4dit.config import EntropyCodingConfig
 from vq4dit.evaluation.metrics import noise_nmse
 from vq4dit.models.blocks import find_targets
 from vq4dit.models.zero_data import NULL_CLASS, ROUNDS, teacher_steps
 from vq4dit.recipes.layerwise import InputStatistics, _statistics, calibration_walk, fit_layer, groups_in_turn
 
 BITS = 2.0 * 32 * 48
+CONFIG = EntropyCodingConfig()
 GROUPS = [
     ["norm1.linear"],
     ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
@@ -31,7 +33,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 def groups(pipeline, student=None):
     teacher = pipeline.transformer
     targets, _ = find_targets(teacher, 4, 256)
-    return groups_in_turn(teacher, student or copy.deepcopy(teacher), calibration_walk(pipeline, 4.0, seeded()), list(targets))
+    walk = calibration_walk(pipeline, 4.0, seeded(), QUICK)
+    return groups_in_turn(teacher, student or copy.deepcopy(teacher), walk, list(targets))
 
 
 def group_of(found, name: str) -> InputStatistics:
@@ -48,7 +51,7 @@ def test_every_target_comes_once_in_order_of_execution_and_q_k_v_come_together(p
 
 
 def test_layers_that_are_not_wanted_do_not_come(pipeline):
-    walk = calibration_walk(pipeline, 4.0, seeded())
+    walk = calibration_walk(pipeline, 4.0, seeded(), QUICK)
     wanted = ["transformer_blocks.1.attn1.to_k", "transformer_blocks.1.attn1.to_v"]
     found = list(groups_in_turn(pipeline.transformer, copy.deepcopy(pipeline.transformer), walk, wanted))
     assert [group.names for group in found] == [wanted]
@@ -133,14 +136,14 @@ def test_a_fitted_bias_keeps_the_mean_output(drift, generator):
     linear = nn.Linear(32, 48)
     teacher = torch.randn(200, 32, generator=generator) + 1
     student = teacher + drift * torch.randn(32, generator=generator)
-    quantized, bias = fit_layer(linear, statistics_of(teacher, student), torch.ones(48), BITS)
+    quantized, bias = fit_layer(linear, statistics_of(teacher, student), torch.ones(48), BITS, CONFIG)
     wanted = linear(teacher).mean(0)
     torch.testing.assert_close((student @ quantized.weight().T + bias).mean(0), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_without_bias_gets_none(generator):
     inputs = torch.randn(100, 32, generator=generator)
-    assert fit_layer(nn.Linear(32, 48, bias=False), statistics_of(inputs, inputs), torch.ones(48), BITS)[1] is None
+    assert fit_layer(nn.Linear(32, 48, bias=False), statistics_of(inputs, inputs), torch.ones(48), BITS, CONFIG)[1] is None
 
 
 def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
@@ -149,7 +152,7 @@ def test_a_layer_makes_good_a_part_of_the_drift_before_it(generator):
     student = teacher @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator))
     errors = []
     for statistics in (statistics_of(teacher, student), statistics_of(student, student)):
-        quantized, _ = fit_layer(linear, statistics, torch.ones(linear.out_features), 2 * BITS)
+        quantized, _ = fit_layer(linear, statistics, torch.ones(linear.out_features), 2 * BITS, CONFIG)
         wanted, found = linear(teacher), student @ quantized.weight().T
         errors.append((wanted - found).square().sum().item())
     assert errors[0] < 0.5 * errors[1]
@@ -159,7 +162,7 @@ def test_errors_along_a_constant_input_cost_nothing_where_a_bias_makes_them_good
     linear = nn.Linear(32, 48)
     inputs = torch.randn(400, 32, generator=generator)
     shifted = inputs + 10 * torch.randn(32, generator=generator)
-    found = [fit_layer(linear, statistics_of(x, x), torch.ones(48), BITS) for x in (inputs, shifted)]
+    found = [fit_layer(linear, statistics_of(x, x), torch.ones(48), BITS, CONFIG) for x in (inputs, shifted)]
     errors = [
         (linear(x) - x @ quantized.weight().T - bias).square().mean().item()
         for x, (quantized, bias) in zip((inputs, shifted), found, strict=True)
@@ -173,7 +176,7 @@ def test_inputs_that_hardly_vary_are_no_obstacle(coupled, spread, generator):
     linear = nn.Linear(32, 48)
     inputs = 30 + spread * torch.randn(400, 32, generator=generator)
     sensitivity = torch.eye(48) if coupled else torch.ones(48)
-    quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, BITS)
+    quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, BITS, CONFIG)
     wanted, found = linear(inputs), inputs @ quantized.weight().T + bias
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
 
@@ -192,7 +195,7 @@ def test_a_coupling_of_outputs_is_used(generator):
     together = torch.ones(48, 48)  # rows in one block do not correct each other: the last does what it can
     errors = []
     for sensitivity in (together, together[0]):
-        quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, BITS)
+        quantized, bias = fit_layer(linear, statistics_of(inputs, inputs), sensitivity, BITS, CONFIG)
         error = linear(inputs) - inputs @ quantized.weight().T - bias
         errors.append(error.sum(1).square().mean().item())
     assert errors[0] < 0.2 * errors[1]
@@ -201,7 +204,7 @@ def test_a_coupling_of_outputs_is_used(generator):
 def test_a_fitted_layer_is_better_for_its_inputs_than_for_others(generator):
     linear = nn.Linear(32, 48)
     inputs = torch.randn(400, 32, generator=generator) * torch.logspace(0, -2, 32)
-    quantized, _ = fit_layer(linear, statistics_of(inputs, inputs), torch.ones(48), BITS)
+    quantized, _ = fit_layer(linear, statistics_of(inputs, inputs), torch.ones(48), BITS, CONFIG)
     weight = quantized.weight()
     seen = output_error(linear.weight.detach(), weight, inputs.T @ inputs / 400)
     assert seen < 0.5 * output_error(linear.weight.detach(), weight, torch.eye(32))

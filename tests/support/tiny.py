@@ -4,11 +4,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import vq4dit
-from vq4dit.recipes import entropy_coded, fisher, layerwise
-from vq4dit.recipes import estimate as _  # noqa: F401  copies the real TOKENS before they are changed here
 
-layerwise.TOKENS = fisher.TOKENS = 640  # two trajectories of the tiny model
-entropy_coded.BEAM = 2
+# two trajectories of the tiny model
+QUICK = vq4dit.EntropyCodingConfig(sensitivity_tokens=640, tokens=640, beam=2)
 
 
 def new_transformer(num_layers: int = 2, **changes) -> DiTTransformer2DModel:
@@ -47,4 +45,4 @@ def quick_settings(**changes) -> vq4dit.QuantizationSettings:
     """`paper`, or another recipe, with few steps."""
     few = {"steps": 12, "num_inference_steps": 5, "num_trajectories": 2}
     calibration = vq4dit.CalibrationConfig(**(few | changes.pop("calibration", {})))
-    return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": calibration} | changes))
+    return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": calibration, "entropy_coding": QUICK} | changes))

@@ -18,6 +18,9 @@ LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 VERBS = {
     "cluster": "clustering layers",
     "calibrate": "calibrating",
+    "sensitivity": "measuring what matters",
+    "trajectories": "recording trajectories",
+    "bits": "allocating bits",
     "fit": "fitting layers",
     "sample": "sampling",
     "measure": "measuring the noise",

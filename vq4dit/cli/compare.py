@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.cli.bars import progress_bars
-from vq4dit.cli.options import chosen_device
+from vq4dit.cli.options import add_sampling, chosen_device, class_names, folder_path, model_name
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.disk.space import check_space
 from vq4dit.evaluation.compare import KINDS, check_comparison_output, write_comparison
@@ -21,6 +21,16 @@ from vq4dit.models.zero_data import num_classes
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.pipelines.quantizer import decode_mode
+
+
+def add_compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("original", type=model_name, metavar="ORIGINAL")
+    sub.add_argument("quantized", type=model_name, metavar="QUANTIZED")
+    sub.add_argument("--labels", type=class_names, metavar="A,B", help="classes to draw (default: eight, spread over all)")
+    sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
+    add_sampling(sub)
+    sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
+    sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
 
 
 def compare_command(args: argparse.Namespace) -> Report:

@@ -10,8 +10,16 @@ from functools import partial
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vq4dit.cli.options import add_keep, model_name
 from vq4dit.cli.terminal import Console, Report
+from vq4dit.config import RECIPES
 from vq4dit.pipelines.inspect import Inspection, inspect
+
+
+def add_inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
+    sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
+    add_keep(sub)
 
 
 def inspect_command(args: argparse.Namespace) -> Report:

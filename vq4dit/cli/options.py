@@ -102,3 +102,22 @@ def chosen_device(args: argparse.Namespace) -> torch.device:
     device = resolve(args.device)
     standard_error().write(f"device: {describe(device)}\n")
     return device
+
+
+def add_keep(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN", help='layers to leave in 16 bit, such as "*.ff.*"; repeatable'
+    )
+
+
+def add_sampling(sub: argparse.ArgumentParser) -> None:
+    add_device(sub)
+    sub.add_argument("--seed", type=seed, default=0)
+    sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
+    sub.add_argument("--guidance", type=guidance, default=4.0, help="guidance scale (default: 4)")
+    sub.add_argument(
+        "--decode",
+        default="auto",
+        choices=["auto", "load", "forward"],
+        help="decode a packed model once at load, or in every forward pass (small memory); default: load if memory allows",
+    )

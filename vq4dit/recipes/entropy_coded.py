@@ -1,116 +1,140 @@
-"""The recipe `best`, piece by piece, as a job can hold it.
+"""The recipe `best`: integers with bits where they matter, layer by layer, entropy coded.
 
-First how much an error in each layer's outputs matters (`vq4dit/recipes/fisher.py`), then how many bits each layer gets
-(`vq4dit/recipes/bit_allocation.py`), then one layer after the other (`vq4dit/recipes/layerwise.py`). Each piece is on disk
-before the next begins.
+First how much an error in each layer's outputs matters (`fisher.py`), then how many bits each layer gets (`bit_allocation.py`),
+then one layer after the other (`layerwise.py`, `gptq.py`). README.md beside this file tells it with its equations.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vq4dit.disk.job import Job, TimeBudget
+from vq4dit.config import EntropyCodingConfig, QuantizationSettings
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.models.student import student_with
-from vq4dit.models.zero_data import ROUNDS, BlockCall, is_large
+from vq4dit.models.zero_data import ROUNDS, STEPS, BlockCall, is_large
 from vq4dit.pipelines.inspect import promised_bits
-from vq4dit.progress import OnProgress, Progress
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
-from vq4dit.recipes.fisher import Sensitivities, output_sensitivities
-from vq4dit.recipes.gptq import BEAM
-from vq4dit.recipes.layerwise import BEAM_OF_LARGE, calibration_walk, fit_layer, groups_in_turn, rate_curve
+from vq4dit.recipes.fisher import Sensitivities, num_steps, output_sensitivities
+from vq4dit.recipes.layerwise import InputStatistics, calibration_walk, fit_layer, groups_in_turn, rate_curve
+from vq4dit.recipes.stages import Piece, Stage, Stages, Tensors, Tick
+
+SENSITIVITIES = ("sensitivities", "sensitivities-of-steps")
 
 
-def quantize_best(
-    job: Job, pipeline: Any, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress
-) -> nn.Module | None:
-    """From the newest pieces of a job to the quantized transformer; None if time ran out first."""
-    settings = job.settings
-    student = student_with(pipeline.transformer, {})
-    if all(job.has(f"layers/{name}") for name in targets):  # killed before it was saved: nothing is left to be walked for
-        for name, linear in targets.items():
-            student.set_submodule(name, _fitted_layer(job, name, linear))
-        on_progress(Progress("fit", len(targets), len(targets)))
-        return student
-    guidance_scale = settings.calibration.guidance_scale
-    begun = Progress("fit", 0, len(targets))  # a sign of life, and a moment to stop
-    if not (job.has("sensitivities") and job.has("sensitivities-of-steps")):
-        started = time.monotonic()
-        generator = named_generator(settings.seed, "sensitivities")
-        found = output_sensitivities(pipeline, list(targets), guidance_scale, generator, lambda: on_progress(begun))
-        job.write("sensitivities", found.outputs)
-        job.write("sensitivities-of-steps", found.steps)
-        if not budget.allows(2 * (time.monotonic() - started)):  # the walk that follows takes about as long
-            return None
-    sensitivities = Sensitivities(job.read("sensitivities"), job.read("sensitivities-of-steps"))
-    generator = named_generator(settings.seed, "layer by layer")
-    walk = calibration_walk(pipeline, guidance_scale, generator, lambda: on_progress(begun))
-    if not job.has("bits"):
-        started = time.monotonic()
-        job.write("bits", _bits_of_layers(job, pipeline, targets, walk, sensitivities, lambda: on_progress(begun)))
-        if not budget.allows(time.monotonic() - started):
-            return None
-    bits = {name: value.item() for name, value in job.read("bits").items()}
-    beam = BEAM_OF_LARGE if is_large(pipeline.transformer) else BEAM
-    promised_left = bits_left = sum(bits.values())
-    done, slowest = 0, 0.0
-    for group in groups_in_turn(pipeline.transformer, student, walk, list(targets), sensitivities.steps):
-        statistics = None
-        started = time.monotonic()
-        for name in group.names:
-            linear = targets[name]
-            if not job.has(f"layers/{name}"):
-                if statistics is None:
-                    if slowest and not budget.allows(2 * slowest):  # every slice fits at least one group
-                        return None
-                    statistics = group.statistics()
-                # what the layers before took too much or too little is for the rest to make good
-                share = bits[name] * max(bits_left, 0) / max(promised_left, 1e-9)
-                quantized, bias = fit_layer(
-                    linear, statistics, sensitivities.outputs[name].to(linear.weight.device), share, beam
-                )
-                job.write(f"layers/{name}", EntropyCodedLinear.from_integers(*quantized, bias).state_dict())
-            layer = _fitted_layer(job, name, linear)
-            student.set_submodule(name, layer)
+def entropy_coded_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings) -> Stages:
+    """From output sensitivities to integers, layer by layer."""
+    config = settings.entropy_coding
+    config = config.of_large() if is_large(pipeline.transformer) else config
+    fitting = Fitting(pipeline, targets, settings, config)
+    wanted = tuple(fitting.piece_names.values())
+    of_all = Piece(fitting.measure, SENSITIVITIES, fitting.know, num_steps(pipeline, config))
+    yield Stage("sensitivity", of_all.count, [of_all], wanted)
+    yield Stage("trajectories", STEPS, [Piece(fitting.record, count=STEPS)], wanted)
+    yield Stage("bits", len(targets), [Piece(fitting.allocate, ("bits",), fitting.share_out, len(targets))], wanted)
+    yield Stage("fit", len(targets), fitting.layers())
+    return fitting.student
+
+
+class Fitting:
+    """What the stages of `best` know: sensitivities, trajectories, bits, and the student as far as it is quantized."""
+
+    def __init__(
+        self, pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings, config: EntropyCodingConfig
+    ):
+        self.pipeline, self.targets, self.settings, self.config = pipeline, targets, settings, config
+        self.piece_names = {name: f"layers/{name}" for name in targets}
+        self.student = student_with(pipeline.transformer, {})
+        self.sensitivities = Sensitivities({}, {})
+        self.walk: list[BlockCall] = []
+        self.bits = BitBudget({})
+
+    def measure(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
+        """Output sensitivities B of all layers."""
+        generator = named_generator(self.settings.seed, "sensitivities")
+        guidance_scale = self.settings.calibration.guidance_scale
+        found = output_sensitivities(self.pipeline, list(self.targets), guidance_scale, generator, self.config, tick)
+        return zip(SENSITIVITIES, found, strict=True)
+
+    def know(self, pieces: Mapping[str, Tensors]) -> None:
+        self.sensitivities = Sensitivities(*(pieces[name] for name in SENSITIVITIES))
+
+    def record(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
+        """The teacher's trajectories, whose blocks' inputs every layer is fitted on."""
+        generator = named_generator(self.settings.seed, "layer by layer")
+        self.walk = calibration_walk(self.pipeline, self.settings.calibration.guidance_scale, generator, self.config, tick)
+        return ()
+
+    def allocate(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
+        """Share the bits of all integers out among the layers, by the teacher's own inputs in one round; one number each."""
+        teacher = self.pipeline.transformer
+        promised = sum(promised_bits(linear, self.settings.bits) for linear in self.targets.values())
+        curves: dict[str, RateCurve] = {}
+        steps = {name: weights[::ROUNDS] for name, weights in self.sensitivities.steps.items()}
+        for group in groups_in_turn(teacher, teacher, self.walk[::ROUNDS], list(self.targets), steps):
+            statistics = group.statistics()
+            for name in group.names:
+                sensitivity = self.sensitivities.outputs[name].to(statistics.covariance.device)
+                curves[name] = rate_curve(self.targets[name], statistics, sensitivity, self.config)
+                tick()
+        log_t = log_t_for(curves.values(), promised)
+        bits = {name: torch.tensor(curve.bits(log_t), dtype=torch.float64) for name, curve in curves.items()}
+        return [("bits", bits)]
+
+    def share_out(self, pieces: Mapping[str, Tensors]) -> None:
+        self.bits = BitBudget({name: value.item() for name, value in pieces["bits"].items()})
+
+    def layers(self) -> Iterator[Piece]:
+        """All layers in order of execution, each for the inputs that those before it leave; or as they are on disk."""
+        if not self.walk:  # all were fitted before the process ended
+            yield from (Piece(lambda _: (), (self.piece_names[name],), self._put(name)) for name in self.targets)
+            return
+        groups = groups_in_turn(
+            self.pipeline.transformer, self.student, self.walk, list(self.targets), self.sensitivities.steps
+        )
+        for group in groups:
+            statistics = cache(group.statistics)
+            for name in group.names:
+                yield Piece(partial(self._fit, name, statistics), (self.piece_names[name],), self._put(name))
+
+    def _fit(self, name: str, statistics: Callable[[], InputStatistics], _: Tick) -> Iterable[tuple[str, Tensors]]:
+        linear = self.targets[name]
+        sensitivity = self.sensitivities.outputs[name].to(linear.weight.device)
+        quantized, bias = fit_layer(linear, statistics(), sensitivity, self.bits.share(name), self.config)
+        return [(self.piece_names[name], EntropyCodedLinear.from_integers(*quantized, bias).state_dict())]
+
+    def _put(self, name: str) -> Callable[[Mapping[str, Tensors]], None]:
+        """Let a layer, as it is on disk, take its place in the student."""
+
+        def put(pieces: Mapping[str, Tensors]) -> None:
+            linear = self.targets[name]
+            piece = {key: tensor.to(linear.weight.device) for key, tensor in pieces[self.piece_names[name]].items()}
+            layer = EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
+            layer.decode(linear.weight.dtype)
+            self.student.set_submodule(name, layer)
             integer_bytes = len(layer.coded_integers) - sum(linear.weight.shape)  # a byte of a row or column was set aside
-            bits_left, promised_left = bits_left - 8 * integer_bytes, promised_left - bits[name]
-        if statistics is not None:
-            slowest = max(slowest, time.monotonic() - started)
-        done += len(group.names)
-        on_progress(Progress("fit", done, len(targets)))
-    return student
+            self.bits.spend(name, 8 * integer_bytes)
+
+        return put
 
 
-def _bits_of_layers(
-    job: Job,
-    pipeline: Any,
-    targets: dict[str, nn.Linear],
-    walk: list[BlockCall],
-    sensitivities: Sensitivities,
-    on_group: Callable[[], None],
-) -> dict[str, Tensor]:
-    """Share the bits of all integers out among the layers, by the teacher's own inputs in one round; one number each."""
-    settings, teacher = job.settings, pipeline.transformer
-    promised = sum(promised_bits(linear, settings.bits) for linear in targets.values())
-    curves: dict[str, RateCurve] = {}
-    steps = {name: weights[::ROUNDS] for name, weights in sensitivities.steps.items()}
-    for group in groups_in_turn(teacher, teacher, walk[::ROUNDS], list(targets), steps):
-        statistics = group.statistics()
-        for name in group.names:
-            curves[name] = rate_curve(targets[name], statistics, sensitivities.outputs[name].to(statistics.covariance.device))
-        on_group()
-    log_t = log_t_for(curves.values(), promised)
-    return {name: torch.tensor(curve.bits(log_t), dtype=torch.float64) for name, curve in curves.items()}
+class BitBudget:
+    """How many bits each layer was promised; what earlier layers over- or under-spent rescales the budget of later ones."""
 
+    def __init__(self, promised: Mapping[str, float]):
+        self.promised = promised
+        self.promised_left = self.bits_left = sum(promised.values())
 
-def _fitted_layer(job: Job, name: str, linear: nn.Linear) -> EntropyCodedLinear:
-    piece = {key: tensor.to(linear.weight.device) for key, tensor in job.read(f"layers/{name}").items()}
-    layer = EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
-    layer.decode(linear.weight.dtype)
-    return layer
+    def share(self, name: str) -> float:
+        """What a layer's integers may take."""
+        return self.promised[name] * max(self.bits_left, 0) / max(self.promised_left, 1e-9)
+
+    def spend(self, name: str, bits: float) -> None:
+        """A layer has taken so many."""
+        self.bits_left -= bits
+        self.promised_left -= self.promised.get(name, 0.0)

@@ -18,13 +18,8 @@ from vq4dit.memory import check_memory
 from vq4dit.models.zero_data import LARGE, STEPS
 from vq4dit.pipelines.inspect import SizePrediction
 from vq4dit.progress import Event
-from vq4dit.recipes.fisher import TOKENS as SENSITIVITY_TOKENS
-from vq4dit.recipes.fisher import TOKENS_OF_LARGE as SENSITIVITY_TOKENS_OF_LARGE
-from vq4dit.recipes.fisher import TOKENS_TOGETHER
 from vq4dit.recipes.gptq import block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
-from vq4dit.recipes.layerwise import TOKENS as FIT_TOKENS
-from vq4dit.recipes.layerwise import TOKENS_OF_LARGE as FIT_TOKENS_OF_LARGE
 
 Device = Literal["cpu", "gpu"]
 
@@ -40,8 +35,11 @@ BASE_BYTES = 500_000_000  # of Python and torch
 # Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
 SECONDS_PER_COLUMN = 9e-5
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
-WALK_OPERATIONS = 10  # per weight and token of the walk: teacher, then student behind every group, second moments; rates first
-SENSITIVITY_OPERATIONS = 8  # the same: forward, forward and backward (of later steps more), products of gradients
+# Per weight and token of a trajectory:
+SENSITIVITY_OPERATIONS = 8  # forward, forward and backward (of later steps more), products of gradients
+RECORDING_OPERATIONS = 2  # forward
+RATE_OPERATIONS = 2  # forward, second moments, of half the steps
+FIT_OPERATIONS = 6  # teacher, then student behind every group, second moments
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
@@ -86,17 +84,19 @@ def estimate(
     disk = prediction.file_bytes + 8 * sum(subvectors)
     if settings.recipe == "best":
         large = parameters >= LARGE
-        walked = WALK_OPERATIONS * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS)
-        felt = SENSITIVITY_OPERATIONS * (SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS)
+        config = settings.entropy_coding.of_large() if large else settings.entropy_coding
         blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in prediction.layers]
         calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
         fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
-        stages["fit"] = fitted + weights * (walked + felt) / operations
+        stages["sensitivity"] = weights * SENSITIVITY_OPERATIONS * config.sensitivity_tokens / operations
+        stages["trajectories"] = weights * RECORDING_OPERATIONS * config.tokens / operations
+        stages["bits"] = weights * RATE_OPERATIONS * config.tokens / operations
+        stages["fit"] = fitted + weights * FIT_OPERATIONS * config.tokens / operations
         coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
-        together = min(SENSITIVITY_TOKENS_OF_LARGE if large else SENSITIVITY_TOKENS, TOKENS_TOGETHER)
+        together = min(config.sensitivity_tokens, config.sensitivity_tokens_together)
         step_tokens = max(2 * tokens, together / STEPS)  # one trajectory at least
         held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in prediction.layers)  # to go back
-        seen = 3 * (FIT_TOKENS_OF_LARGE if large else FIT_TOKENS) * max(layer.columns for layer in prediction.layers)
+        seen = 3 * config.tokens * max(layer.columns for layer in prediction.layers)
         memory += int(4 * (step_tokens * held_width + seen)) + 12 * coupled
         disk += 4 * weights + 4 * coupled
     if settings.recipe == "paper":

@@ -18,6 +18,7 @@ Layers that see no tokens know by their inputs which step it is, so for them it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import product
@@ -28,6 +29,7 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact
 from vq4dit.models.zero_data import (
     ROUNDS,
@@ -42,11 +44,6 @@ from vq4dit.models.zero_data import (
 )
 from vq4dit.surroundings import evaluating
 
-TOKENS = 81920  # of all walks
-TOKENS_OF_LARGE = 10240  # a diagonal is known sooner
-TOKENS_TOGETHER = 40960  # of one walk: its activations fill the memory
-PROBES = (1,) * 4 + (2,) * 3 + (4,) * 3  # random v of each step
-
 
 class Sensitivities(NamedTuple):
     """How much errors in the outputs of layers matter, by the layers' names."""
@@ -60,9 +57,13 @@ def output_sensitivities(
     names: Sequence[str],
     guidance_scale: float,
     generator: torch.Generator,
+    config: EntropyCodingConfig,
     on_step: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
-    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image."""
+    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image.
+
+    Calls `on_step` after each of `num_steps` denoising steps.
+    """
     large = is_large(pipeline.transformer)
     found: dict[str, Tensor] = {}
     steps: dict[str, dict[int, Tensor]] = {}
@@ -83,16 +84,22 @@ def output_sensitivities(
         names,
         add,
         generator,
-        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if large else TOKENS, STEPS),
-        together=num_trajectories_for(pipeline, TOKENS_TOGETHER, STEPS),
+        num_trajectories=num_trajectories_for(pipeline, config.sensitivity_tokens, STEPS),
+        together=num_trajectories_for(pipeline, config.sensitivity_tokens_together, STEPS),
         rounds=ROUNDS,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         compared_scales=(1.0, guidance_scale),  # the plain prediction, and what tells a class from none
         on_step=on_step,
-        probes=(1,) if large else PROBES,
+        probes=config.probes,
     )
     return Sensitivities(_known(found), {name: _known_steps(of) for name, of in steps.items()})
+
+
+def num_steps(pipeline: DiTPipeline, config: EntropyCodingConfig) -> int:
+    """Denoising steps that `output_sensitivities` takes gradients of: each of a trajectory in one round or another."""
+    trajectories = num_trajectories_for(pipeline, config.sensitivity_tokens, STEPS)
+    return STEPS * math.ceil(trajectories / num_trajectories_for(pipeline, config.sensitivity_tokens_together, STEPS))
 
 
 class Probe(NamedTuple):

@@ -24,17 +24,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from vq4dit.config import EntropyCodingConfig
 from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
-COUPLING_DAMPING = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each of them costs
 LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
 BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
 FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
-BEAM = 32  # roundings kept for each row
 FILLED = 0.9  # of what a file's integers can be, by weights as they are: corrections need the rest
 
 
@@ -89,20 +87,23 @@ class ErrorFeedback:
     Args:
         second_moments: H of the inputs.
         sensitivity: B of the outputs, or its diagonal: then no row corrects another.
+        config: how much both are damped, and how many roundings are kept.
     """
 
     def __init__(
         self,
         second_moments: Float[Tensor, "columns columns"],
         sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+        config: EntropyCodingConfig,
     ):
-        self.columns = Correction(damp(second_moments))
+        self.beam = config.beam
+        self.columns = Correction(damp(second_moments, config.damping))
         self.column_cost = self.columns.costs()
         self.rows: Correction | None = None
         self.block_rows = len(sensitivity)
         if sensitivity.ndim == 2:
             self.block_rows = block_rows(len(sensitivity))
-            self.rows = Correction(damp_coupling(sensitivity))
+            self.rows = Correction(damp_coupling(sensitivity, config.coupling_damping))
             self.row_cost = self.rows.costs(self.block_rows)
         else:
             self.row_cost = sensitivity + LEAST_SENSITIVITY * sensitivity.mean().clamp(min=1e-12)
@@ -129,9 +130,10 @@ class ErrorFeedback:
         weight: Float[Tensor, "rows columns"],
         row_scale: Float[Tensor, " rows"],
         column_scale: Float[Tensor, " columns"],
-        beam: int = BEAM,
+        beam: int | None = None,
     ) -> Integer[Tensor, "rows columns"]:
-        """The integers, by feedback over both sides."""
+        """The integers, by feedback over both sides; of `beam` roundings of a row, or as many as the config says."""
+        beam = self.beam if beam is None else beam
         column_order = self.columns.order
         row_order = self.rows.order if self.rows else torch.arange(len(weight), device=weight.device)
         remaining = weight.float()[row_order][:, column_order]
@@ -195,31 +197,30 @@ def quantize_weight(
     second_moments: Float[Tensor, "columns columns"],
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     bits: float,
-    *,
-    beam: int = BEAM,
+    config: EntropyCodingConfig,
 ) -> QuantizedWeight:
     """Round a weight to integers that take about `bits` bits together, so that tr(B E H Eᵀ) is small.
 
     The step that the rate curve asks for is tried by rounding to the nearest; the curve is then off by a factor that is known.
     """
     weight = weight.float()
-    feedback = ErrorFeedback(second_moments, sensitivity)
+    feedback = ErrorFeedback(second_moments, sensitivity, config)
     curve = feedback.rate_curve(weight)
     bits = max(bits, 0.0)
     row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits))
     tried = feedback.round(weight, row_scale, column_scale, beam=1)
     taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()
     row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits * bits / max(taken, 1e-9)))
-    return QuantizedWeight(feedback.round(weight, row_scale, column_scale, beam), row_scale, column_scale)
+    return QuantizedWeight(feedback.round(weight, row_scale, column_scale), row_scale, column_scale)
 
 
-def damp(second_moments: Float[Tensor, "n n"], damping: float = DAMPING) -> Float[Tensor, "n n"]:
+def damp(second_moments: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """H + λ mean(diag H) I."""
     diagonal = second_moments.diagonal().mean().clamp(min=1e-12)  # if all inputs were zero, all directions count the same
     identity = torch.eye(len(second_moments), dtype=second_moments.dtype, device=second_moments.device)
     return second_moments + damping * diagonal * identity
 
 
-def damp_coupling(sensitivity: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def damp_coupling(sensitivity: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """B + λ diag(B), and a little for rows that seem not to matter at all."""
-    return damp(sensitivity + COUPLING_DAMPING * torch.diag(sensitivity.diagonal()), LEAST_SENSITIVITY)
+    return damp(sensitivity + damping * torch.diag(sensitivity.diagonal()), LEAST_SENSITIVITY)

@@ -28,17 +28,13 @@ from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact, exact_device
 from vq4dit.models.blocks import named_blocks
-from vq4dit.models.zero_data import STEPS, BlockCall, is_large, num_trajectories_for, record_block_calls
+from vq4dit.models.zero_data import STEPS, BlockCall, num_trajectories_for, record_block_calls
 from vq4dit.recipes.bit_allocation import RateCurve
-from vq4dit.recipes.gptq import BEAM, ErrorFeedback, QuantizedWeight, damp, quantize_weight
+from vq4dit.recipes.gptq import ErrorFeedback, QuantizedWeight, damp, quantize_weight
 from vq4dit.surroundings import evaluating
-
-PREFIX_CORRECTION = 0.5  # α
-TOKENS = 61440  # of the walk, all latents together: 60 for every input of a layer of 1,024
-TOKENS_OF_LARGE = 20480  # the error is about a tenth higher, the walk three times shorter
-BEAM_OF_LARGE = 1  # roundings kept for each row: more would take ten times as long
 
 
 class InputStatistics(NamedTuple):
@@ -66,13 +62,17 @@ class LayerGroup(NamedTuple):
 
 
 def calibration_walk(
-    pipeline: DiTPipeline, guidance_scale: float, generator: torch.Generator, on_step: Callable[[], None] = lambda: None
+    pipeline: DiTPipeline,
+    guidance_scale: float,
+    generator: torch.Generator,
+    config: EntropyCodingConfig,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[BlockCall]:
-    """A walk of about `TOKENS` tokens, as many trajectories as that takes; calls `on_step` after each of its steps."""
+    """As many trajectories as show about `config.tokens` tokens; calls `on_step` after each of their `STEPS` steps."""
     return record_block_calls(
         pipeline,
         generator,
-        num_trajectories=num_trajectories_for(pipeline, TOKENS_OF_LARGE if is_large(pipeline.transformer) else TOKENS, STEPS),
+        num_trajectories=num_trajectories_for(pipeline, config.tokens, STEPS),
         guidance_scale=guidance_scale,
         num_inference_steps=STEPS,
         on_step=on_step,
@@ -123,13 +123,16 @@ def _group_statistics(
 
 
 def rate_curve(
-    linear: nn.Linear, statistics: InputStatistics, sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"]
+    linear: nn.Linear,
+    statistics: InputStatistics,
+    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    config: EntropyCodingConfig,
 ) -> RateCurve:
     """How many bits this linear takes at each cost of an error."""
     device = exact_device(linear.weight.device)  # that of all error feedback
     statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
     moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
-    return ErrorFeedback(moments, sensitivity.to(device)).rate_curve(weight)
+    return ErrorFeedback(moments, sensitivity.to(device), config).rate_curve(weight)
 
 
 def fit_layer(
@@ -137,7 +140,7 @@ def fit_layer(
     statistics: InputStatistics,
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     bits: float,
-    beam: int = BEAM,
+    config: EntropyCodingConfig,
 ) -> tuple[QuantizedWeight, Float[Tensor, " rows"] | None]:
     """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none).
 
@@ -148,9 +151,9 @@ def fit_layer(
     device = exact_device(linear.weight.device)
     statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
     moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
-    correction = torch.linalg.solve(damp(moments), (weight @ drift).T).T
-    corrected = weight + PREFIX_CORRECTION * correction
-    quantized = quantize_weight(corrected, moments, sensitivity.to(device), bits, beam=beam)
+    correction = torch.linalg.solve(damp(moments, config.damping), (weight @ drift).T).T
+    corrected = weight + config.input_correction * correction
+    quantized = quantize_weight(corrected, moments, sensitivity.to(device), bits, config)
     if linear.bias is None:
         return quantized, None
     mean_error = weight @ statistics.teacher_mean - quantized.weight() @ statistics.student_mean

@@ -11,38 +11,35 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from vq4dit.config import QuantizationSettings, VQ4DiTConfig, check_settings
+from vq4dit.config import QuantizationSettings, Recipe, VQ4DiTConfig, check_settings
 from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers.codebook import nearest_codewords, split_subvectors
 from vq4dit.layers.entropy_coded import coded_layers
-from vq4dit.layers.vector import VQLinear
 from vq4dit.models.adapters import adapter_layers, adapter_names
 from vq4dit.models.blocks import equal_embedders, find_targets
-from vq4dit.models.student import rest_dtype, student_with
+from vq4dit.models.student import rest_dtype
 from vq4dit.models.zero_data import check_supported
 from vq4dit.pipelines.provenance import made_by
 from vq4dit.pipelines.quantizer import attach
-from vq4dit.progress import OnProgress, Progress, ignore
-from vq4dit.randomness import named_generator
-from vq4dit.recipes.calibration import Calibration
-from vq4dit.recipes.entropy_coded import quantize_best
-from vq4dit.recipes.kmeans import fit_codebook
-from vq4dit.recipes.soft_layers import SoftVQLinear, start_logits
+from vq4dit.progress import OnProgress, ignore
+from vq4dit.recipes.entropy_coded import entropy_coded_stages
+from vq4dit.recipes.stages import Stages, run_stages
+from vq4dit.recipes.vector_quantized import kmeans_stages, paper_stages
 from vq4dit.surroundings import ordinary_torch, with_gradients
 
-CHECKPOINT_SECONDS = 15.0
-CHECKPOINT_SHARE = 0.1  # at most this part of the time goes into writing checkpoints
 FINITE_CHUNK = 2**22  # values looked at in one go
-WRITE_BYTES_PER_SECOND = 2e8  # a guess, until the first checkpoint tells
+RECIPES: dict[Recipe, Callable[[Any, dict[str, nn.Linear], QuantizationSettings], Stages]] = {
+    "kmeans": kmeans_stages,
+    "paper": paper_stages,
+    "best": entropy_coded_stages,
+}
 
 
 @ordinary_torch()
@@ -72,25 +69,11 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
     Returns:
         The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
     """
-    budget = TimeBudget(seconds)
     pipeline = with_gradients(pipeline)
     targets = check(pipeline, job.settings)
-    if job.settings.recipe == "best":
-        student = quantize_best(job, pipeline, targets, budget, on_progress)
-        return None if student is None else _finish(pipeline, student, job)
-    if not _cluster(job, targets, budget, on_progress):
-        return None
-    if job.settings.recipe == "kmeans":
-        hardened = {name: _clustered_layer(job, name, linear) for name, linear in targets.items()}
-        return _finish(pipeline, student_with(pipeline.transformer, hardened), job)
-    soft = {name: _soft_layer(job, name, linear) for name, linear in targets.items()}
-    student = student_with(pipeline.transformer, soft)
-    with torch.enable_grad():
-        if not calibrate(job, pipeline, student, budget, on_progress):
-            return None
-    for name, layer in soft.items():
-        student.set_submodule(name, layer.harden(targets[name].weight.dtype))
-    return _finish(pipeline, student, job)
+    stages = RECIPES[job.settings.recipe](pipeline, targets, job.settings)
+    student = run_stages(job, stages, TimeBudget(seconds), on_progress)
+    return None if student is None else _finish(pipeline, student, job)
 
 
 @ordinary_torch()
@@ -175,76 +158,6 @@ def _is_finite(values: Tensor) -> bool:
 def _is_like(part: Any, transformer: nn.Module) -> bool:
     """Whether another part is a transformer as well, of the same class: the second stage of a model of two, say."""
     return isinstance(part, nn.Module) and type(part) is type(transformer)
-
-
-def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:
-    return split_subvectors(linear.weight.detach().float(), dim)
-
-
-def _cluster(job: Job, targets: dict[str, nn.Linear], budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """Fit a codebook and find the candidates of every layer that has no piece yet; False if time ran out."""
-    settings = job.settings
-    count = 1 if settings.recipe == "kmeans" else settings.calibration.num_candidates
-    slowest = 0.0
-    for done, (name, linear) in enumerate(targets.items()):
-        if not job.has(f"layers/{name}"):
-            if slowest and not budget.allows(2 * slowest):  # every slice clusters at least one layer
-                return False
-            started = time.monotonic()
-            subvectors = subvectors_of(linear, settings.subvector_dim)
-            codebook = fit_codebook(subvectors, settings.num_codewords, generator=named_generator(settings.seed, name))
-            _, candidates = nearest_codewords(subvectors, codebook, count)
-            job.write(f"layers/{name}", {"codebook": codebook, "candidates": candidates})
-            slowest = max(slowest, time.monotonic() - started)
-        on_progress(Progress("cluster", done + 1, len(targets)))
-    return True
-
-
-def _piece(job: Job, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    piece = job.read(f"layers/{name}")
-    return piece["codebook"].to(linear.weight.device), piece["candidates"].to(linear.weight.device)
-
-
-def _clustered_layer(job: Job, name: str, linear: nn.Linear) -> VQLinear:
-    codebook, candidates = _piece(job, name, linear)
-    shape = (linear.out_features, linear.in_features)
-    return VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=linear.weight.dtype)
-
-
-def _soft_layer(job: Job, name: str, linear: nn.Linear) -> SoftVQLinear:
-    codebook, candidates = _piece(job, name, linear)
-    subvectors = subvectors_of(linear, job.settings.subvector_dim)
-    logits = start_logits(subvectors, codebook, candidates, job.settings.calibration.ratio_start)
-    return SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
-
-
-def calibrate(job: Job, pipeline: Any, student: nn.Module, budget: TimeBudget, on_progress: OnProgress) -> bool:
-    """`paper`: calibrate from the newest checkpoint to the end, with a checkpoint now and then; False if time ran out first."""
-    config = job.settings.calibration
-    calibration = Calibration(pipeline, student, config, named_generator(job.settings.seed, "zero data"))
-    if job.has("calibration"):
-        calibration.restore(job.read("calibration"))
-    step_seconds = 0.0
-    write_seconds = sum(tensor.nbytes for tensor in calibration.tensors().values()) / WRITE_BYTES_PER_SECOND
-    first_step = calibration.step
-    written = time.monotonic()
-    while calibration.step < config.steps:
-        started = time.monotonic()
-        moved_on = calibration.step > first_step  # every slice makes at least one step, else a job might never end
-        if moved_on and not budget.allows(2 * step_seconds + 2 * write_seconds):
-            job.write("calibration", calibration.tensors())
-            return False
-        metrics = calibration.advance()
-        step_seconds = time.monotonic() - started
-        on_progress(Progress("calibrate", calibration.step, config.steps, metrics))
-        if time.monotonic() - written > max(CHECKPOINT_SECONDS, write_seconds / CHECKPOINT_SHARE):
-            started = time.monotonic()
-            job.write("calibration", calibration.tensors())
-            written = time.monotonic()
-            write_seconds = written - started
-    if calibration.step > first_step:  # what comes after it can be stopped too
-        job.write("calibration", calibration.tensors())
-    return True
 
 
 def _finish(pipeline: Any, student: Any, job: Job) -> Any:

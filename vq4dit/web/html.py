@@ -23,6 +23,9 @@ LOG_LINES = 60
 STAGES = {
     "cluster": "Fitting codebooks",
     "calibrate": "Calibrating",
+    "sensitivity": "Measuring what matters",
+    "trajectories": "Recording trajectories",
+    "bits": "Allocating bits",
     "fit": "Fitting layer by layer",
     "sample": "Drawing",
     "measure": "Measuring",
