@@ -11,18 +11,18 @@ import pytest
 import reference_decoder as reference
 import torch
 from coded_models import save_mixed, separable_integers
-from conftest import new_pipeline, new_transformer, quick_settings
 from diffusers import DiTTransformer2DModel
+from tiny import new_pipeline, new_transformer, quick_settings
 
 import vq4dit
-from vq4dit.coded_layers import step_size
-from vq4dit.diffusers_quantizer import packed_layers
-from vq4dit.dit import named_blocks
-from vq4dit.entropy_coding import Sides, decode, encode
 from vq4dit.errors import FormatError
+from vq4dit.layers.ans import Sides, decode, encode
+from vq4dit.layers.entropy_coded import step_size
+from vq4dit.models.blocks import named_blocks
+from vq4dit.pipelines.quantizer import packed_layers
 
 FORMAT = " ".join((Path(vq4dit.__file__).parent / "layers" / "FORMAT.md").read_text(encoding="utf-8").split())
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXAMPLE = bytes.fromhex("2d1578610cbe823213000000")
 EXAMPLE_MODELS = [[120, 38], [18, 38], [128, 41], [15, 30]]
 
