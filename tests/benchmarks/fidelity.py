@@ -1,4 +1,4 @@
-"""What every method costs in quality: the README's table, its plot, and how the default holds up elsewhere.
+"""What every method costs in quality: the table in README.md beside this file, its plot, how the default holds up elsewhere.
 
     python tests/benchmarks/fidelity.py [--model assets/emoji-dit] [--work DIR] [--seeds 0 1 2] [--only NAME ...] [--plot PNG]
     python tests/benchmarks/fidelity.py --transfer "best, 2 bits"      # unseen guidance, step counts, scheduler

@@ -21,7 +21,7 @@ from vq4dit.layers.codebook import nearest_codewords
 from vq4dit.models.blocks import find_targets
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.recipes import kmeans
-from vq4dit.recipes.quantize import subvectors_of
+from vq4dit.recipes.vector_quantized import subvectors_of
 
 ITERATIONS = 15
 SEEDS = (0, 1)

@@ -83,7 +83,7 @@ if sys.argv[2] == "deaf":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 raise_once()
 raise_at_the_end()
-from vq4dit import cli
+from vq4dit.cli import main as cli
 def write(args):
     from vq4dit.disk.folders import whole_folder
     with whole_folder(Path(sys.argv[1]), False, "index") as new:

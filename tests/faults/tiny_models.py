@@ -24,7 +24,8 @@ from tiny import new_pipeline
 from torch import nn
 
 import vq4dit
-from vq4dit.cli.main import build_parser, main, settings_of
+from vq4dit.cli.main import build_parser, main
+from vq4dit.cli.quantize import settings_of
 from vq4dit.hub.model_card import Base, model_card, read_report
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.pipelines.quantizer import packed_layers

@@ -21,7 +21,7 @@ GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
 def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
-    """README's description of the format, in numpy."""
+    """FORMAT.md's description of the format, in numpy."""
     codebook = tensors[f"{name}.codebook"]  # (k, d) fp16
     k, d = codebook.shape
     bits = max(1, int(k - 1).bit_length())
@@ -36,7 +36,7 @@ def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -
 
 @cache
 def starts(level: int) -> np.ndarray:
-    """README's c(0) ... c(2047) of a sum of levels."""
+    """FORMAT.md's c(0) ... c(2047) of a sum of levels."""
     spread = 2 ** ((level - 32) / 4) * 2**0.5
     u = [max(1, round(2**24 * (erfc((z - 0.5) / spread) - erfc((z + 0.5) / spread)) / 2)) for z in range(1, 1024)]
     below = np.cumsum([0, *u[::-1], 2**24 - 2 * sum(u), *u])[:-1]

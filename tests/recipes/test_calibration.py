@@ -10,8 +10,9 @@ from vq4dit.models.student import student_with
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.calibration import Calibration, block_loss, ratio_loss
 from vq4dit.recipes.kmeans import fit_codebook
-from vq4dit.recipes.quantize import check, subvectors_of
+from vq4dit.recipes.quantize import check
 from vq4dit.recipes.soft_layers import SoftVQLinear, start_logits
+from vq4dit.recipes.vector_quantized import subvectors_of
 
 
 def new_calibration(pipeline, settings) -> Calibration:

@@ -31,7 +31,7 @@ def test_calibration_costs_more_than_codebooks_and_steps_cost_seconds(card):
 
 
 def test_the_default_recipe_takes_here_about_what_is_said(card, monkeypatch):
-    """README: 510 s at 2 bits on one thread, beside other work."""
+    """Measured: 510 s at 2 bits on one thread, beside other work."""
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     assert 510 / 2 < cost(card, recipe="best").seconds < 510 * 2
 

@@ -17,7 +17,7 @@ import torch
 from tiny import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit.recipes import quantize as quantization
+from vq4dit.recipes import stages
 
 
 def die_at(moment: int) -> None:
@@ -39,8 +39,8 @@ def die_at(moment: int) -> None:
 def main() -> None:
     folder, output, recipe = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
-    quantization.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
-    quantization.CHECKPOINT_SHARE = 1e9
+    stages.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
+    stages.CHECKPOINT_SHARE = 1e9
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -17,7 +17,7 @@ from vq4dit.disk.space import check_space
 from vq4dit.evaluation.compare import KINDS, check_comparison_output, write_comparison
 from vq4dit.evaluation.layer_errors import check_comparable, layer_noise_errors
 from vq4dit.evaluation.metrics import Comparison, compare, image_bytes, label_ids
-from vq4dit.models.zero_data import num_classes
+from vq4dit.models.zero_data import check_supported, num_classes
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.pipelines.quantizer import decode_mode
@@ -38,6 +38,7 @@ def compare_command(args: argparse.Namespace) -> Report:
     check_comparison_output(args.output, args.overwrite)
     with decode_mode(args.decode):
         original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
+    check_supported(original)
     check_comparable(original, quantized)
     if args.labels:
         labels = label_ids(original, args.labels)

@@ -28,6 +28,7 @@ from vq4dit.memory import is_out_of_memory, peak_memory
 from vq4dit.models.zero_data import (
     NULL_CLASS,
     TeacherStep,
+    check_class_conditional,
     check_steps,
     check_supported,
     guide,
@@ -200,6 +201,7 @@ def _drawn(
 
 def check_sampling(pipeline: DiTPipeline, num_inference_steps: int, guidance_scale: float) -> None:
     """Raise `VQ4DiTError` unless a pipeline can draw with so many steps and so much guidance."""
+    check_class_conditional(pipeline)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
     check_steps(pipeline, num_inference_steps)

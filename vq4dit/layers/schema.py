@@ -1,6 +1,6 @@
 """Which tensors a packed layer has in a file, and whether they fit.
 
-The packed tensors of a layer NAME (README has them byte by byte): vector-quantized,
+The packed tensors of a layer NAME (FORMAT.md has them byte by byte): vector-quantized,
 
     NAME.codebook            fp16 (k, d)
     NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream

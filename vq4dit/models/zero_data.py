@@ -40,8 +40,8 @@ class TeacherStep(NamedTuple):
     weight: float  # what an error of its noise does to the image, see `image_weights`
 
 
-def check_supported(pipeline: Any, num_inference_steps: int = STEPS) -> None:
-    """Raise `VQ4DiTError` unless trajectories of so many steps can be made with this pipeline."""
+def check_class_conditional(pipeline: Any) -> None:
+    """Raise `UnsupportedModelError` unless this pipeline draws classes, as `DiTPipeline` does."""
     if not isinstance(pipeline, DiTPipeline):
         made_for = (
             "sampling and zero-data trajectories are made for DiTPipeline models such as facebook/DiT-XL-2-256, this is a "
@@ -51,6 +51,11 @@ def check_supported(pipeline: Any, num_inference_steps: int = STEPS) -> None:
             f"{made_for}; only quantizing with --recipe kmeans needs none",
             page=f"{made_for}: choose the recipe kmeans, which needs none",
         )
+
+
+def check_supported(pipeline: Any, num_inference_steps: int = STEPS) -> None:
+    """Raise `VQ4DiTError` unless trajectories of so many steps can be made with this pipeline."""
+    check_class_conditional(pipeline)
     scheduler = pipeline.scheduler
     if not hasattr(scheduler, "alphas_cumprod"):
         made_by = (

@@ -134,7 +134,7 @@ class BitBudget:
         """What a layer's integers may take."""
         return self.promised[name] * max(self.bits_left, 0) / max(self.promised_left, 1e-9)
 
-    def spend(self, name: str, bits: float) -> None:
+    def spend(self, name: str, bits: int) -> None:
         """A layer has taken so many."""
         self.bits_left -= bits
         self.promised_left -= self.promised.get(name, 0.0)
