@@ -244,4 +244,5 @@ class QuantizationSettings:
 def _known(config: type, values: dict[str, Any]) -> Any:
     """A config of those values that it has entries for: earlier versions had others."""
     names = {entry.name for entry in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    of_json = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return config(**{name: value for name, value in of_json.items() if name in names})

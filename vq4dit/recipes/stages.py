@@ -142,11 +142,12 @@ class _Ticks:
     """Tells a piece's own steps; the last one is told when the piece is on disk and in use."""
 
     def __init__(self, stage: Stage, done: int, count: int, on_progress: OnProgress):
-        self.stage, self.done, self.last, self.on_progress = stage, done, done + count - 1, on_progress
+        self.stage, self.done, self.end, self.on_progress = stage, done, done + count, on_progress
 
     def __call__(self) -> None:
-        self.done = min(self.done + 1, self.last)
-        self.on_progress(Progress(self.stage.name, self.done, self.stage.total))
+        self.done += 1
+        if self.done < self.end:
+            self.on_progress(Progress(self.stage.name, self.done, self.stage.total))
 
 
 def _learn(job: Job, stage: Learning, pace: Pace, on_progress: OnProgress) -> bool:
