@@ -1,0 +1,5 @@
+"""Where `inspect` was found before there were packages; it is `vq4dit/pipelines/inspect.py` now. Goes with the next version."""
+
+from vq4dit.pipelines.inspect import inspect
+
+__all__ = ["inspect"]
