@@ -18,7 +18,8 @@ from tiny import new_pipeline, new_transformer
 
 from vq4dit import CalibrationConfig, Job, QuantizationSettings
 from vq4dit.cli import sample as sampling
-from vq4dit.cli.main import main
+from vq4dit.cli.main import build_parser, main
+from vq4dit.cli.quantize import settings_of
 from vq4dit.disk import folders
 from vq4dit.evaluation import compare as comparisons
 
@@ -514,6 +515,11 @@ def test_an_option_that_the_recipe_would_not_heed_is_refused(tmp_path, model_fol
     heeding = "best" if recipe == "paper" else "paper"
     assert f"{option[0]} belongs to the recipe {heeding}, and the recipe is {recipe}" in said and f"--recipe {heeding}" in said
     assert not (tmp_path / "q.job").exists()
+
+
+def test_tokens_that_are_asked_for_are_those_of_a_large_model_too():
+    chosen = settings_of(build_parser().parse_args(["quantize", "m", "--output", "q", "--tokens", "640"])).entropy_coding
+    assert chosen.tokens == chosen.of_large().tokens == 640
 
 
 def test_ctrl_c_leaves_no_half_written_result_and_resume_finishes(tmp_path, model_folder):

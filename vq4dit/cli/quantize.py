@@ -148,6 +148,8 @@ def settings_of(args: argparse.Namespace) -> QuantizationSettings:
                 f"{option} belongs to the recipe {recipe}, and the recipe is {args.recipe}: leave it out, or add --recipe "
                 f"{recipe}"
             )
+    if "tokens" in chosen["best"]:  # asked for by a person, so of a large model too
+        chosen["best"]["tokens_of_large"] = chosen["best"]["tokens"]
     return QuantizationSettings(
         bits=args.bits,
         recipe=args.recipe,
