@@ -1,4 +1,4 @@
-"""Where `load_pipeline` was found before there were packages; it is `vq4dit/pipelines/load.py` now. Goes with the next version."""
+"""Where `load_pipeline` was found before there were packages: `vq4dit/pipelines/load.py` now. Goes with the next version."""
 
 from vq4dit.pipelines.load import load_pipeline
 
