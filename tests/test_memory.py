@@ -8,7 +8,8 @@ import torch
 from tiny import new_pipeline
 
 from vq4dit import memory
-from vq4dit.cli import main as cli
+from vq4dit.cli import quantize as quantize_cli
+from vq4dit.cli.main import main
 from vq4dit.errors import VQ4DiTError
 from vq4dit.memory import available_memory, check_memory, is_out_of_memory
 from vq4dit.pipelines.load import load_pipeline
@@ -20,8 +21,8 @@ def little(monkeypatch):
 
 
 def test_quantizing_is_refused_with_both_numbers(little, model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
-    assert cli.main(["quantize", model_folder, "--output", str(tmp_path / "out"), "--recipe", "kmeans"]) == 1
+    monkeypatch.setattr(quantize_cli, "load_pipeline", lambda *a, **k: pytest.fail("weights were read"))
+    assert main(["quantize", model_folder, "--output", str(tmp_path / "out"), "--recipe", "kmeans"]) == 1
     told = capsys.readouterr().err
     assert "takes about 502" in told.replace("\n", " ") or "takes about 50" in told
     assert "10.0 MB are free here: close other programs" in told and not list(tmp_path.iterdir())
@@ -54,8 +55,8 @@ def test_an_allocators_refusal_is_one_paragraph(error, model_folder, tmp_path, c
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(cli, "load_pipeline", fail)
-    assert cli.main(["quantize", model_folder, "--output", str(tmp_path / "out"), "--recipe", "kmeans"]) == 1
+    monkeypatch.setattr(quantize_cli, "load_pipeline", fail)
+    assert main(["quantize", model_folder, "--output", str(tmp_path / "out"), "--recipe", "kmeans"]) == 1
     told = capsys.readouterr().err
     assert "memory is used up" in told and "Traceback" not in told
 

@@ -28,7 +28,7 @@ LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
 @contextmanager
 def processes(folder: Path, output: Path, recipe: str) -> Iterator[Callable[[int], int]]:
     """Runs of one job that die at a moment, each a process of its own; a call gives how it ended (`job_runner.py`)."""
-    environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[2])}
     command = [sys.executable, "-W", "ignore", RUNNER, folder, output, recipe]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as runner:
 

@@ -60,7 +60,7 @@ def test_many_who_only_look_all_see_that_it_is_free(tmp_path):
 
 def test_the_system_lets_go_of_a_killed_process_lock(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == "mine\n"
         assert lock(tmp_path / "lock") is None

@@ -35,7 +35,7 @@ def runner():
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | settings | {"HF_TOKEN": TOKEN, "PYTHONPATH": str(path.parents[1])},
+        env=os.environ | settings | {"HF_TOKEN": TOKEN, "PYTHONPATH": str(path.parents[2])},
     ) as process:
         assert process.stdout.readline() == "ready\n"
         yield process
