@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vq4dit
 from vq4dit.config import RECIPES
+from vq4dit.evaluation.images import sample
 from vq4dit.evaluation.layer_errors import layer_noise_errors
-from vq4dit.evaluation.metrics import noise_nmse, sample
+from vq4dit.evaluation.metrics import noise_nmse
 from vq4dit.surroundings import OF_THE_PROCESS, evaluating, ordinary_torch
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)

@@ -26,7 +26,8 @@ from vq4dit.errors import (
     VQ4DiTError,
 )
 from vq4dit.layers.vector import VQLinear
-from vq4dit.pipelines.quantizer import decode_mode, dequantize, register, set_decode_mode
+from vq4dit.pipelines.decode_modes import decode_mode, set_decode_mode
+from vq4dit.pipelines.quantizer import dequantize, register
 from vq4dit.pipelines.save import save
 from vq4dit.progress import Progress
 from vq4dit.recipes.quantize import quantize, run

@@ -32,7 +32,8 @@ from torch import Tensor
 from vq4dit.config import CODEBOOKS, EntropyCodingConfig
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import fingerprint
-from vq4dit.evaluation.metrics import SamplePair, grid, label_ids, layer_errors, noise_nmse, sample
+from vq4dit.evaluation.images import SamplePair, grid, label_ids, sample
+from vq4dit.evaluation.metrics import layer_errors, noise_nmse
 from vq4dit.models.blocks import find_targets
 from vq4dit.models.student import student_with
 from vq4dit.models.zero_data import num_classes

@@ -9,7 +9,7 @@ from tiny import new_pipeline, new_transformer, quick_settings
 from vq4dit import UnsupportedModelError, quantize
 from vq4dit.evaluation.layer_errors import layer_noise_errors
 from vq4dit.evaluation.metrics import noise_nmse
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 
 @pytest.fixture

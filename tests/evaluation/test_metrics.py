@@ -8,16 +8,8 @@ from tiny import new_pipeline
 
 from vq4dit import QuantizationSettings, quantize
 from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
-from vq4dit.evaluation.metrics import (
-    SamplePair,
-    compare,
-    grid,
-    label_ids,
-    layer_errors,
-    noise_nmse,
-    predicted_noise,
-    sample,
-)
+from vq4dit.evaluation.images import SamplePair, grid, label_ids, sample
+from vq4dit.evaluation.metrics import compare, layer_errors, noise_nmse, predicted_noise
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

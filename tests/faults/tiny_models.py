@@ -26,9 +26,10 @@ from torch import nn
 import vq4dit
 from vq4dit.cli.main import build_parser, main
 from vq4dit.cli.quantize import settings_of
-from vq4dit.hub.model_card import Base, model_card, read_report
+from vq4dit.hub.base import Base
+from vq4dit.hub.model_card import model_card, read_report
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.load import load_pipeline
-from vq4dit.pipelines.quantizer import packed_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

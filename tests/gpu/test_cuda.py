@@ -13,10 +13,11 @@ from tiny import new_pipeline, quick_settings
 import vq4dit
 from vq4dit.cli.main import main
 from vq4dit.devices import resolve
+from vq4dit.evaluation.images import sample
 from vq4dit.evaluation.layer_errors import layer_noise_errors
-from vq4dit.evaluation.metrics import layer_errors, noise_nmse, sample
+from vq4dit.evaluation.metrics import layer_errors, noise_nmse
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.load import load_pipeline
-from vq4dit.pipelines.quantizer import packed_layers
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.kmeans import fit_codebook
 

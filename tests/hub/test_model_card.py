@@ -21,8 +21,9 @@ import vq4dit
 from vq4dit.cli.main import main
 from vq4dit.errors import FormatError, HubError, VQ4DiTError
 from vq4dit.hub.account import look_up_base
+from vq4dit.hub.base import Base, default_name, default_visibility
 from vq4dit.hub.markdown import plain
-from vq4dit.hub.model_card import Base, default_name, default_visibility, model_card, read_report, source
+from vq4dit.hub.model_card import model_card, read_report, source
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.provenance import COPIED, Origin, copied, folder_metadata, origin_of, read_origin, write_origin
 

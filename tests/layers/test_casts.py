@@ -9,7 +9,7 @@ from torch import nn
 
 import vq4dit
 from vq4dit.layers.casts import as_bytes, as_scales
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 WIDE = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16, torch.int32, torch.int64]
 NARROW = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool]

@@ -19,7 +19,7 @@ from vq4dit.errors import FormatError
 from vq4dit.evaluation.metrics import layer_errors
 from vq4dit.layers.entropy_coded import EntropyCodedLinear, nearest_step, step_size
 from vq4dit.layers.vector import VQLinear
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 ROWS, COLUMNS = 12, 40
 PACKED = {"coded_integers", "side_models"}

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.layers.vector import VQLinear
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.safetensors"
 GOLDEN_CODED = GOLDEN.with_name("v3.safetensors")

@@ -19,7 +19,7 @@ from vq4dit.errors import FormatError
 from vq4dit.layers.ans import Sides, decode, encode
 from vq4dit.layers.entropy_coded import step_size
 from vq4dit.models.blocks import named_blocks
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 FORMAT = " ".join((Path(vq4dit.__file__).parent / "layers" / "FORMAT.md").read_text(encoding="utf-8").split())
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -12,7 +12,8 @@ from tiny import new_pipeline, quick_settings
 
 import vq4dit
 from vq4dit.evaluation.compare import write_comparison
-from vq4dit.evaluation.metrics import Comparison, SamplePair
+from vq4dit.evaluation.images import SamplePair
+from vq4dit.evaluation.metrics import Comparison
 
 COMPARISON = Comparison(*[0.0] * 3, *[1] * 2, *[0.1] * 2, *[1] * 3, 4.0, 0)
 

@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler, KDPM2AncestralDiscreteScheduler
 from tiny import new_pipeline
 
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.models.zero_data import ROUNDS, check_supported, guide, image_weights, record_block_calls, teacher_steps
+from vq4dit.models.supported import check_supported
+from vq4dit.models.zero_data import ROUNDS, guide, image_weights, record_block_calls, teacher_steps
 
 
 def walk(pipeline, seed=0, steps=4, trajectories=2, guidance_scale=4.0, shown=slice(None)):

@@ -11,7 +11,7 @@ from torch import nn
 
 import vq4dit
 from vq4dit.models.adapters import adapter_layers, adapter_names
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.recipes.quantize import check
 
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)

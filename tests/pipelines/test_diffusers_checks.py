@@ -13,7 +13,7 @@ from tiny import new_pipeline, new_transformer, quick_settings
 
 import vq4dit
 from vq4dit.config import VQ4DiTConfig
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 
 both_recipes = pytest.mark.parametrize("recipe", ["kmeans", "best"])
 both_modes = pytest.mark.parametrize("mode", ["load", "forward"])

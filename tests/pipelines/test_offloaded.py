@@ -8,7 +8,7 @@ from tiny import new_pipeline, quick_settings
 
 import vq4dit
 from vq4dit.pipelines import quantizer as diffusers_quantizer
-from vq4dit.pipelines.quantizer import Room, packed_layers
+from vq4dit.pipelines.decode_modes import Room, packed_layers
 
 PLACES = {"pos_embed": "cpu", "transformer_blocks.0": "cpu", "transformer_blocks.1": "cpu", "proj_out_1": "cpu"}
 PLACES |= {"proj_out_2": "cpu"}

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import vq4dit
 from vq4dit.errors import FormatError
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.load import load_pipeline
-from vq4dit.pipelines.quantizer import check_size, packed_layers
+from vq4dit.pipelines.quantizer import check_size
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn1.to_q"
@@ -47,7 +48,7 @@ def test_both_decode_modes_give_the_same_output(quantized_folder, one_step_input
 
 def test_auto_decodes_only_if_memory_allows(quantized_folder, monkeypatch):
     assert decoded_bytes(load(quantized_folder)) > 0
-    monkeypatch.setattr("vq4dit.pipelines.quantizer.available_memory", lambda device: 1000)
+    monkeypatch.setattr("vq4dit.pipelines.decode_modes.available_memory", lambda device: 1000)
     assert decoded_bytes(load(quantized_folder)) == 0
 
 

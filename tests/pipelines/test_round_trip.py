@@ -12,8 +12,8 @@ from tiny import new_pipeline, quick_settings
 
 import vq4dit
 from vq4dit.config import RECIPES
-from vq4dit.evaluation.metrics import sample
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.evaluation.images import sample
+from vq4dit.pipelines.decode_modes import packed_layers
 
 LEARNED = pytest.mark.parametrize("recipe", ["paper", "best"])
 

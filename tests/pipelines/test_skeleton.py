@@ -12,7 +12,7 @@ from tiny import new_transformer
 
 from vq4dit.cli.main import main
 from vq4dit.errors import FormatError, UnsupportedModelError
-from vq4dit.models.zero_data import check_supported
+from vq4dit.models.supported import check_supported
 from vq4dit.pipelines.inspect import inspect
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.pipelines.repository import TensorHeader, Weights

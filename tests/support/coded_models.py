@@ -9,7 +9,8 @@ import vq4dit
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.layers.vector import VQLinear
-from vq4dit.pipelines.quantizer import attach, packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
+from vq4dit.pipelines.quantizer import attach
 
 
 def separable_integers(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

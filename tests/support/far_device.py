@@ -118,8 +118,9 @@ def report(recipe: str) -> dict[str, Any]:
     from tiny import new_pipeline, quick_settings
 
     import vq4dit
+    from vq4dit.evaluation.images import sample
     from vq4dit.evaluation.layer_errors import layer_noise_errors
-    from vq4dit.evaluation.metrics import layer_errors, noise_nmse, sample
+    from vq4dit.evaluation.metrics import layer_errors, noise_nmse
 
     def made(pipeline: Any) -> list[Any]:
         quantized = vq4dit.quantize(pipeline, quick_settings(recipe=recipe, calibration={"steps": 4}))

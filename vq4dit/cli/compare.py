@@ -15,12 +15,14 @@ from vq4dit.cli.options import add_sampling, chosen_device, class_names, folder_
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.disk.space import check_space
 from vq4dit.evaluation.compare import KINDS, check_comparison_output, write_comparison
+from vq4dit.evaluation.images import image_bytes, label_ids
 from vq4dit.evaluation.layer_errors import check_comparable, layer_noise_errors
-from vq4dit.evaluation.metrics import Comparison, compare, image_bytes, label_ids
-from vq4dit.models.zero_data import check_supported, num_classes
+from vq4dit.evaluation.metrics import Comparison, compare
+from vq4dit.models.supported import check_supported
+from vq4dit.models.zero_data import num_classes
+from vq4dit.pipelines.decode_modes import decode_mode
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
-from vq4dit.pipelines.quantizer import decode_mode
 
 
 def add_compare_arguments(sub: argparse.ArgumentParser) -> None:

@@ -19,9 +19,10 @@ from vq4dit.disk.files import told, write_atomically
 from vq4dit.errors import HubError, JobError
 from vq4dit.evaluation.compare import is_of_comparison
 from vq4dit.hub.account import look_up_base, sign_in
-from vq4dit.hub.model_card import default_name, default_visibility, model_card, read_report
+from vq4dit.hub.base import default_name, default_visibility
+from vq4dit.hub.model_card import model_card, read_report
 from vq4dit.hub.push import Existing, Pushed, Target, push, same_image
-from vq4dit.models.zero_data import check_class_conditional
+from vq4dit.models.supported import check_class_conditional
 from vq4dit.pipelines.load import check_pipeline, load_pipeline
 from vq4dit.pipelines.provenance import read_origin
 

@@ -15,10 +15,10 @@ from vq4dit.cli.terminal import Console, Report
 from vq4dit.disk.files import told
 from vq4dit.disk.space import check_space
 from vq4dit.evaluation.compare import check_picture, write_picture
-from vq4dit.evaluation.metrics import check_sampling, grid, image_bytes, label_ids, sample
-from vq4dit.models.zero_data import check_supported
+from vq4dit.evaluation.images import check_sampling, grid, image_bytes, label_ids, sample
+from vq4dit.models.supported import check_supported
+from vq4dit.pipelines.decode_modes import decode_mode
 from vq4dit.pipelines.load import load_pipeline
-from vq4dit.pipelines.quantizer import decode_mode
 
 
 def add_sample_arguments(sub: argparse.ArgumentParser) -> None:

@@ -29,7 +29,8 @@ from vq4dit.disk.files import check_place, told, write_atomically
 from vq4dit.disk.folders import check_free, sweep, whole_folder
 from vq4dit.disk.record import has_record, intact, is_own_file, recorded
 from vq4dit.errors import JobError
-from vq4dit.evaluation.metrics import Comparison, SamplePair, as_image, grid
+from vq4dit.evaluation.images import SamplePair, as_image, grid
+from vq4dit.evaluation.metrics import Comparison
 
 KINDS = ("original", "quantized", "difference")
 CHUNK = "vq4dit"  # of our pictures: their checksum

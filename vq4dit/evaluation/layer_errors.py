@@ -20,7 +20,7 @@ from torch import Tensor
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.models.zero_data import num_trajectories_for
-from vq4dit.pipelines.quantizer import packed_layers
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.fisher import Probe, probe_outputs
@@ -62,47 +62,58 @@ def layer_noise_errors(
     """
     check_comparable(original, quantized)
     original = with_gradients(original)
-    changes = {name: _change(original, name, layer) for name, layer in packed_layers(quantized.transformer).items()}
-    found = dict.fromkeys(changes, 0.0)
-    if not found:
-        return found
-    config = original.transformer.config
-    values = config.in_channels * config.sample_size**2
-    seen = 0  # steps
-
-    def add(name: str, inputs: Tensor, gradient: Tensor, _: Probe) -> None:
-        weight, bias = changes[name]
-        products = (gradient.float() * (inputs.float() @ weight.T + bias)).flatten(1).sum(1)
-        with_class, without = products.chunk(2)
-        found[name] += (with_class + without).square().sum().item() / values  # rms(ε̂) is divided by already
-
-    def count() -> None:
-        nonlocal seen
-        seen += 1
-        on_progress(Progress("measure", min(seen, total), total))
-
+    added = _Added(original, quantized)
+    if not added.found:
+        return added.found
     together = min(num_trajectories, num_trajectories_for(original, TOKENS_TOGETHER, 1))
     walks = -(-num_trajectories // together)
-    total = num_inference_steps * walks
+    steps = _Steps(num_inference_steps * walks, on_progress)
     probe_outputs(
         original,
-        list(changes),
-        add,
+        list(added.found),
+        added.listen,
         named_generator(seed, "held-out trajectories"),
         num_trajectories=num_trajectories,
         together=together,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         compared_scales=[guidance_scale],
-        on_step=count,
+        on_step=steps.count,
     )
-    images = num_trajectories * seen / walks  # as many of each step
-    errors = {name: error / images for name, error in found.items()}
+    images = num_trajectories * steps.seen / walks  # as many of each step
+    errors = {name: error / images for name, error in added.found.items()}
     if strange := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise UnsupportedModelError(
             f"what the layer {strange[0]} adds to the error is no finite number: compare without --layers"
         )
     return errors
+
+
+class _Added:
+    """What each layer adds to the squared error of the guided noise, summed over what was heard of it."""
+
+    def __init__(self, original: DiTPipeline, quantized: DiTPipeline):
+        self.changes = {name: _change(original, name, layer) for name, layer in packed_layers(quantized.transformer).items()}
+        self.found = dict.fromkeys(self.changes, 0.0)
+        config = original.transformer.config
+        self.values = config.in_channels * config.sample_size**2  # rms(ε̂) is divided by already
+
+    def listen(self, name: str, inputs: Tensor, gradient: Tensor, _: Probe) -> None:
+        weight, bias = self.changes[name]
+        products = (gradient.float() * (inputs.float() @ weight.T + bias)).flatten(1).sum(1)
+        with_class, without = products.chunk(2)
+        self.found[name] += (with_class + without).square().sum().item() / self.values
+
+
+class _Steps:
+    """Counts denoising steps, and tells them."""
+
+    def __init__(self, total: int, on_progress: OnProgress):
+        self.seen, self.total, self.on_progress = 0, total, on_progress
+
+    def count(self) -> None:
+        self.seen += 1
+        self.on_progress(Progress("measure", min(self.seen, self.total), self.total))
 
 
 def _change(original: DiTPipeline, name: str, layer: PackedLinear) -> tuple[Tensor, Tensor]:

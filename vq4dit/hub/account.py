@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from huggingface_hub import HfApi, ModelInfo, get_token
 
 from vq4dit.errors import HubError
-from vq4dit.hub.model_card import Base
+from vq4dit.hub.base import Base
 from vq4dit.pipelines.hub_errors import ask
 from vq4dit.pipelines.provenance import Origin, copied
 

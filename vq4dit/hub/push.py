@@ -25,7 +25,7 @@ from huggingface_hub import CommitOperationDelete, HfApi, ModelInfo, snapshot_do
 from huggingface_hub.utils import disable_progress_bars
 
 from vq4dit.errors import HubError
-from vq4dit.evaluation.metrics import sample
+from vq4dit.evaluation.images import sample
 from vq4dit.hub.account import Account
 from vq4dit.hub.staging import staged
 from vq4dit.hub.upload import WatchedFile, store

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from vq4dit.disk.files import write_atomically
-from vq4dit.evaluation.metrics import Comparison, SamplePair, as_image, noise_nmse, sample
+from vq4dit.evaluation.images import SamplePair, as_image, sample
+from vq4dit.evaluation.metrics import Comparison, noise_nmse
 from vq4dit.memory import peak_memory
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.progress import OnProgress, Progress

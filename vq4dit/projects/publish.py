@@ -20,9 +20,11 @@ import numpy as np
 from PIL import Image
 
 from vq4dit.disk.files import write_atomically
-from vq4dit.evaluation.metrics import Comparison, grid
+from vq4dit.evaluation.images import grid
+from vq4dit.evaluation.metrics import Comparison
 from vq4dit.hub.account import Account, look_up_base
-from vq4dit.hub.model_card import default_name, default_visibility, model_card, read_report
+from vq4dit.hub.base import default_name, default_visibility
+from vq4dit.hub.model_card import model_card, read_report
 from vq4dit.hub.push import Pushed, Target, push, same_image
 from vq4dit.pipelines.provenance import read_origin
 from vq4dit.progress import OnProgress, Progress

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiTPipeline
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact
@@ -148,17 +148,8 @@ def probe_outputs(
             output.requires_grad_()
         output.register_hook(lambda gradient: listen(name, inputs.detach(), gradient, probe))
 
-    asked = [p for p in teacher.parameters() if p.requires_grad]
-    handles = [
-        teacher.get_submodule(name).register_forward_hook(
-            lambda _, arguments, output, name=name: follow(name, arguments[0], output)
-        )
-        for name in names
-    ]
     directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    try:
-        for p in asked:
-            p.requires_grad_(False)
+    with _listening(teacher, names, follow), _without_parameter_gradients(teacher):
         for shown, first in product(range(rounds), range(0, num_trajectories, together)):
             walk = teacher_steps(
                 pipeline,
@@ -177,9 +168,33 @@ def probe_outputs(
                             v = torch.randn(noises.shape, generator=directions).to(noises.device)
                             (v * noises).sum().backward(retain_graph=probe.number + 1 < among)
                     on_step()
+
+
+@contextmanager
+def _listening(teacher: nn.Module, names: Sequence[str], listen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """For a while `listen` is told the name, the input and the output of the named linears, whenever they run."""
+    handles = [
+        teacher.get_submodule(name).register_forward_hook(
+            lambda _, arguments, output, name=name: listen(name, arguments[0], output)
+        )
+        for name in names
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """For a while no parameter takes a gradient; afterwards those do that did."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        yield
+    finally:
         for p in asked:
             p.requires_grad_(True)
 

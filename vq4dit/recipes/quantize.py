@@ -25,7 +25,7 @@ from vq4dit.layers.entropy_coded import coded_layers
 from vq4dit.models.adapters import adapter_layers, adapter_names
 from vq4dit.models.blocks import equal_embedders, find_targets
 from vq4dit.models.student import rest_dtype
-from vq4dit.models.zero_data import check_supported
+from vq4dit.models.supported import check_supported
 from vq4dit.pipelines.provenance import made_by
 from vq4dit.pipelines.quantizer import attach
 from vq4dit.progress import OnProgress, ignore
@@ -93,27 +93,7 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
             f"a {type(pipeline).__name__} has no transformer; vq4dit quantizes diffusion transformers such as "
             "facebook/DiT-XL-2-256"
         )
-    if getattr(transformer, "is_quantized", False):
-        raise UnsupportedModelError(
-            f"this model is quantized already ({pipeline.transformer.quantization_method.value}): start from the original model"
-        )
-    if attached := adapter_layers(transformer):
-        name, wrapper = next(iter(attached.items()))
-        raise UnsupportedModelError(
-            f"the adapter {', '.join(adapter_names(wrapper))} is attached to {name}: merge it (pipeline.fuse_lora and then "
-            "pipeline.unload_lora_weights, or merge_and_unload of the PEFT model) or unload it before quantizing"
-        )
-    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
-        if tensor.device.type == "meta":
-            raise UnsupportedModelError(
-                f"{name} is not in memory (the model is offloaded, or was made on the meta device): load the pipeline without "
-                "device_map and offloading, it is quantized on the device where it lies"
-            )
-        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-            raise UnsupportedModelError(
-                f"{name} is of type {tensor.dtype}, as layerwise casting stores it: quantize the model as it was loaded, in "
-                "fp32, fp16 or bf16"
-            )
+    _check_original(transformer)
     if others := [name for name, part in pipeline.components.items() if name != "transformer" and _is_like(part, transformer)]:
         raise UnsupportedModelError(
             f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
@@ -134,6 +114,30 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
                     page=f"{found}: name it under the layers to keep in 16 bit",
                 )
     return targets
+
+
+def _check_original(transformer: Any) -> None:
+    """Raise `UnsupportedModelError` unless this is a model as it was trained, whole and in memory."""
+    if getattr(transformer, "is_quantized", False):
+        method = transformer.quantization_method
+        raise UnsupportedModelError(f"this model is quantized already ({method.value}): start from the original model")
+    if attached := adapter_layers(transformer):
+        name, wrapper = next(iter(attached.items()))
+        raise UnsupportedModelError(
+            f"the adapter {', '.join(adapter_names(wrapper))} is attached to {name}: merge it (pipeline.fuse_lora and then "
+            "pipeline.unload_lora_weights, or merge_and_unload of the PEFT model) or unload it before quantizing"
+        )
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} is not in memory (the model is offloaded, or was made on the meta device): load the pipeline without "
+                "device_map and offloading, it is quantized on the device where it lies"
+            )
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise UnsupportedModelError(
+                f"{name} is of type {tensor.dtype}, as layerwise casting stores it: quantize the model as it was loaded, in "
+                "fp32, fp16 or bf16"
+            )
 
 
 def _check_finite(pipeline: Any) -> None:
