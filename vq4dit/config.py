@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral, Real
@@ -26,6 +27,21 @@ FORMAT_VERSION = 3  # the newest that is read; files of vector-quantized layers 
 CODEBOOKS: dict[int, tuple[int, int]] = {2: (256, 4), 3: (64, 2), 4: (256, 2)}
 
 Recipe = Literal["best", "paper", "kmeans"]
+CallValue = str | int | float | bool | None  # of an argument of a pipeline's call
+OWN_ARGUMENTS = frozenset(
+    {
+        "prompt",
+        "class_labels",
+        "num_inference_steps",
+        "num_images_per_prompt",
+        "num_videos_per_prompt",
+        "num_waveforms_per_prompt",
+        "generator",
+        "output_type",
+        "return_dict",
+        "self",
+    }
+)  # of calls, that vq4dit gives itself
 RECIPES: tuple[Recipe, ...] = ("best", "paper", "kmeans")
 
 
@@ -101,13 +117,12 @@ def _check_types(values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Constants of `paper`: zero-data block-wise calibration, section 3 of VQ4DiT. `best` reads the guidance scale only."""
+    """Constants of `paper`: zero-data block-wise calibration, section 3 of VQ4DiT."""
 
     num_candidates: int = 2  # n; the paper's best trade
     ratio_start: Literal["uniform", "distance"] = "distance"  # r ∝ 1/distance (released) or r = 1/n (paper; far worse here)
     steps: int = 800  # updates; one per timestep of a trajectory
     num_trajectories: int = 4  # of random classes, trajectories side by side; guidance doubles the batch (released: 8)
-    guidance_scale: float = 4.0  # released
     num_inference_steps: int = 50  # released
     logits_learning_rate: float = 5e-3  # RMSprop, constant (released: 5e-2, a random walk here)
     codebook_learning_rate: float = 1e-4  # released; codebooks and biases
@@ -186,6 +201,25 @@ def _check_numbers(settings: Any) -> None:
             object.__setattr__(settings, entry.name, float(value))
 
 
+def call_items(call: Any) -> tuple[tuple[str, CallValue], ...]:
+    """Arguments of a pipeline's call in the order of their names.
+
+    Raises:
+        ValueError: if one is no text, number, truth value or None.
+    """
+    try:
+        items = dict(call)
+    except (TypeError, ValueError):
+        raise ValueError(f'call must be arguments by name, such as {{"guidance_scale": 4.0}}, got {call!r:.60}') from None
+    for name, value in items.items():
+        simple = value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+        if not isinstance(name, str) or not name.isidentifier() or not simple:
+            raise ValueError(f"call takes names and texts, finite numbers, true, false or none, got {name!r:.60}={value!r:.60}")
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"call must leave {name} to vq4dit, which has prompts, seeds, steps and numbers of its own")
+    return tuple(sorted(items.items()))
+
+
 def check_settings(settings: Any) -> None:
     """Raise `ValueError` unless these are settings: a dict or a name is taken for them easily."""
     if not isinstance(settings, QuantizationSettings):
@@ -200,6 +234,8 @@ class QuantizationSettings:
     recipe: Recipe = "best"
     seed: int = 0
     keep: tuple[str, ...] = ()  # shell patterns of layers to leave in 16 bit
+    call: Mapping[str, CallValue] | tuple[tuple[str, CallValue], ...] = ()  # what the pipeline's call is told, by name
+    prompts: tuple[str, ...] = ()  # that a model of prompts is calibrated on; by default a neutral list
     calibration: CalibrationConfig = CalibrationConfig()
     entropy_coding: EntropyCodingConfig = EntropyCodingConfig()
 
@@ -209,6 +245,10 @@ class QuantizationSettings:
         if isinstance(self.keep, str) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise ValueError(f"keep must be a tuple of patterns, such as ('*.ff.*',), got {self.keep!r:.60}")
         object.__setattr__(self, "keep", tuple(self.keep))
+        if isinstance(self.prompts, str) or not all(isinstance(p, str) and p.strip() for p in self.prompts):
+            raise ValueError(f"prompts must be a tuple of texts, got {self.prompts!r:.60}")
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        object.__setattr__(self, "call", call_items(self.call))
         if not isinstance(self.calibration, CalibrationConfig):
             raise ValueError(f"calibration must be a CalibrationConfig, got {self.calibration!r:.60}")
         if not isinstance(self.entropy_coding, EntropyCodingConfig):
@@ -217,6 +257,11 @@ class QuantizationSettings:
             raise ValueError(f"bits must be one of {sorted(CODEBOOKS)}, got {self.bits}")
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+
+    @property
+    def call_arguments(self) -> dict[str, CallValue]:
+        """What the pipeline's call is told while it is sampled: what this model will be drawn with."""
+        return dict(self.call)
 
     @property
     def num_codewords(self) -> int:
@@ -228,7 +273,12 @@ class QuantizationSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: lists, no tuples."""
-        values = {**dataclasses.asdict(self), "keep": list(self.keep)}
+        values = {
+            **dataclasses.asdict(self),
+            "keep": list(self.keep),
+            "call": self.call_arguments,
+            "prompts": list(self.prompts),
+        }
         values["entropy_coding"]["probes"] = list(self.entropy_coding.probes)
         return values
 
@@ -238,7 +288,7 @@ class QuantizationSettings:
             "calibration": _known(CalibrationConfig, values["calibration"]),
             "entropy_coding": _known(EntropyCodingConfig, values.get("entropy_coding", {})),
         }
-        return cls(**{**values, "keep": tuple(values["keep"]), **recipes})
+        return cls(**{**values, "keep": tuple(values["keep"]), "prompts": tuple(values.get("prompts", ())), **recipes})
 
 
 def _known(config: type, values: dict[str, Any]) -> Any:

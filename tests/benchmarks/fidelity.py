@@ -35,13 +35,14 @@ from vq4dit.disk.job import fingerprint
 from vq4dit.evaluation.images import SamplePair, grid, label_ids, sample
 from vq4dit.evaluation.metrics import layer_errors, noise_nmse
 from vq4dit.models.blocks import find_targets
+from vq4dit.models.conditions import num_classes
+from vq4dit.models.rehearsal import rehearse
 from vq4dit.models.student import student_with
-from vq4dit.models.zero_data import num_classes
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.gptq import damp
-from vq4dit.recipes.layerwise import calibration_walk, groups_in_turn
+from vq4dit.recipes.layerwise import groups_in_turn, record_replays
 
 ROOT = Path(__file__).parents[2]
 GUIDANCE = (1.5, 4.0)
@@ -103,9 +104,11 @@ def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any
     k, dim = CODEBOOKS[bits]
     targets, _ = find_targets(original.transformer, dim, k)
     transformer = copy.deepcopy(original.transformer)
-    walk = calibration_walk(original, 4.0, named_generator(seed, "layer by layer"), EntropyCodingConfig())
+    generator = named_generator(seed, "layer by layer")
+    replays = record_replays(original, rehearse(original, {"guidance_scale": 4.0}), generator, EntropyCodingConfig())
+    teacher = replays.of(original.transformer)
     bits_used = weights = 0.0
-    for group in groups_in_turn(original.transformer, original.transformer, walk, list(targets)):
+    for group in groups_in_turn(teacher, teacher, list(targets), num_classes=replays.num_classes):
         moments: list[Tensor] = []
 
         def second_moments(group: Any = group, moments: list[Tensor] = moments) -> Tensor:
@@ -152,7 +155,7 @@ def recipe_pipeline(original: Any, args: argparse.Namespace, row: str, seed: int
 
 
 def measure(original: Any, pipeline: Any, images: np.ndarray, labels: list[int], seed: int) -> dict[str, float]:
-    figures = {f"nmse_{g}": noise_nmse(original, pipeline, guidance_scale=g, seed=seed) for g in GUIDANCE}
+    figures = {f"nmse_{g}": noise_nmse(original, pipeline, call={"guidance_scale": g}, seed=seed) for g in GUIDANCE}
     seeds = [seed + i for i in range(len(labels))]
     drawn = sample(pipeline, labels, seeds)
     pairs = [SamplePair(label, s, a, b) for label, s, a, b in zip(labels, seeds, images, drawn, strict=True)]
@@ -251,7 +254,8 @@ def transfer(original: Any, args: argparse.Namespace) -> None:
             original.register_modules(scheduler=scheduler)
             cells = []
             for g in (1.0, 1.5, 4.0, 7.0):
-                settings = {"num_trajectories": 8, "num_inference_steps": steps, "guidance_scale": g, "seed": args.seeds[0]}
+                settings = {"num_trajectories": 8, "num_inference_steps": steps, "seed": args.seeds[0]}
+                settings["call"] = {"guidance_scale": g}
                 cells.append(" / ".join(f"{noise_nmse(original, pipeline, **settings):.4f}" for pipeline in pipelines))
             print(f"| {scheduler_name} | {steps} | " + " | ".join(cells) + " |", flush=True)
 
@@ -264,7 +268,7 @@ def picture(original: Any, args: argparse.Namespace) -> None:
     row, path = args.picture
     pipeline, _ = recipe_pipeline(original, args, row, args.seeds[0])
     labels, seeds = label_ids(original, SUBJECTS), [args.seeds[0] + i for i in range(len(SUBJECTS))]
-    both = (sample(p, labels, seeds, guidance_scale=3.0) for p in (original, pipeline))
+    both = (sample(p, labels, seeds, call={"guidance_scale": 3.0}) for p in (original, pipeline))
     pairs = [SamplePair(*values) for values in zip(labels, seeds, *both, strict=True)]
     shown = [
         getattr(pair, kind).repeat(2, 0).repeat(2, 1) for kind in ("original", "quantized", "difference") for pair in pairs

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -136,7 +137,7 @@ def test_a_job_of_best_that_was_killed_before_it_was_saved_walks_no_more(tmp_pat
     settings = quick_settings(recipe="best")
     with Job.open(tmp_path, settings, pipeline, resume=False) as opened:
         first = vq4dit.run(opened, pipeline).transformer.state_dict()
-    monkeypatch.setattr("vq4dit.recipes.entropy_coded.calibration_walk", lambda *_: pytest.fail("every layer is fitted"))
+    monkeypatch.setattr("vq4dit.recipes.entropy_coded.record_replays", lambda *_: pytest.fail("every layer is fitted"))
     with Job.open(tmp_path, settings, pipeline, resume=True) as opened:
         again = vq4dit.run(opened, pipeline).transformer.state_dict()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
@@ -248,8 +249,39 @@ def test_settings_survive_the_trip_through_json():
     assert vq4dit.QuantizationSettings.from_dict(settings.to_dict()) == settings
     assert dataclasses.asdict(settings)["calibration"]["num_candidates"] == 3
     written = settings.to_dict()
-    written["calibration"] = written["calibration"] | {"tuning_steps": 200}  # a constant of an earlier version
+    earlier = {"tuning_steps": 200, "guidance_scale": 4.0}  # constants of earlier versions
+    written["calibration"] = written["calibration"] | earlier
     assert vq4dit.QuantizationSettings.from_dict(written) == settings
+
+
+def test_what_a_call_is_told_and_prompts_survive_the_trip_through_json():
+    call = {"guidance_scale": 3.5, "true_cfg_scale": 2, "negative_prompt": "", "use_resolution_binning": False, "height": None}
+    settings = vq4dit.QuantizationSettings(call=call, prompts=("a cat", "a dog"))
+    again = vq4dit.QuantizationSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
+    assert again == settings and again.call_arguments == call and hash(again) == hash(settings)
+    assert again.call == tuple(sorted(call.items())) and again.prompts == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"call": {"prompt": "a cat"}}, "call must leave prompt to vq4dit"),
+        ({"call": {"num_inference_steps": 4}}, "call must leave num_inference_steps to vq4dit"),
+        ({"call": {"guidance_scale": float("nan")}}, "finite numbers"),
+        ({"call": {"not a name": 1}}, "call takes names and texts"),
+        ({"prompts": ("a cat", " ")}, "prompts must be a tuple of texts"),
+    ],
+    ids=str,
+)
+def test_what_no_call_can_be_told_is_misuse(settings, words):
+    with pytest.raises(ValueError, match=words):
+        vq4dit.QuantizationSettings(**settings)
+
+
+def test_another_call_is_another_job(tmp_path, pipeline):
+    Job.open(tmp_path, quick_settings(), pipeline, resume=False).close()
+    with pytest.raises(JobError, match="other settings"):
+        Job.open(tmp_path, quick_settings(call={"guidance_scale": 2.0}), pipeline, resume=True)
 
 
 def test_an_output_that_is_not_empty_is_never_overwritten_unasked(tmp_path, pipeline):

@@ -7,9 +7,10 @@ import torch
 from tiny import new_pipeline, new_transformer, quick_settings
 
 from vq4dit import UnsupportedModelError, quantize
-from vq4dit.evaluation.layer_errors import layer_noise_errors
+from vq4dit.evaluation.layer_errors import _Added, _by_sample, layer_noise_errors
 from vq4dit.evaluation.metrics import noise_nmse
 from vq4dit.pipelines.decode_modes import packed_layers
+from vq4dit.recipes.fisher import Probe
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def pair(pipeline):
 def test_the_error_of_a_layer_is_that_of_a_model_in_which_only_it_is_quantized(pair, layer, scale):
     original, quantized = pair
     name = f"transformer_blocks.1.{layer}"
-    settings = {"num_trajectories": 256, "num_inference_steps": 1, "guidance_scale": scale}
+    settings = {"num_trajectories": 256, "num_inference_steps": 1, "call": {"guidance_scale": scale}}
     estimated = layer_noise_errors(original, quantized, **settings)[name]
     alone = copy.copy(original)
     transformer = copy.deepcopy(original.transformer)
@@ -64,3 +65,42 @@ def test_a_model_that_was_made_from_another_is_refused(pair, changes):
 def test_a_model_that_is_not_quantized_has_no_layers_to_tell_of(pipeline):
     with torch.no_grad():
         assert layer_noise_errors(pipeline, pipeline, num_trajectories=1, num_inference_steps=1) == {}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_rows_of_one_sample_come_together_and_those_of_others_do_not(rows):
+    """Rows of a batch: all samples with their conditions, then all without, and so on."""
+    products = torch.arange(4.0 * rows).view(rows, 4)
+    assert torch.equal(_by_sample(products.flatten(), 4), products.sum(0))
+
+
+def test_of_rows_that_belong_to_no_sample_the_sum_is_known():
+    assert _by_sample(torch.tensor([1.0, 2.0, 4.0]), 2).tolist() == [7, 0]
+
+
+@pytest.mark.parametrize("calls", [1, 2], ids=["one batch", "two calls"])
+def test_what_a_layer_adds_is_squared_when_all_of_a_sample_is_summed(pair, calls):
+    """With its condition and without: guidance that puts both into one batch and guidance in two calls are told the same."""
+    name = "transformer_blocks.0.attn1.to_v"
+    added = _Added(*pair)
+    (rows, columns), draw = added.changes[name][0].shape, torch.Generator().manual_seed(0)
+    inputs, gradient = torch.randn(4, 5, columns, generator=draw), torch.randn(4, 5, rows, generator=draw)
+    for x, g in zip(inputs.chunk(calls), gradient.chunk(calls), strict=True):
+        added.listen(name, x, g, Probe(0, 0, 1, 1.0))
+    added.end_step(num_values=20, count=2)
+    weight, bias = added.changes[name]
+    products = (gradient * (inputs @ weight.T + bias)).sum((1, 2))
+    wanted = (products[0] + products[2]) ** 2 + (products[1] + products[3]) ** 2
+    assert added.found[name] == pytest.approx(wanted.item() * 2 / 20, rel=1e-5) and added.samples == 2
+    assert sum(added.found.values()) == added.found[name]
+
+
+def test_a_model_compared_with_itself_has_no_error_in_any_layer(pair):
+    quantized = pair[1]
+    same = copy.copy(quantized)
+    same.register_modules(transformer=new_transformer())
+    for name, layer in packed_layers(quantized.transformer).items():
+        linear = same.transformer.get_submodule(name)
+        linear.weight.data, linear.bias.data = layer.reconstruct(torch.float32), layer.bias.data.float()
+    errors = layer_noise_errors(same, quantized, num_trajectories=1, num_inference_steps=2)
+    assert list(errors.values()) == [0.0] * len(errors) != []

@@ -120,17 +120,20 @@ SHARDS: dict[str, list[Any]] = {
     "metadata": [None, [], "x"],
 }  # fmt: skip
 RECORD: dict[str, list[Any]] = {
-    "base": [[], "x", None, {"model": 1}], "settings": [None, [], "x", {"calibration": 1}, {"calibration": None}, {"keep": 1}],
+    "base": [[], "x", None, {"model": 1}], "settings": [None, [], "x", {"calibration": 1}, {"calibration": None}, {"keep": 1},
+                                                                     {"call": 1}, {"call": {"a": []}}, {"prompts": 1}],
     "versions": [[], None, "x"], "metadata": [[], None, "x", {"license": [1]}, {"license_name": "a\n# b"}], "unknown": [1],
     "model": [1, None, []], "revision": [1, None],
 }  # fmt: skip
 JOB: dict[str, list[Any]] = {
     "version": [None, "9", 10**9, []], "settings": [None, [], {}, "x", {"calibration": 1}], "fingerprint": [None, 1, "", []],
     "settings/bits": [None, "2"], "settings/keep": [None, "x", 1], "settings/calibration": [None, [], 1], "unknown": [1],
+    "settings/call": [None, 1, "x", ["x"], {"guidance_scale": []}, {"prompt": "x"}, {"x\x1b[31m": 1}, {"a": 1e999}],
+    "settings/prompts": [None, 1, "x", [1], [""], ["\x1b[31m"]],
 }  # fmt: skip
 REPORT: dict[str, list[Any]] = {
     "noise_nmse": [None, "x", [], {}], "quantized_bytes": [None, "x", 10**30], "num_pairs": ["<script>", None], "seed": [[]],
-    "guidance_scale": [None, "x"], "unknown": [1],
+    "guidance_scale": [None, "x"], "call": [None, 1, "x", [], {"a": [1]}, {"a": None}, {"\x1b[31m": "<b>"}], "unknown": [1],
 }  # fmt: skip
 ENTRIES: dict[str, dict[str, list[Any]]] = {
     "model/model_index.json": INDEX,

@@ -1,5 +1,6 @@
 """The card says what is so, calls unmeasured what was not measured, and its snippet runs."""
 
+import ast
 import dataclasses
 import html
 import json
@@ -16,6 +17,7 @@ import yaml
 from hub_fixtures import publish
 from markdown_it import MarkdownIt
 from test_printable import NASTY
+from tiny_pipelines import build
 
 import vq4dit
 from vq4dit.cli.main import main
@@ -24,6 +26,7 @@ from vq4dit.hub.account import look_up_base
 from vq4dit.hub.base import Base, default_name, default_visibility
 from vq4dit.hub.markdown import plain
 from vq4dit.hub.model_card import model_card, read_report, source
+from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.provenance import COPIED, Origin, copied, folder_metadata, origin_of, read_origin, write_origin
 
@@ -91,18 +94,19 @@ def test_measured_figures_are_those_of_compare(quantized_folder, reports):
 
 
 def test_plain_kmeans_has_a_row_beside_another_recipe(tmp_path, quantized_folder, reports):
-    settings = vq4dit.QuantizationSettings(recipe="best")
+    settings = vq4dit.QuantizationSettings(recipe="best", call={"guidance_scale": 5.0}, prompts=("a cat", "a dog"))
     copy = shutil.copytree(quantized_folder, tmp_path / "best")
     told = json.loads((copy / "transformer" / "config.json").read_text())
     told["quantization_config"]["recipe"] = "best"
     (copy / "transformer" / "config.json").write_text(json.dumps(told))
     earlier = settings.to_dict()
-    earlier["calibration"]["tuning_steps"] = 200  # a constant of an earlier version
+    earlier["calibration"] |= {"tuning_steps": 200, "guidance_scale": 4.0}  # constants of an earlier version
     write_origin(copy, Origin(model=BASE.model, revision=COMMIT, settings=earlier, versions={"torch": "2.13"}))
     report = read_report(reports)
     card = model_card(copy, "ann/tiny", BASE, report)
     assert "| plain k-means, same bits | not measured | not measured" in card and "torch 2.13" in card
     assert "guidance_scale 4.0" in card and "tuning_steps 200" in card and "ratio_start" not in card
+    assert "- sampled with: guidance_scale 5.0\n- calibrated on 2 prompts of its maker's choice\n" in card
     card = model_card(copy, "ann/tiny", BASE, report, dataclasses.replace(report, noise_nmse=0.5))
     assert f"| plain k-means, same bits | {report.quantized_bytes:,} | 0.5000 |" in card
 
@@ -113,6 +117,8 @@ def test_figures_of_another_file_or_another_measurement_are_refused(quantized_fo
         model_card(quantized_folder, "ann/tiny", BASE, dataclasses.replace(report, quantized_bytes=1))
     with pytest.raises(HubError, match="with equal options"):
         model_card(quantized_folder, "ann/tiny", BASE, report, dataclasses.replace(report, seed=7))
+    with pytest.raises(HubError, match="with equal options"):
+        model_card(quantized_folder, "ann/tiny", BASE, report, dataclasses.replace(report, call={"height": 64}))
 
 
 def test_a_model_that_is_not_quantized_gets_no_card(model_folder):
@@ -178,6 +184,50 @@ def test_the_snippet_of_the_card_runs_in_a_fresh_process(hub, ann, quantized_fol
     here = seeded.replace('"ann/tiny"', repr(str(quantized_folder))).replace("a.npy", "b.npy")
     exec(here, local)
     assert np.array_equal(image, np.load(tmp_path / "b.npy"))
+
+
+# --- pipelines of prompts ---
+
+
+def of_prompts(name: str, folder: Path, **call) -> Path:
+    """A tiny packed pipeline of prompts, saved."""
+    settings = vq4dit.QuantizationSettings(recipe="kmeans", call=call)
+    vq4dit.save(vq4dit.quantize(build(name), settings), folder)
+    return folder
+
+
+def snippet_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "drawn"),
+    [("flux", "text-to-image", "image = {}.images[0]"), ("ltx", "text-to-video", "video = {}.frames[0]")],
+)
+def test_a_pipeline_of_prompts_is_loaded_and_drawn_as_it_was_calibrated(tmp_path, name, tag, drawn):
+    folder = of_prompts(name, tmp_path / name, guidance_scale=2.5, height=32, width=32)
+    card = model_card(folder, "ann/tiny", BASE)
+    assert metadata(card)["pipeline_tag"] == tag and "- sampled with: guidance_scale 2.5, height 32, width 32\n" in card
+    told = f'pipeline("{HELD_OUT[0]}", guidance_scale=2.5, height=32, width=32)'
+    assert snippet_of(card).splitlines()[-1] == drawn.format(told)
+    tagged = dataclasses.replace(BASE, metadata={"pipeline_tag": "image-to-image"})
+    assert metadata(model_card(folder, "ann/tiny", tagged))["pipeline_tag"] == "image-to-image"
+
+
+def test_a_text_that_the_call_was_told_stays_one_text_in_the_snippet(tmp_path):
+    folder = of_prompts("flux", tmp_path / "flux", negative_prompt=BAD + "```\n\"' \\`", true_cfg_scale=3)
+    card = model_card(folder, "ann/tiny", BASE)
+    assert card.count("```") == 4 and "<script" not in card and "\n# Heading" not in card
+    *_, drawing = ast.parse(snippet_of(card)).body
+    call = next(node for node in ast.walk(drawing) if isinstance(node, ast.Call))
+    told = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert told == {"negative_prompt": BAD + "```\n\"' \\`", "true_cfg_scale": 3}
+
+
+def test_what_the_pipeline_does_not_take_is_not_in_the_snippet(tmp_path, stranger):
+    write_origin(stranger, Origin(settings={"call": {"cfg": 3, "guidance_scale": 2.0, "exec": "x"}}))
+    last = snippet_of(model_card(stranger, "ann/tiny", BASE)).splitlines()[-1]
+    assert last == "image = pipeline([0], num_inference_steps=25, guidance_scale=2.0).images[0]  # class 0"
 
 
 # --- a stranger's folder ---
@@ -259,8 +309,9 @@ def test_licences_as_people_write_them_are_copied():
         Origin(settings={"keep": ["*[!<script>alert(1)</script>|# x]*norm1.linear"], "recipe": BAD}),
         Origin(versions={"torch": BAD, BAD: "2.13", f"<script>{NASTY}": "1"}),
         Origin(settings={"calibration": {"guidance_scale": BAD, BAD: BAD, "steps": [BAD]}}),
+        Origin(settings={"call": {"negative_prompt": BAD, "cfg": NASTY}, "prompts": [BAD]}),
     ],
-    ids=["keep", "versions", "calibration"],
+    ids=["keep", "versions", "calibration", "call"],
 )
 @pytest.mark.parametrize("recipe", ["best", "paper", "kmeans", "unheard-of"])
 def test_the_record_of_a_stranger_is_told_in_plain_words(stranger, origin, recipe):
@@ -282,6 +333,11 @@ def test_the_record_of_a_stranger_is_told_in_plain_words(stranger, origin, recip
         {"settings": {"keep": "x"}},
         {"settings": {"keep": [1]}},
         {"settings": {"calibration": [1]}},
+        {"settings": {"call": BAD}},
+        {"settings": {"call": {BAD: 1}}},
+        {"settings": {"call": {"scale": [BAD]}}},
+        {"settings": {"prompts": BAD}},
+        {"settings": {"prompts": [1]}},
         {"versions": "x"},
         {"metadata": [1]},
         [],
@@ -310,6 +366,10 @@ def test_a_report_holds_numbers(tmp_path, reports, value):
     for name in ("num_pairs", "psnr_db"):
         (tmp_path / "report.json").write_text(json.dumps(figures | {name: value}))
         with pytest.raises(HubError, match=f"report.json: {name} must be a number, found"):
+            read_report(tmp_path)
+    for call in ([BAD], {"x": [value]}, {"prompt": "x"}, BAD):
+        (tmp_path / "report.json").write_text(json.dumps(figures | {"call": call}))
+        with pytest.raises(HubError, match="no report.json that can be read .call "):
             read_report(tmp_path)
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(HubError, match="no report.json that can be read"):

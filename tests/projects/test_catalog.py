@@ -8,7 +8,9 @@ from safetensors.torch import save
 
 import vq4dit
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
-from vq4dit.projects.catalog import BUNDLED, Catalog
+from vq4dit.pipelines.trust import pipeline_class
+from vq4dit.projects.call_lines import check_fitting
+from vq4dit.projects.catalog import BUNDLED, BUNDLED_FLUX, CALLS, Catalog
 
 HOME = Path(__file__).parents[2]
 
@@ -40,9 +42,15 @@ def offered(hub, model_folder):
     return hub
 
 
-def test_the_picker_and_the_card_of_the_bundled_model_say_the_same(catalog):
-    parameters = catalog.card(BUNDLED).inspection.parameters
-    assert f" {parameters / 1e6:.1f} M parameters" in dict((name, shown) for shown, name in catalog.offered())[BUNDLED]
+@pytest.mark.parametrize("name", [BUNDLED, BUNDLED_FLUX])
+def test_the_picker_and_the_card_of_a_bundled_model_say_the_same(catalog, name):
+    parameters = catalog.card(name).inspection.parameters
+    assert f" {parameters / 1e6:.1f} M parameters" in dict((name, shown) for shown, name in catalog.offered())[name]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_suggested_for_a_bundled_model_fits_its_pipeline(catalog, name):
+    check_fitting(pipeline_class(catalog.card(name).pipeline), CALLS[name])
 
 
 def test_the_bundled_models_card_needs_no_network(catalog):

@@ -132,7 +132,7 @@ SPOILED = {
 def test_the_page_names_no_folder_of_the_server(answers, root, tmp_path, spoil):
     spoil(root / "tiny")
     visitor = answers.studio.workspace.visitor(None)
-    choice = ("folder:tiny", 2, "kmeans", 0, "")
+    choice = ("folder:tiny", 2, "kmeans", 0, "", "")
     shown = [answers.look(None, *choice)[0], answers.begin(visitor, 0, None, *choice)[0]]
     for call in (answers.inspect, answers.estimate):
         with pytest.raises(gr.Error) as refused:

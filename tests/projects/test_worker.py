@@ -165,7 +165,7 @@ def test_pairs_are_drawn_one_by_one_kept_and_measured(new_project, loader, tmp_p
     with pytest.raises(JobError, match="nothing to download yet: quantize the model first"):
         pack(project, tmp_path)
     list(work(project, loader))
-    first, both = (PairSettings(labels=labels, num_inference_steps=2) for labels in ((0,), (0, 2)))
+    first, both = (PairSettings(conditions=classes, num_inference_steps=2) for classes in ((0,), (0, 2)))
     list(draw(project, loader, first, seconds=0.0))  # one pair at least, or it might never end
     assert len(drawn_pairs(project)) == 1 and report(project) is None
     list(draw(project, loader, first))

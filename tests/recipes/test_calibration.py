@@ -16,15 +16,15 @@ from vq4dit.recipes.vector_quantized import subvectors_of
 
 
 def new_calibration(pipeline, settings) -> Calibration:
-    layers = {}
-    for name, linear in check(pipeline, settings).items():
+    layers, plan = {}, check(pipeline, settings)
+    for name, linear in plan.targets.items():
         subvectors = subvectors_of(linear, settings.subvector_dim)
         codebook = fit_codebook(subvectors, 64, generator=named_generator(0, name))
         _, candidates = nearest_codewords(subvectors, codebook, settings.calibration.num_candidates)
         logits = start_logits(subvectors, codebook, candidates, settings.calibration.ratio_start)
         layers[name] = SoftVQLinear(codebook, candidates, logits, tuple(linear.weight.shape), linear.bias)
     student = student_with(pipeline.transformer, layers)
-    return Calibration(pipeline, student, settings.calibration, torch.Generator().manual_seed(0))
+    return Calibration(pipeline, student, plan.sampling, settings.calibration, torch.Generator().manual_seed(0))
 
 
 def test_calibration_lowers_the_block_loss(pipeline):

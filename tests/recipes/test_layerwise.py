@@ -12,11 +12,15 @@ from vq4dit import quantize
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.evaluation.metrics import noise_nmse
 from vq4dit.models.blocks import find_targets
-from vq4dit.models.zero_data import NULL_CLASS, ROUNDS, teacher_steps
-from vq4dit.recipes.layerwise import InputStatistics, _statistics, calibration_walk, fit_layer, groups_in_turn
+from vq4dit.models.conditions import NULL_CLASS
+from vq4dit.models.denoiser_calls import tensors_of
+from vq4dit.models.trajectories import ROUNDS, STEPS, Sampling, random_trajectories
+from vq4dit.recipes.hessian import InputStatistics, input_statistics
+from vq4dit.recipes.layerwise import Replays, fit_layer, groups_in_turn, record_replays
 
 BITS = 2.0 * 32 * 48
 CONFIG = EntropyCodingConfig()
+SAMPLING = Sampling({"guidance_scale": 4.0}, tokens=32)  # 16 positions, with a class and with none
 GROUPS = [
     ["norm1.linear"],
     ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
@@ -30,11 +34,16 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def groups(pipeline, student=None):
+def replays_of(pipeline, sampling=SAMPLING) -> Replays:
+    return record_replays(pipeline, sampling, seeded(), QUICK)
+
+
+def groups(pipeline, student=None, sampling=SAMPLING):
     teacher = pipeline.transformer
     targets, _ = find_targets(teacher, 4, 256)
-    walk = calibration_walk(pipeline, 4.0, seeded(), QUICK)
-    return groups_in_turn(teacher, student or copy.deepcopy(teacher), walk, list(targets))
+    replays = replays_of(pipeline, sampling)
+    both = (replays.of(model) for model in (teacher, student or copy.deepcopy(teacher)))
+    return groups_in_turn(*both, list(targets), num_classes=replays.num_classes)
 
 
 def group_of(found, name: str) -> InputStatistics:
@@ -42,7 +51,7 @@ def group_of(found, name: str) -> InputStatistics:
 
 
 def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> InputStatistics:
-    return _statistics([teacher], [student])
+    return input_statistics([teacher], [student])
 
 
 def test_every_target_comes_once_in_order_of_execution_and_q_k_v_come_together(pipeline):
@@ -51,9 +60,10 @@ def test_every_target_comes_once_in_order_of_execution_and_q_k_v_come_together(p
 
 
 def test_layers_that_are_not_wanted_do_not_come(pipeline):
-    walk = calibration_walk(pipeline, 4.0, seeded(), QUICK)
+    replays = replays_of(pipeline)
     wanted = ["transformer_blocks.1.attn1.to_k", "transformer_blocks.1.attn1.to_v"]
-    found = list(groups_in_turn(pipeline.transformer, copy.deepcopy(pipeline.transformer), walk, wanted))
+    both = (replays.of(model) for model in (pipeline.transformer, copy.deepcopy(pipeline.transformer)))
+    found = list(groups_in_turn(*both, wanted))
     assert [group.names for group in found] == [wanted]
 
 
@@ -64,9 +74,12 @@ def test_statistics_are_those_of_what_the_teacher_sees_while_sampling(pipeline, 
     hook = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
     shown, generator = {}, seeded()
     for start in range(ROUNDS):
-        steps = slice(start, None, ROUNDS)
-        walk = {"num_trajectories": 2, "guidance_scale": 4.0, "num_inference_steps": 10, "shown": steps}
-        shown |= {step.number: seen[-1] for step in teacher_steps(pipeline, generator, **walk)}
+
+        def note(step, start=start):
+            if step.number % ROUNDS == start:
+                shown[step.number] = seen[-1]
+
+        random_trajectories(pipeline, SAMPLING, 2, generator, note, num_inference_steps=STEPS)
     hook.remove()
     inputs = torch.cat(list(shown.values()))
     assert inputs.shape[0] == 10 * 2 * 2 * 16
@@ -79,7 +92,7 @@ def test_statistics_are_those_of_what_the_teacher_sees_while_sampling(pipeline, 
 def test_nothing_drifts_while_nothing_is_quantized(pipeline):
     for group in groups(pipeline):
         statistics = group.statistics()
-        assert not statistics.drift.any()
+        assert not statistics.mismatch.any()
         assert torch.equal(statistics.teacher_mean, statistics.student_mean)
 
 
@@ -87,7 +100,7 @@ def test_what_is_quantized_makes_the_inputs_behind_it_drift(pipeline):
     student = copy.deepcopy(pipeline.transformer)
     drifts = {}
     for group in groups(pipeline, student):
-        drifts[group.names[0]] = group.statistics().drift.abs().max().item()
+        drifts[group.names[0]] = group.statistics().mismatch.abs().max().item()
         if "to_out" in group.names[0]:
             linear = student.get_submodule(group.names[0])
             linear.weight.data.mul_(0.9)
@@ -100,14 +113,57 @@ def test_layers_without_tokens_see_every_class_and_as_often_none(pipeline):
     embedder = pipeline.transformer.transformer_blocks[1].norm1.emb
     labels = torch.tensor([0, 1, 2, NULL_CLASS, NULL_CLASS, NULL_CLASS])
     seen = []
-    for step in teacher_steps(pipeline, seeded(), num_trajectories=2, guidance_scale=4.0, num_inference_steps=10):
+    for call in replays_of(pipeline).calls:
         with torch.no_grad():
-            seen.append(torch.nn.functional.silu(embedder(step.timesteps[:1].expand(6), labels)))
+            seen.append(torch.nn.functional.silu(embedder(call.named["timestep"][:1].expand(6), labels)))
+    assert len(seen) == STEPS
     inputs = torch.cat(seen)
     statistics = group_of(groups(pipeline), layer)
     torch.testing.assert_close(statistics.covariance, inputs.T.cov(correction=0))
     torch.testing.assert_close(statistics.about_zero()[0], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.student_mean, inputs.mean(0))
+
+
+@pytest.mark.parametrize("every", [1, ROUNDS])
+def test_the_teacher_may_be_gone_through_alone_and_by_some_of_the_steps(pipeline, every):
+    """As the bits of all layers are known, before there is a student."""
+    replays, layer = replays_of(pipeline), "transformer_blocks.1.ff.net.0.proj"
+    teacher, names = replays.of(pipeline.transformer, every), list(find_targets(pipeline.transformer, 4, 256)[0])
+    assert [call.step for call in teacher.calls] == list(range(0, STEPS, every))
+    alone = group_of(groups_in_turn(teacher, teacher, names), layer)
+    seen = []
+    hook = pipeline.transformer.get_submodule(layer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        for call in teacher.calls:
+            call.run(pipeline.transformer)
+    hook.remove()
+    inputs = torch.cat([x.flatten(0, -2) for x in seen])
+    torch.testing.assert_close(alone.covariance, inputs.T.cov(correction=0))
+    assert not alone.mismatch.any()
+
+
+def test_a_step_counts_for_layers_without_tokens_as_they_are_told(pipeline):
+    replays, layer = replays_of(pipeline), "transformer_blocks.1.norm1.linear"
+    weights = torch.zeros(STEPS, 1, 2)
+    weights[3, 0] = torch.tensor([3.0, 1.0])  # of the step, and of it three times as much for classes as for none
+    model = pipeline.transformer
+    both = (replays.of(of) for of in (model, copy.deepcopy(model)))
+    found = group_of(groups_in_turn(*both, [layer], {layer: weights}, replays.num_classes), layer)
+    labels = torch.tensor([0, 1, 2, NULL_CLASS])
+    with torch.no_grad():
+        timestep = replays.calls[3].named["timestep"][:1].expand(4)
+        inputs = torch.nn.functional.silu(model.transformer_blocks[1].norm1.emb(timestep, labels))
+    shares = torch.tensor([3.0, 3.0, 3.0, 3.0]) / 12  # three times one class against none as often as all classes
+    torch.testing.assert_close(found.student_mean, shares @ inputs)
+    torch.testing.assert_close(found.covariance, inputs.T.cov(correction=0, aweights=shares))
+
+
+def test_a_layer_that_never_runs_comes_last_and_knows_nothing(pipeline):
+    pipeline.transformer.transformer_blocks[0].spare = nn.Linear(64, 64)
+    found = list(groups(pipeline))
+    assert found[-1].names == ["transformer_blocks.0.spare"] and len(found) == 2 * len(GROUPS) + 1
+    statistics = found[-1].statistics()
+    assert torch.equal(statistics.covariance, torch.eye(64)) and not statistics.student_mean.any()
 
 
 def test_no_hook_is_left_even_if_nobody_takes_the_rest(pipeline):
@@ -118,7 +174,7 @@ def test_no_hook_is_left_even_if_nobody_takes_the_rest(pipeline):
     for _ in groups(pipeline, student):
         pass
     modules = [*pipeline.transformer.modules(), *student.modules()]
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+    assert not any(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module) for module in modules)
 
 
 def test_training_mode_and_gradients_change_nothing(pipeline):
@@ -127,7 +183,9 @@ def test_training_mode_and_gradients_change_nothing(pipeline):
     torch.manual_seed(1)
     for group, statistics in zip(groups(pipeline), wanted, strict=True):
         found = group.statistics()
-        assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, statistics, strict=True))
+        tensors = zip(tensors_of(found), tensors_of(statistics), strict=True)
+        assert found.damping == statistics.damping
+        assert all(torch.equal(a, b) and not a.requires_grad for a, b in tensors)
     assert all(module.training for module in pipeline.transformer.modules())
 
 

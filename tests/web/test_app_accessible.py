@@ -24,7 +24,7 @@ LOOKS = {
     "small": {"viewport": {"width": 390, "height": 844}},
     "small-dark": {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}},
 }
-BOXES = ("#keep-box", "#layers-box", "#log-box", "#grid-box", "#blind-box", "#widths-box")
+BOXES = ("#advanced-box", "#layers-box", "#log-box", "#grid-box", "#blind-box", "#widths-box")
 
 
 def test_by_day_by_night_and_on_a_telephone_it_fits_and_can_be_read_by_all(server, browser):

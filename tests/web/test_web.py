@@ -17,8 +17,9 @@ from vq4dit.projects.workspace import Status, Workspace
 from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers, chosen
 from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.fields import default_labels
 from vq4dit.web.page import Page
-from vq4dit.web.studio import Choice, Studio, default_labels
+from vq4dit.web.studio import Choice, Studio
 
 HOME = Path(__file__).parents[2]
 NASTY = '<img src=x onerror="alert(1)">'
@@ -53,9 +54,10 @@ def quantized(answers, visitor, **changes) -> str:
     return key
 
 
-def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_choice(answers):
-    labels, listed = answers.classes("folder:tiny", "folder:tiny", gr.Request(), None)
-    assert (labels, listed) == (gr.skip(), "folder:tiny")
+def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_choice(answers, visitor):
+    labels, prompts, guidance, listed = answers.conditions("folder:tiny", "folder:tiny", visitor, "", gr.Request(), None)
+    assert (labels, prompts, listed) == (gr.skip(), gr.skip(), "folder:tiny")
+    assert "value" not in guidance.constructor_args
 
 
 # --- words ---
@@ -146,8 +148,9 @@ def test_the_command_says_what_the_page_would_do():
 
 def test_links_restore_settings_and_nonsense_in_them_is_harmless():
     link = {"model": "ann/x", "bits": "4", "recipe": "paper", "seed": "3", "keep": "*.ff.*"}
-    assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*")
-    assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "")
+    assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*", "")
+    assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "", "")
+    assert chosen(link | {"call": "a=1\nb=c"}, None)[-1] == "a=1\nb=c"
 
 
 def test_settings_that_do_not_fit_are_told(answers, visitor):

@@ -6,20 +6,21 @@ import argparse
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.cli.bars import progress_bars
-from vq4dit.cli.options import add_sampling, chosen_device, class_names, folder_path, model_name
+from vq4dit.cli.conditions import call_of, conditions_of
+from vq4dit.cli.options import add_conditions, add_sampling, chosen_device, folder_path, model_name
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.disk.space import check_space
 from vq4dit.evaluation.compare import KINDS, check_comparison_output, write_comparison
-from vq4dit.evaluation.images import image_bytes, label_ids
+from vq4dit.evaluation.images import image_bytes, makes_films
 from vq4dit.evaluation.layer_errors import check_comparable, layer_noise_errors
 from vq4dit.evaluation.metrics import Comparison, compare
-from vq4dit.models.supported import check_supported
-from vq4dit.models.zero_data import num_classes
+from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.decode_modes import decode_mode
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
@@ -28,7 +29,7 @@ from vq4dit.pipelines.load import load_pipeline
 def add_compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("original", type=model_name, metavar="ORIGINAL")
     sub.add_argument("quantized", type=model_name, metavar="QUANTIZED")
-    sub.add_argument("--labels", type=class_names, metavar="A,B", help="classes to draw (default: eight, spread over all)")
+    add_conditions(sub, required=False)
     sub.add_argument("--layers", action="store_true", help="also tell what each layer adds to the error (layers.json)")
     add_sampling(sub)
     sub.add_argument("--output", type=folder_path, required=True, metavar="DIR")
@@ -40,33 +41,27 @@ def compare_command(args: argparse.Namespace) -> Report:
     check_comparison_output(args.output, args.overwrite)
     with decode_mode(args.decode):
         original, quantized = (load_pipeline(model).to(device) for model in (args.original, args.quantized))
-    check_supported(original)
+    conditions, call = conditions_of(original, args), call_of(quantized, args.quantized, args)
     check_comparable(original, quantized)
-    if args.labels:
-        labels = label_ids(original, args.labels)
-    else:
-        count = num_classes(original)
-        labels = [i * count // min(8, count) for i in range(min(8, count))]
-    check_space(args.output, 2 * len(KINDS) * len(labels) * image_bytes(original))  # each alone, and all in one
+    files = 2 * len(KINDS) * len(conditions) * (2 if makes_films(type(original)) else 1)  # each alone, and all in one
+    check_space(args.output, files * image_bytes(original, call))
+    drawn: dict[str, Any] = {"call": call, "prompts": args.prompts or HELD_OUT, "seed": args.seed}
     with progress_bars() as on_progress:
         report, pairs = compare(
             original,
             quantized,
             tensor_bytes(args.original),
             tensor_bytes(args.quantized),
-            labels=labels,
-            seed=args.seed,
+            conditions=conditions,
             num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
             on_progress=on_progress,
+            **drawn,
         )
     parts: dict[str, float] = {}
     if args.layers:
         with progress_bars() as on_progress:
-            parts = layer_noise_errors(
-                original, quantized, guidance_scale=args.guidance, seed=args.seed, on_progress=on_progress
-            )
-    names = {index: name for name, index in original.labels.items()}
+            parts = layer_noise_errors(original, quantized, on_progress=on_progress, **drawn)
+    names = {index: name for name, index in (getattr(original, "labels", None) or {}).items()}
     write_comparison(args.output, report, pairs, names, parts, overwrite=args.overwrite)
     return partial(report_compared, args, report, parts)
 
@@ -77,8 +72,9 @@ def report_compared(args: argparse.Namespace, report: Comparison, parts: dict[st
         print(json.dumps(values, indent=1))
         return
     table = Table("figure", "value")
-    for key, value in values.items():
-        table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+    call = values.pop("call")
+    for key, value in {**values, **call}.items():
+        table.add_row(escape(key), f"{value:.6g}" if isinstance(value, float) else escape(str(value)))
     Console().print(table)
     if parts:
         print_worst_layers(parts)

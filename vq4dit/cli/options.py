@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -11,11 +12,14 @@ from pathlib import Path
 import torch
 
 from vq4dit.cli.streams import standard_error
+from vq4dit.config import CallValue, call_items
 from vq4dit.devices import DEVICE, describe, resolve
 
 MOST = 10**9  # steps, trajectories: beyond it nothing ends
 SEEDS = range(-(2**63), 2**63)
 LARGEST_GUIDANCE = 1000.0
+GUIDANCE = "guidance_scale"  # what --guidance is short for
+MOST_LINES, MOST_BYTES = 10_000, 1_000_000  # of a file of prompts
 
 
 def positive(text: str) -> int:
@@ -34,7 +38,8 @@ def _whole(text: str, allowed: range) -> int:
     return number
 
 
-def guidance(text: str) -> float:
+def guidance(text: str) -> tuple[str, CallValue]:
+    """A guidance scale, as the argument of a pipeline's call that it is."""
     try:
         value = float(text)
     except ValueError:
@@ -43,7 +48,56 @@ def guidance(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"must be a number from {-LARGEST_GUIDANCE:g} to {LARGEST_GUIDANCE:g}, got {text!r:.60}"
         )
-    return value
+    return GUIDANCE, value
+
+
+def call_argument(text: str) -> tuple[str, CallValue]:
+    """NAME=VALUE: an argument of a pipeline's call. What is no JSON is text."""
+    name, equals, told = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must look like NAME=VALUE, such as true_cfg_scale=3, got {text!r:.60}")
+    if name == GUIDANCE:
+        return guidance(told)
+    try:
+        value = json.loads(told)
+    except (ValueError, RecursionError):
+        value = told
+    try:
+        (argument,) = call_items({name: value})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return argument
+
+
+def prompt(text: str) -> str:
+    try:
+        text.encode()  # what is no text cannot be read by a model
+    except UnicodeEncodeError:
+        text = ""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be a text that says what to draw, got none")
+    return text
+
+
+def prompts_file(text: str) -> list[str]:
+    """The prompts in a file: one a line, without blank lines and those that begin with #."""
+    try:
+        with open(model_name(text), "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        lines = content[:MOST_BYTES].decode("utf-8-sig", "ignore" if len(content) > MOST_BYTES else "strict").splitlines()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is no text in UTF-8: save it as such") from error
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.100} cannot be read ({getattr(error, 'strerror', error)})") from error
+    if len(content) > MOST_BYTES or len(lines) > MOST_LINES:
+        raise argparse.ArgumentTypeError(
+            f"a file of prompts has at most {MOST_LINES} lines and {MOST_BYTES / 1e6:g} MB, and {text!r:.100} has more: "
+            "take a part of it"
+        )
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise argparse.ArgumentTypeError(f"{text!r:.100} holds no prompt: write one a line")
+    return prompts
 
 
 def class_names(text: str) -> list[str]:
@@ -110,11 +164,41 @@ def add_keep(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def add_call(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        type=call_argument,
+        metavar="NAME=VALUE",
+        help="a further argument of the pipeline's own call, such as true_cfg_scale=3 or height=512; repeatable",
+    )
+
+
+def add_conditions(sub: argparse.ArgumentParser, required: bool) -> None:
+    """What is to be drawn; which of both a pipeline wants is known later."""
+    default = "" if required else " (default: eight of all)"
+    group = sub.add_mutually_exclusive_group(required=required)
+    group.add_argument(
+        "--labels", type=class_names, metavar="A,B", help=f"classes by name or number, separated by commas{default}"
+    )
+    group.add_argument("--prompt", dest="prompts", action="append", type=prompt, metavar="TEXT", help="repeatable")
+    group.add_argument("--prompts", type=prompts_file, metavar="FILE", help="one prompt a line; those with # are left out")
+
+
 def add_sampling(sub: argparse.ArgumentParser) -> None:
     add_device(sub)
     sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--steps", type=positive, default=25, help="denoising steps (default: 25)")
-    sub.add_argument("--guidance", type=guidance, default=4.0, help="guidance scale (default: 4)")
+    add_call(sub)
+    sub.add_argument(
+        "--guidance",
+        dest="call",
+        action="append",
+        type=guidance,
+        metavar="SCALE",
+        help="short for --call guidance_scale=SCALE (default: what the model was calibrated with, or the pipeline's own)",
+    )
     sub.add_argument(
         "--decode",
         default="auto",

@@ -22,7 +22,7 @@ from vq4dit.hub.account import look_up_base, sign_in
 from vq4dit.hub.base import default_name, default_visibility
 from vq4dit.hub.model_card import model_card, read_report
 from vq4dit.hub.push import Existing, Pushed, Target, push, same_image
-from vq4dit.models.supported import check_class_conditional
+from vq4dit.models.conditions import condition_kind
 from vq4dit.pipelines.load import check_pipeline, load_pipeline
 from vq4dit.pipelines.provenance import read_origin
 
@@ -68,7 +68,7 @@ def push_command(args: argparse.Namespace) -> Report:
     errors().print(f"{escape(repo_id)}: {'private' if private else 'public'}, {escape(reason)}", highlight=False)
     existing: Existing = "pull-request" if args.pr else "commit" if args.commit else "refuse"
     if args.verify:  # which draws an image: asked before anything is published
-        check_class_conditional(load_pipeline(str(args.folder)))
+        condition_kind(load_pipeline(str(args.folder)))
     target = Target(repo_id=repo_id, private=private, existing=existing)
     with progress_bars() as on_progress:
         pushed = push(args.folder, target, account, card=card, extras=extras, on_progress=on_progress)

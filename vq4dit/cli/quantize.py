@@ -14,13 +14,25 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vq4dit.cli.bars import progress_bars
-from vq4dit.cli.options import add_device, add_keep, chosen_device, folder_path, model_name, positive, seed
+from vq4dit.cli.conditions import check_prompts
+from vq4dit.cli.options import (
+    add_call,
+    add_device,
+    add_keep,
+    chosen_device,
+    folder_path,
+    model_name,
+    positive,
+    prompts_file,
+    seed,
+)
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, EntropyCodingConfig, QuantizationSettings
 from vq4dit.disk.files import check_place
 from vq4dit.disk.job import Job, check_job_folder
 from vq4dit.disk.space import check_space, folder_bytes
 from vq4dit.errors import JobError
+from vq4dit.evaluation.images import check_sampling
 from vq4dit.evaluation.metrics import LayerError, layer_errors
 from vq4dit.pipelines.inspect import inspect, tensor_bytes
 from vq4dit.pipelines.load import load_pipeline, pinned, source_folder
@@ -48,6 +60,13 @@ def add_quantize_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     sub.add_argument("--seed", type=seed, default=0)
     add_keep(sub)
+    add_call(sub)
+    sub.add_argument(
+        "--prompts",
+        type=prompts_file,
+        metavar="FILE",
+        help="prompts to calibrate on, one a line; those with # are left out (default: a neutral list)",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
     add_device(sub)
@@ -97,6 +116,9 @@ def quantize_command(args: argparse.Namespace) -> Report:
         check_space(args.output, cost.disk_bytes - (folder_bytes(folder) if folder.exists() else 0))
     origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
+    check_prompts(pipeline, args.prompts)
+    if args.call:  # whatever the recipe: it is what the model will be drawn with
+        check_sampling(pipeline, 1, settings.call_arguments)
     check(pipeline, settings)
     source = source_folder(args.model, revision)
     if seems_done and is_finished(args.output, settings, pipeline, source, args.overwrite):  # killed before it cleaned up
@@ -148,6 +170,11 @@ def settings_of(args: argparse.Namespace) -> QuantizationSettings:
                 f"{option} belongs to the recipe {recipe}, and the recipe is {args.recipe}: leave it out, or add --recipe "
                 f"{recipe}"
             )
+    if args.prompts and args.recipe == "kmeans":
+        raise ValueError(
+            "--prompts are what a model is calibrated on, and the recipe kmeans calibrates nothing: leave it out, or choose "
+            "another recipe"
+        )
     if "tokens" in chosen["best"]:  # asked for by a person, so of a large model too
         chosen["best"]["tokens_of_large"] = chosen["best"]["tokens"]
     return QuantizationSettings(
@@ -155,6 +182,8 @@ def settings_of(args: argparse.Namespace) -> QuantizationSettings:
         recipe=args.recipe,
         seed=args.seed,
         keep=tuple(args.keep),
+        call=dict(args.call),
+        prompts=tuple(args.prompts or ()),
         calibration=CalibrationConfig(**chosen["paper"]),
         entropy_coding=EntropyCodingConfig(**chosen["best"]),
     )

@@ -1,20 +1,20 @@
 """Look at the result: how far the quantized model's noise and images are from the original's, and what it weighs.
 
-`noise_nmse` is the figure to trust: the squared error of the predicted noise over its power, guidance on, on zero-data
-trajectories that calibration never saw. Same-seed images are in `images.py`. Always measured on the hardened, packed model.
+`noise_nmse` is the figure to trust: the squared error of the guided prediction over its power, on zero-data trajectories (and
+prompts) that calibration never saw. Same-seed images are in `images.py`. Always measured on the hardened, packed model.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,12 +23,14 @@ from vq4dit.errors import FormatError
 from vq4dit.evaluation.images import SamplePair, check_sampling, sample
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.memory import peak_memory
-from vq4dit.models.supported import check_steps, check_supported
-from vq4dit.models.zero_data import TeacherStep, guide, new_scheduler, predicted_noise, teacher_steps
+from vq4dit.models.conditions import Condition, guided_call, random_conditions
+from vq4dit.models.prompts import HELD_OUT
+from vq4dit.models.rehearsal import rehearse
+from vq4dit.models.trajectories import NO_CALL, GuidedStep, sample_trajectories
 from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.randomness import named_generator
-from vq4dit.surroundings import evaluating, ordinary_torch
+from vq4dit.surroundings import ordinary_torch
 
 
 @dataclass(frozen=True)
@@ -60,46 +62,45 @@ def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
 @ordinary_torch()
 @torch.no_grad()
 def noise_nmse(
-    original: DiTPipeline,
-    quantized: DiTPipeline,
+    original: Any,
+    quantized: Any,
     *,
     num_trajectories: int = 16,
     num_inference_steps: int = 25,
-    guidance_scale: float = 4.0,
+    call: Mapping[str, Any] = NO_CALL,
+    prompts: Sequence[str] = HELD_OUT,
     seed: int = 0,
     on_progress: OnProgress = ignore,
 ) -> float:
-    """E || ε_original - ε_quantized ||² / E || ε_original ||² with guidance, on held-out zero-data trajectories."""
-    check_supported(original)
-    check_steps(original, num_inference_steps)
-    scheduler = new_scheduler(original)
-    channels = original.transformer.config.in_channels
-    steps = teacher_steps(
-        original,
-        named_generator(seed, "held-out trajectories"),
-        num_trajectories=num_trajectories,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-    )
+    """E || ε_original - ε_quantized ||² / E || ε_original ||² of the guided prediction, on held-out zero-data trajectories.
+
+    Both pipelines sample the same conditions from the same noise, and the quantized one is led back to the original's latents
+    after every step: so its own code guides, and each error is that of one step.
+    """
+    sampling = rehearse(original, call, num_inference_steps, prompts)
+    generator = named_generator(seed, "held-out trajectories")
+    conditions = random_conditions(original, num_trajectories, generator, prompts)
+    state = generator.get_state()
+    steps: list[tuple[Tensor, Tensor]] = []
+    sampled = partial(sample_trajectories, num_inference_steps=num_inference_steps, call=sampling.call)
+    sampled(original, conditions, generator, lambda step: steps.append((step.prediction, step.latents)))
     error = power = 0.0
-    for done, step in enumerate(steps):
-        with evaluating(quantized.transformer):
-            student = quantized.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-        wanted, found = (_guided_noise(p, step, guidance_scale, channels, scheduler) for p in (step.prediction, student))
-        error += exact(wanted - found).square().sum().item()
+
+    def compare_step(step: GuidedStep) -> Tensor:
+        nonlocal error, power
+        wanted, latents = steps[step.number]
+        error += exact(wanted - step.prediction).square().sum().item()
         power += exact(wanted).square().sum().item()
-        on_progress(Progress("measure", done + 1, num_inference_steps, {"noise_nmse": _part(error, power)}))
+        on_progress(Progress("measure", step.number + 1, len(steps), {"noise_nmse": _part(error, power)}))
+        return latents
+
+    sampled(quantized, conditions, generator.set_state(state), compare_step)
     return _part(error, power)
 
 
 def _part(error: float, power: float) -> float:
     """An error over the power of what it is an error of; where there is no power, any error is infinite."""
     return error / power if power else math.inf if error else 0.0
-
-
-def _guided_noise(prediction: Tensor, step: TeacherStep, guidance_scale: float, channels: int, scheduler: Any) -> Tensor:
-    half = len(step.latents) // 2
-    return predicted_noise(guide(prediction, guidance_scale, channels), step.latents[:half], step.timesteps[:half], scheduler)
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Comparison:
     peak_memory_bytes: int  # of this process, both models loaded (of the device, on CUDA)
     num_pairs: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float  # 0 for pipelines without one
     seed: int
+    call: dict[str, Any] = field(default_factory=dict)  # other arguments of the pipelines' calls
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -129,37 +131,39 @@ class Comparison:
 
 
 def compare(
-    original: DiTPipeline,
-    quantized: DiTPipeline,
+    original: Any,
+    quantized: Any,
     original_bytes: int,
     quantized_bytes: int,
     *,
-    labels: Sequence[int],
+    conditions: Sequence[Condition],
     seed: int = 0,
     num_inference_steps: int = 25,
-    guidance_scale: float = 4.0,
+    call: Mapping[str, Any] = NO_CALL,
+    prompts: Sequence[str] = HELD_OUT,
     on_progress: OnProgress = ignore,
 ) -> tuple[Comparison, list[SamplePair]]:
-    """Same-seed image pairs of the labels (seed, seed + 1, ... in turn) and all figures.
+    """Same-seed pairs of the conditions (seed, seed + 1, ... in turn) and all figures.
+
+    Args:
+        call: further arguments of both pipelines' calls.
+        prompts: that the error of the prediction is measured on, for a model of prompts.
 
     Raises:
         FormatError: if a figure is not finite; others as `sample`.
     """
     for pipeline in (original, quantized):
-        check_sampling(pipeline, num_inference_steps, guidance_scale)
-    seeds = [seed + i for i in range(len(labels))]
-    settings: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "on_progress": on_progress,
-    }
-    nmse = noise_nmse(original, quantized, seed=seed, **settings)
+        check_sampling(pipeline, num_inference_steps, call)
+    seeds = [seed + i for i in range(len(conditions))]
+    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "call": call, "on_progress": on_progress}
+    nmse = noise_nmse(original, quantized, seed=seed, prompts=prompts, **settings)
     images, seconds = [], []
     for pipeline in (original, quantized):
         started = time.perf_counter()
-        images.append(sample(pipeline, labels, seeds, **settings))
-        seconds.append((time.perf_counter() - started) / num_inference_steps / len(labels))
-    pairs = [SamplePair(label, s, a, b) for label, s, a, b in zip(labels, seeds, *images, strict=True)]
+        images.append(sample(pipeline, conditions, seeds, **settings))
+        seconds.append((time.perf_counter() - started) / num_inference_steps / len(conditions))
+    pairs = [SamplePair(condition, s, a, b) for condition, s, a, b in zip(conditions, seeds, *images, strict=True)]
+    told = guided_call(original, call)
     report = Comparison(
         noise_nmse=nmse,
         psnr_db=float(np.mean([pair.psnr for pair in pairs])),
@@ -171,7 +175,8 @@ def compare(
         peak_memory_bytes=peak_memory(original.transformer.device),
         num_pairs=len(pairs),
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=float(told.pop("guidance_scale", 0.0) or 0.0),
         seed=seed,
+        call=told,
     )
     return report, pairs

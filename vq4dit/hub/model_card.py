@@ -8,24 +8,30 @@ The folder may be a stranger's: what stands in code or in a table must be what i
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import ModelCardData, constants
 
-from vq4dit.config import CODEBOOKS
+from vq4dit.config import CODEBOOKS, call_items
 from vq4dit.disk.json_files import read_object, shown
 from vq4dit.errors import FormatError, HubError
+from vq4dit.evaluation.images import makes_films
 from vq4dit.evaluation.metrics import Comparison
 from vq4dit.hub.base import Base, licence_of
 from vq4dit.hub.markdown import plain
 from vq4dit.models.blocks import find_targets
+from vq4dit.models.conditions import undecorated_call
+from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import check_pipeline
 from vq4dit.pipelines.provenance import REVISION, Origin, copied, is_hub_id, read_origin
@@ -44,11 +50,12 @@ def read_report(folder: Path) -> Comparison:
     advice = "make one with `python -m vq4dit compare`"
     try:
         figures = read_object(folder / "report.json", advice)
+        call = figures.pop("call", {})
         for name, value in figures.items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise HubError(f"{folder}/report.json: {name} must be a number, found {shown(value)}: {advice}", "card")
-        return Comparison(**figures)
-    except (OSError, FormatError, TypeError) as error:
+        return Comparison(**figures, call=dict(call_items(call)))
+    except (OSError, FormatError, TypeError, ValueError) as error:
         raise HubError(f"{folder} has no report.json that can be read ({error}): {advice}", "card") from error
 
 
@@ -78,10 +85,11 @@ def model_card(
     num_bytes = tensor_bytes(str(folder))
     _check_reports(num_bytes, report, kmeans)
     origin, codings = read_origin(folder), layer_codings(folder)
+    pipeline = getattr(diffusers, read_json(str(folder), "model_index.json")["_class_name"])
     parts = [
-        f"---\n{_metadata(base, quantization['bits'])}\n---",
+        f"---\n{_metadata(base, quantization['bits'], pipeline)}\n---",
         _introduction(repo_id, base, quantization),
-        _loading(repo_id, read_json(str(folder), "model_index.json")["_class_name"]),
+        _loading(repo_id, pipeline, origin.settings.get("call", {})),
         _measured(num_bytes, quantization, report, kmeans),
         _making(quantization, origin, codings),
         _kept(config, origin, codings),
@@ -112,20 +120,26 @@ def _check_reports(num_bytes: int, report: Comparison | None, kmeans: Comparison
             f"the report is of a file of {report.quantized_bytes} bytes, this transformer has {num_bytes}: compare again",
             "card",
         )
-    alike = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed")
+    alike = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed", "call")
     if report and kmeans and any(getattr(report, name) != getattr(kmeans, name) for name in alike):
         raise HubError("the report of plain k-means was not measured like the other: compare both with equal options", "card")
 
 
-def _metadata(base: Base, bits: int) -> str:
+def _metadata(base: Base, bits: int, pipeline: type) -> str:
     metadata = copied(base.metadata)
     link = metadata.get("license_link")
     if link and "://" not in link and base.model:  # a file of the base's repository
         metadata["license_link"] = f"{constants.ENDPOINT}/{base.model}/blob/{base.revision or 'main'}/{link}"
     if base.model:
         metadata |= {"base_model": base.model, "base_model_relation": "quantized"}
+    if {"prompt", "height"} <= _call_parameters(pipeline).keys():
+        metadata.setdefault("pipeline_tag", "text-to-video" if makes_films(pipeline) else "text-to-image")
     tags = ["vq4dit", "quantization", f"{bits}-bit", "diffusion"]
     return ModelCardData(library_name="diffusers", tags=tags, **metadata).to_yaml().strip()
+
+
+def _call_parameters(pipeline: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(undecorated_call(pipeline)).parameters
 
 
 def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str:
@@ -141,13 +155,29 @@ def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str
     )
 
 
-def _loading(repo_id: str, pipeline: str) -> str:
-    image = "\nimage = pipeline([0], num_inference_steps=25).images[0]  # class 0" if pipeline == "DiTPipeline" else ""
+def _loading(repo_id: str, pipeline: type, call: Mapping[str, Any]) -> str:
+    name = pipeline.__name__
     return (
         f"## Load it\n\n```bash\npip install git+{source()}\n```\n\n```python\nimport vq4dit  # teaches diffusers to read "
-        f'packed models\nfrom diffusers import {pipeline}\n\npipeline = {pipeline}.from_pretrained("{repo_id}"){image}\n```\n\n'
-        'Without `import vq4dit`, diffusers says "Unknown quantization type".'
+        f'packed models\nfrom diffusers import {name}\n\npipeline = {name}.from_pretrained("{repo_id}")'
+        f'{_drawing(pipeline, call)}\n```\n\nWithout `import vq4dit`, diffusers says "Unknown quantization type".'
     )
+
+
+def _drawing(pipeline: type, call: Mapping[str, Any]) -> str:
+    """A line of code that draws as the model was calibrated; none for a pipeline that draws otherwise."""
+    parameters = _call_parameters(pipeline)
+    told = "".join(f", {name}={_literal(value)}" for name, value in call.items() if name in parameters)
+    drawn = "video = {}.frames[0]" if makes_films(pipeline) else "image = {}.images[0]"
+    if "class_labels" in parameters:
+        return "\n" + drawn.format(f"pipeline([0], num_inference_steps=25{told})") + "  # class 0"
+    draws = {"prompt", "height"} <= parameters.keys()  # and makes no sound
+    return "\n" + drawn.format(f'pipeline("{HELD_OUT[0]}"{told})') if draws else ""
+
+
+def _literal(value: Any) -> str:
+    """A value as Python code that ends no block of code in Markdown, and is no HTML."""
+    return re.sub("[`<]", lambda mark: f"\\x{ord(mark[0]):x}", ascii(value))
 
 
 def source() -> str:
@@ -172,13 +202,15 @@ def _measured(num_bytes: int, quantization: dict[str, Any], report: Comparison |
     text = f"## Measured\n\n{head}\n" + "\n".join(rows)
     if report is None:
         return f"{text}\n\nNobody compared this model with its base before publishing it."
+    told = {"guidance": f"{report.guidance_scale:g}"} if report.guidance_scale else {}
+    drawn_with = "".join(f", {plain(name)} {plain(value)}" for name, value in {**told, **report.call}.items())
     return (
-        f"{text}\n\nMeasured on this packed file, by `python -m vq4dit compare`: {report.num_pairs} pairs of images with the "
-        f"same seeds (from {report.seed}), {report.num_inference_steps} steps, guidance {report.guidance_scale:g}. Noise error "
-        "is the squared error of the predicted noise over its power, on trajectories that calibration never saw. PSNR and SSIM "
-        "compare with the base's image of the same seed, so they punish any change, also one that looks as good.\n\n"
-        "![pairs of images](samples.png)\n\n*Same classes and seeds. Top: base. Middle: this model. Bottom: their difference, "
-        "four times amplified.*"
+        f"{text}\n\nMeasured on this packed file, by `python -m vq4dit compare`: {report.num_pairs} pairs of samples with the "
+        f"same seeds (from {report.seed}), {report.num_inference_steps} steps{drawn_with}. Noise error is the squared error of "
+        "the guided prediction over its power, on trajectories that calibration never saw. PSNR and SSIM compare with the "
+        "base's sample of the same seed, so they punish any change, also one that looks as good.\n\n"
+        "![pairs of images](samples.png)\n\n*The same is drawn from the same seeds. Top: base. Middle: this model. Bottom: "
+        "their difference, four times amplified.*"
     )
 
 
@@ -202,6 +234,10 @@ def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str
     ]
     calibration = origin.settings.get("calibration", {})
     shown = {key: value for key, value in calibration.items() if _belongs(key, recipe)}
+    if call := origin.settings.get("call"):
+        lines.append("- sampled with: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in call.items()))
+    if prompts := origin.settings.get("prompts"):
+        lines.append(f"- calibrated on {len(prompts)} prompts of its maker's choice")
     if shown:
         lines.append("- calibration: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in shown.items()))
     if origin.versions:

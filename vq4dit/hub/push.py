@@ -25,12 +25,13 @@ from huggingface_hub import CommitOperationDelete, HfApi, ModelInfo, snapshot_do
 from huggingface_hub.utils import disable_progress_bars
 
 from vq4dit.errors import HubError
-from vq4dit.evaluation.images import sample
+from vq4dit.evaluation.images import sample, some_conditions
 from vq4dit.hub.account import Account
 from vq4dit.hub.staging import staged
 from vq4dit.hub.upload import WatchedFile, store
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained, listen, pause, watched
 from vq4dit.pipelines.load import load_pipeline
+from vq4dit.pipelines.provenance import recorded_call
 from vq4dit.progress import OnProgress, Progress, ignore
 
 Existing = Literal["refuse", "pull-request", "commit"]
@@ -290,8 +291,9 @@ def same_image(folder: Path, pushed: Pushed, account: Account) -> bool:
         HubError: if the download fails.
     """
     with tempfile.TemporaryDirectory() as copy, disable_progress_bars():
-        task = f"download {pushed.repo_id} again"
-        token = account.token
+        task, token = f"download {pushed.repo_id} again", account.token
         ask(task, lambda: snapshot_download(pushed.repo_id, revision=pushed.revision, token=token, local_dir=copy))
-        local, remote = (sample(load_pipeline(str(place)), [0], [0], num_inference_steps=4) for place in (folder, copy))
+        call = recorded_call(str(folder))
+        pipelines = (load_pipeline(str(place)) for place in (folder, copy))  # one after the other
+        local, remote = (sample(p, some_conditions(p, 1), [0], num_inference_steps=4, call=call) for p in pipelines)
     return np.array_equal(local, remote)

@@ -14,7 +14,7 @@ from torch import nn
 
 def adapter_layers(model: nn.Module, *, empty: bool = False) -> dict[str, Any]:
     """PEFT's wrappers in a model, by name: those with an adapter, or those whose adapters were all deleted."""
-    if "peft" not in sys.modules:  # nobody can have attached one
+    if sys.modules.get("peft") is None:  # nobody can have attached one
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 

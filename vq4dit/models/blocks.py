@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.models.denoiser_calls import Tree, tensors_of
 
 MIN_SUBVECTORS_PER_CODEWORD = 4  # below this a codebook does not pay
 
@@ -55,7 +56,8 @@ def named_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
 
 
 def _num_linears(module: nn.Module | None) -> int:
-    return sum(isinstance(m, nn.Linear) for m in module.modules()) if module is not None else 0
+    """Linears of a module, and what stands in the place of one while it is calibrated."""
+    return sum(hasattr(m, "in_features") for m in module.modules()) if module is not None else 0
 
 
 def is_embedder(module: nn.Module) -> bool:
@@ -176,15 +178,15 @@ def duplicate_keys(transformer: nn.Module, paths: Sequence[str]) -> dict[str, st
 def recorded_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Record what each block returns during a forward pass: a list of tensors that every pass fills anew.
 
-    Blocks that return a tuple of streams count with each tensor of it.
+    Blocks that return several streams count with each tensor of them.
     """
     outputs: list[Tensor] = []
 
     def clear(module: nn.Module, arguments: tuple) -> None:
         outputs.clear()
 
-    def record(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
-        outputs.extend(leaf for leaf in (output if isinstance(output, tuple) else (output,)) if isinstance(leaf, Tensor))
+    def record(module: nn.Module, arguments: tuple, output: Tree) -> None:
+        outputs.extend(tensor for tensor in tensors_of(output) if tensor.is_floating_point())
 
     handles = [blocks[0].register_forward_pre_hook(clear)] + [block.register_forward_hook(record) for block in blocks]
     try:

@@ -26,13 +26,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vq4dit.config import QuantizationSettings
+from vq4dit.config import CallValue, QuantizationSettings, call_items
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import VERSION as VERSION_OF_RECIPES
 from vq4dit.disk.json_files import read_object
 from vq4dit.disk.record import FILES, RECORD, SEAL
-from vq4dit.errors import FormatError
-from vq4dit.pipelines.repository import located
+from vq4dit.errors import FormatError, VQ4DiTError
+from vq4dit.pipelines.repository import download, located
 from vq4dit.version import VERSION
 
 FILENAME = RECORD
@@ -70,6 +70,10 @@ class Origin:
             raise ValueError(f"keep must be patterns of layer names, got {keep!r:.100}")
         if not isinstance(calibration, dict):
             raise ValueError(f"calibration must be settings by their names, got {calibration!r:.100}")
+        prompts = self.settings.get("prompts", [])
+        if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be texts, got {prompts!r:.100}")
+        call_items(self.settings.get("call", {}))
         if self.model and not is_hub_id(self.model):
             raise ValueError(f"the base must be a Hub id, which looks like owner/name, got {self.model!r:.100}")
         if self.revision and not REVISION.fullmatch(self.revision):
@@ -162,3 +166,18 @@ def read_origin(folder: Path) -> Origin:
             f"{path} is damaged ({error}): {advice}",
             page=f"the record of where this model comes from is damaged ({error}): quantize it again",
         ) from error
+
+
+def recorded_call(model: str) -> dict[str, CallValue]:
+    """What the call of a packed model's pipeline was told when the model was calibrated: nothing, if that is not recorded.
+
+    Raises:
+        FormatError: if the record is damaged, or holds what cannot be told.
+    """
+    folder = located(model)
+    if folder is None:
+        try:
+            folder = Path(download(model, FILENAME)).parent
+        except VQ4DiTError:  # of an earlier version, or not in the cache
+            return {}
+    return dict(call_items(read_origin(folder).settings.get("call", {})))

@@ -34,7 +34,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
         index: its content.
     """
     name = index.get("_class_name")
-    pipeline: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    pipeline = pipeline_class(name)
     _check_installed(model, name, pipeline)
     if not _is_class(pipeline, diffusers.DiffusionPipeline):
         raise UnsupportedModelError(
@@ -58,6 +58,11 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
                 f"the {part} of {model} is said to be {shown(value)}, which neither diffusers nor transformers has, and "
                 f"{NO_CODE}: take another model"
             )
+
+
+def pipeline_class(name: Any) -> Any:
+    """What diffusers has under the name of a pipeline, or None: a class, once `check_classes` has looked at the model."""
+    return getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
 
 
 def _check_installed(what: str, name: Any, found: Any) -> None:

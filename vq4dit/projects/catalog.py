@@ -1,6 +1,6 @@
 """Which models there are to pick, and what a card says about one before anything large is read.
 
-A model is named by what a visitor may say: the bundled one, a Hub id, or, where a root folder was opened, `folder:NAME`
+A model is named by what a visitor may say: a bundled one, a Hub id, or, where a root folder was opened, `folder:NAME`
 below it. Nothing else of what is typed is ever used as a path.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
-from vq4dit.config import Recipe
+from vq4dit.config import CallValue, Recipe
 from vq4dit.disk.revisions import content_revision
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
@@ -25,7 +25,7 @@ from vq4dit.pipelines.load import check_access
 from vq4dit.pipelines.repository import read_json
 from vq4dit.printable import printable
 
-BUNDLED = "assets/emoji-dit"
+BUNDLED, BUNDLED_FLUX = "assets/emoji-dit", "assets/emoji-flux"
 FOLDER = "folder:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
@@ -33,12 +33,17 @@ LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
 # Diffusion transformers of the Hub that are known to be in diffusers' format, with a word on each.
 KNOWN = {
     BUNDLED: "emoji-dit: bundled, 12.7 M parameters, no download",
+    BUNDLED_FLUX: "emoji-flux: bundled, text to image, 12.1 M parameters, no download",
     "facebook/DiT-XL-2-256": "DiT-XL/2 at 256 px: the paper's model",
     "facebook/DiT-XL-2-512": "DiT-XL/2 at 512 px",
     "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-α, text to image, 0.6 B",
     "Efficient-Large-Model/Sana_600M_1024px_diffusers": "Sana, text to image, 0.6 B",
     "Alpha-VLLM/Lumina-Image-2.0": "Lumina 2, text to image, 2.6 B",
     "black-forest-labs/FLUX.1-schnell": "FLUX.1 schnell, text to image, 12 B",
+}
+# What the pipeline's call must be told of those that draw in one way only.
+CALLS: dict[str, dict[str, CallValue]] = {
+    BUNDLED_FLUX: {"height": 64, "width": 64, "true_cfg_scale": 3, "negative_prompt": "", "max_sequence_length": 12}
 }
 
 
@@ -62,7 +67,7 @@ class Catalog:
     """The models that one server offers.
 
     Args:
-        home: the folder that holds the bundled model.
+        home: the folder that holds the bundled models.
         root: a folder of pipeline folders to offer, or None.
         largest_download: bytes of a repository that is still fetched.
     """
@@ -78,8 +83,8 @@ class Catalog:
             VQ4DiTError: if it is no name of a model that may be opened here.
         """
         name = name.strip()
-        if name == BUNDLED:
-            return str(self.home / BUNDLED)
+        if name in (BUNDLED, BUNDLED_FLUX):
+            return str(self.home / name)
         if name.startswith(FOLDER):
             return str(self._folder(name.removeprefix(FOLDER)))
         if HUB_ID.fullmatch(name) and ".." not in name:
@@ -109,7 +114,7 @@ class Catalog:
 
     def offered(self) -> list[tuple[str, str]]:
         """(what is shown, name) of everything that needs no search."""
-        known = [(words if name == BUNDLED else f"{name} · {words}", name) for name, words in KNOWN.items()]
+        known = [(words if name in (BUNDLED, BUNDLED_FLUX) else f"{name} · {words}", name) for name, words in KNOWN.items()]
         return known + [(printable(name), name) for name in self.folders()]
 
     def search(self, text: str) -> list[tuple[str, str]]:

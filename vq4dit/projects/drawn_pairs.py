@@ -1,22 +1,24 @@
-"""Pictures of a finished project, pair by pair: the same class and noise through the original and the packed model.
+"""Pictures of a finished project, pair by pair: the same condition and noise through the original and the packed model.
 
 `evaluation.compare` gives everything at the end; here each pair is on disk as soon as it is drawn, so that a page can show
 the first one while the others are being made, and a comparison that is cut short keeps what it has.
 
-    report/pairs.json                     label, seed, PSNR and SSIM of each pair so far
-    report/NAME-seedN-original.png        and -quantized.png, -difference.png
+    report/pairs.json                     condition, seed, PSNR and SSIM of each pair so far
+    report/NAME-seedN-original.png        and -quantized.png, -difference.png; of a film, some frames side by side
     report/report.json                    all figures, at the end
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,35 +26,104 @@ from vq4dit.disk.files import write_atomically
 from vq4dit.evaluation.images import SamplePair, as_image, sample
 from vq4dit.evaluation.metrics import Comparison, noise_nmse
 from vq4dit.memory import peak_memory
+from vq4dit.models.conditions import Condition, condition_kind, guided_call, parameters_of
 from vq4dit.pipelines.inspect import tensor_bytes
+from vq4dit.pipelines.repository import read_json
+from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.worker import COMPUTING, Stopped, stream
 from vq4dit.projects.workspace import Project
 
 KINDS = ("original", "quantized", "difference")
+MOST_PROMPTS, LONGEST_PROMPT = 12, 500  # that a page draws at once, and their characters
+NAME_LENGTH = 40  # of a file's name: the words of a class or a prompt
+
+
+class Key(NamedTuple):
+    """What a pair is of."""
+
+    condition: Condition
+    seed: int
+    guidance_scale: float | None  # None: as the project's settings have it, or the pipeline by default
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Which pictures to draw: every class with every seed."""
+    """Which pictures to draw: every condition with every seed."""
 
-    labels: tuple[int, ...]
+    conditions: tuple[Condition, ...]
     num_seeds: int = 1
     seed: int = 0
     num_inference_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
 
-    def wanted(self) -> list[tuple[int, int]]:
-        """(label, seed), all classes of the first seed before the second seed."""
-        return [(label, self.seed + i) for i in range(self.num_seeds) for label in self.labels]
+    @classmethod
+    def of(cls, project: Project, classes: Sequence[int], prompts: str, num_seeds: int, guidance: str) -> PairSettings:
+        """Those of what a page holds for both kinds of models: classes and prompts, of which this project's takes one.
+
+        Args:
+            prompts: one a line.
+            guidance: a number, or nothing: then it is that of the project.
+
+        Raises:
+            UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no prompts or
+                too many, or the guidance is no number.
+        """
+        pipeline = pipeline_class(read_json(str(project.result), "model_index.json")["_class_name"])
+        conditions: Sequence[Condition] = classes or (0,)
+        if condition_kind(pipeline) == "prompt":
+            conditions = prompts_in(prompts)
+        scale = number_in(guidance) if "guidance_scale" in parameters_of(pipeline) else None
+        return cls(tuple(conditions), num_seeds, guidance_scale=scale)
+
+    def wanted(self) -> list[Key]:
+        """All conditions of the first seed before the second seed."""
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        return [Key(condition, seed, self.guidance_scale) for seed in seeds for condition in self.conditions]
+
+    def call(self, project: Project) -> dict[str, Any]:
+        """What both pipelines' calls are told."""
+        own = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return project.settings.call_arguments | own
+
+
+def number_in(text: str) -> float | None:
+    """The number in a field; None of an empty one."""
+    if not text.strip():
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"guidance must be a number, such as 4.5, got {text!r:.60}")
+    return number
+
+
+def prompts_in(text: str) -> list[str]:
+    """The prompts in a text, one a line, each once.
+
+    Raises:
+        ValueError: if there are none, or more than a page draws.
+    """
+    lines = text.encode(errors="ignore").decode().splitlines()  # a half of a character is no text
+    prompts = list(dict.fromkeys(filter(None, map(str.strip, lines))))
+    if not prompts:
+        raise ValueError("prompts are needed to draw, and there are none: write one a line")
+    if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > LONGEST_PROMPT:
+        raise ValueError(
+            f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters are drawn at once, got {len(prompts)} of up to "
+            f"{max(map(len, prompts))}: take fewer or shorter ones"
+        )
+    return prompts
 
 
 @dataclass(frozen=True)
 class Pair:
     """A drawn pair as a page needs it; pictures are files of the report folder."""
 
-    label: int
+    condition: Condition
     name: str
     seed: int
     psnr: float
@@ -60,11 +131,21 @@ class Pair:
     stem: str
     original_seconds: float  # per denoising step
     quantized_seconds: float
+    guidance_scale: float | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.condition, self.seed, self.guidance_scale)
 
 
 def drawn_pairs(project: Project) -> list[Pair]:
     path = project.report / "pairs.json"
-    return [Pair(**values) for values in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [_pair_of(values) for values in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def _pair_of(values: dict[str, Any]) -> Pair:
+    """A pair of the list; earlier versions drew classes only."""
+    return Pair(**{"condition" if name == "label" else name: value for name, value in values.items()})
 
 
 def report(project: Project) -> dict[str, Any] | None:
@@ -88,7 +169,7 @@ def draw(project: Project, loader: Loader, settings: PairSettings, seconds: floa
 
 def is_complete(project: Project, settings: PairSettings) -> bool:
     """Whether all wanted pairs are drawn and measured together."""
-    return report(project) is not None and [(p.label, p.seed) for p in drawn_pairs(project)] == settings.wanted()
+    return report(project) is not None and [pair.key for pair in drawn_pairs(project)] == settings.wanted()
 
 
 def _draw(project: Project, loader: Loader, settings: PairSettings, end: float | None, on_progress: OnProgress) -> None:
@@ -98,20 +179,20 @@ def _draw(project: Project, loader: Loader, settings: PairSettings, end: float |
 
 def _draw_missing(project: Project, loader: Loader, settings: PairSettings, end: float | None, on_progress: OnProgress) -> None:
     pipelines = loader.original(project), loader.quantized(project)
-    names = {index: name for name, index in pipelines[0].labels.items()}
+    names: dict[Condition, str] = {index: name for name, index in (getattr(pipelines[0], "labels", None) or {}).items()}
     wanted = settings.wanted()
-    pairs = {(pair.label, pair.seed): pair for pair in drawn_pairs(project) if (pair.label, pair.seed) in wanted}
+    pairs = {pair.key: pair for pair in drawn_pairs(project) if pair.key in wanted}
     (project.report / "report.json").unlink(missing_ok=True)  # it was about other pairs
     drew = False
-    for label, seed in wanted:
-        if (label, seed) in pairs:
+    for key in wanted:
+        if key in pairs:
             continue
         if drew and end is not None and time.monotonic() > end:  # every turn draws a pair, else it might never end
             return
-        drawn = [_timed_sample(pipeline, label, seed, settings, on_progress) for pipeline in pipelines]
-        pair = SamplePair(label, seed, drawn[0][0], drawn[1][0])
+        drawn = [_timed_sample(pipeline, key, project, settings, on_progress) for pipeline in pipelines]
+        pair = SamplePair(key.condition, key.seed, drawn[0][0], drawn[1][0])
         seconds_per_step = [seconds / settings.num_inference_steps for _, seconds in drawn]
-        pairs[label, seed] = _save(project, pair, names.get(label, str(label)), seconds_per_step)
+        pairs[key] = _save(project, pair, names.get(key.condition, str(key.condition)), seconds_per_step, key.guidance_scale)
         _keep(project, pairs, wanted)
         drew = True
         on_progress(Progress("sample", len(pairs), len(wanted)))
@@ -120,28 +201,44 @@ def _draw_missing(project: Project, loader: Loader, settings: PairSettings, end:
         _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], on_progress)
 
 
-def _keep(project: Project, pairs: dict[tuple[int, int], Pair], wanted: list[tuple[int, int]]) -> None:
+def _keep(project: Project, pairs: dict[Key, Pair], wanted: list[Key]) -> None:
     content = [asdict(pairs[key]) for key in wanted if key in pairs]
     write_atomically(project.report / "pairs.json", json.dumps(content).encode())
 
 
 def _timed_sample(
-    pipeline: Any, label: int, seed: int, settings: PairSettings, on_progress: OnProgress
+    pipeline: Any, key: Key, project: Project, settings: PairSettings, on_progress: OnProgress
 ) -> tuple[np.ndarray, float]:
     started = time.perf_counter()
-    steps, guidance = settings.num_inference_steps, settings.guidance_scale
-    images = sample(pipeline, [label], [seed], num_inference_steps=steps, guidance_scale=guidance, on_progress=on_progress)
+    images = sample(
+        pipeline,
+        [key.condition],
+        [key.seed],
+        num_inference_steps=settings.num_inference_steps,
+        call=settings.call(project),
+        on_progress=on_progress,
+    )
     return images[0], time.perf_counter() - started
 
 
-def _save(project: Project, pair: SamplePair, name: str, seconds_per_step: list[float]) -> Pair:
+def _save(project: Project, pair: SamplePair, name: str, seconds_per_step: list[float], guidance_scale: float | None) -> Pair:
     project.report.mkdir(exist_ok=True)
-    stem = f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:40]}-{pair.label}-seed{pair.seed}"
+    stem = file_stem(name, pair.condition, pair.seed)
     for kind in KINDS:
         content = io.BytesIO()
         as_image(getattr(pair, kind)).save(content, "PNG")
         write_atomically(project.report / f"{stem}-{kind}.png", content.getvalue())
-    return Pair(pair.label, name, pair.seed, pair.psnr, pair.ssim, stem, seconds_per_step[0], seconds_per_step[1])
+    original_seconds, quantized_seconds = seconds_per_step
+    return Pair(
+        pair.condition, name, pair.seed, pair.psnr, pair.ssim, stem, original_seconds, quantized_seconds, guidance_scale
+    )
+
+
+def file_stem(name: str, condition: Condition, seed: int) -> str:
+    """What a pair's files begin with: some words for people, and another one for every class and prompt."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", name)[:NAME_LENGTH]
+    own = hashlib.sha256(condition.encode()).hexdigest()[:16] if isinstance(condition, str) else condition
+    return f"{words}-{own}-seed{seed}"
 
 
 def _measure(
@@ -154,14 +251,9 @@ def _measure(
 ) -> None:
     """Noise error on trajectories that nobody saw, sizes and speeds; then the report is whole."""
     original, quantized = pipelines
-    error = noise_nmse(
-        original,
-        quantized,
-        num_trajectories=4,
-        guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
-        on_progress=on_progress,
-    )
+    call = settings.call(project)
+    error = noise_nmse(original, quantized, num_trajectories=4, call=call, seed=settings.seed, on_progress=on_progress)
+    told = guided_call(original, call)
     figures = Comparison(
         noise_nmse=error,
         psnr_db=float(np.mean([pair.psnr for pair in pairs])),
@@ -173,7 +265,8 @@ def _measure(
         peak_memory_bytes=peak_memory(original.transformer.device),
         num_pairs=len(pairs),
         num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        guidance_scale=float(told.pop("guidance_scale", 0.0) or 0.0),
         seed=settings.seed,
+        call=told,
     )
     write_atomically(project.report / "report.json", (json.dumps(asdict(figures), indent=1) + "\n").encode())

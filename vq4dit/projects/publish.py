@@ -32,7 +32,7 @@ from vq4dit.projects.drawn_pairs import KINDS, drawn_pairs
 from vq4dit.projects.worker import Stopped, stream
 from vq4dit.projects.workspace import Project
 
-ALIKE = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed")  # of reports in one table
+ALIKE = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed", "call")  # of reports in one table
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.vector import VQLinear
 from vq4dit.memory import is_out_of_memory
+from vq4dit.models.blocks import find_targets
 from vq4dit.pipelines.hub_errors import without_tokens
 from vq4dit.pipelines.provenance import origin_of
 from vq4dit.pipelines.save import save
@@ -34,7 +35,7 @@ from vq4dit.progress import Event, OnProgress, Progress
 from vq4dit.projects.messages import on_page, without_paths
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.recipes.quantize import check, run
+from vq4dit.recipes.quantize import run
 
 TICK_SECONDS = 0.5
 # Pipelines are shared, and recording hangs hooks into them: a turn begins when the one before has really ended, though its
@@ -144,7 +145,8 @@ def _quantize(
     project: Project, loader: Loader, seconds: float | None, spent: Callable[[], float], check_stop: OnProgress
 ) -> None:
     pipeline = loader.original(project)
-    targets = check(pipeline, project.settings)
+    settings = project.settings
+    targets, _ = find_targets(pipeline.transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
     origin = origin_of(loader.catalog.locate(project.model), project.revision, project.settings)
     layers = project.layers()
     measured = {layer["name"] for layer in layers}

@@ -20,18 +20,20 @@ a hundred steps, before there is anything to decide by, and two candidates are n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from vq4dit.config import CalibrationConfig
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.models.blocks import named_blocks, recorded_outputs
-from vq4dit.models.zero_data import TeacherStep, teacher_steps
+from vq4dit.models.denoiser_calls import DenoiserCall
+from vq4dit.models.trajectories import Sampling, random_trajectories
 from vq4dit.recipes.soft_layers import SoftVQLinear
+from vq4dit.surroundings import evaluating
 
 
 def block_loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -47,12 +49,18 @@ def ratio_loss(layer: SoftVQLinear) -> Tensor:
 class Calibration:
     """The state of a calibration between two updates; `advance` makes one update, `tensors` and `restore` carry it over.
 
-    Of the teacher's trajectory the random state at its start and the guided predictions so far are stored: the scheduler
-    goes through them again, the teacher need not.
+    Of the teacher's trajectory the random state at its start and the number of steps so far are stored: it is sampled again.
     """
 
-    def __init__(self, pipeline: DiTPipeline, student: nn.Module, config: CalibrationConfig, generator: torch.Generator):
-        self.pipeline, self.student, self.config, self.generator = pipeline, student, config, generator
+    def __init__(
+        self,
+        pipeline: Any,
+        student: nn.Module,
+        sampling: Sampling,
+        config: CalibrationConfig,
+        generator: torch.Generator,
+    ):
+        self.pipeline, self.student, self.sampling, self.config, self.generator = pipeline, student, sampling, config, generator
         self.layers = {name: m for name, m in student.named_modules() if isinstance(m, SoftVQLinear)}
         self.optimizer = torch.optim.RMSprop(
             [
@@ -64,6 +72,7 @@ class Calibration:
         start_state(self.optimizer, "square_avg")
         self.step = 0
         self._blocks = list(named_blocks(student).values())
+        self._teacher_blocks = list(named_blocks(pipeline.transformer).values())
         self._start_trajectory()
 
     def advance(self) -> dict[str, float]:
@@ -72,18 +81,22 @@ class Calibration:
         Raises:
             CalibrationDivergedError: if a loss is not finite.
         """
-        teacher_step = self._next_teacher_step()
-        with recorded_outputs(self._blocks) as outputs:
-            self.student(teacher_step.latents, timestep=teacher_step.timesteps, class_labels=teacher_step.class_labels)
-            distillation = block_loss(outputs, teacher_step.block_outputs)
-        distillation.backward()
+        calls = self._next_calls()
+        block_mse = 0.0
+        for call in calls:
+            with torch.no_grad(), evaluating(self.pipeline.transformer), recorded_outputs(self._teacher_blocks) as targets:
+                call.run(self.pipeline.transformer)
+            with recorded_outputs(self._blocks) as outputs:
+                call.run(self.student)
+                distillation = block_loss(outputs, targets) / len(calls)
+            distillation.backward()
+            block_mse += distillation.item()
         undecided = self._undecided()
         ratios = 0.0
         for layer in undecided:  # layer by layer, so that only one layer's ratios are in memory
             loss = ratio_loss(layer) / len(undecided)
             (self.config.ratio_loss_weight * loss).backward()
             ratios += loss.item()
-        block_mse = distillation.item()
         if not math.isfinite(block_mse + ratios):
             raise CalibrationDivergedError(
                 f"the loss became {block_mse + ratios} in step {self.step}: try another seed or a lower learning rate, and "
@@ -112,7 +125,7 @@ class Calibration:
         own = {
             "step": torch.tensor(self.step),
             "trajectory_start": self._trajectory_start,
-            "guided": torch.stack(self._guided) if self._guided else torch.empty(0),
+            "trajectory_step": torch.tensor(self._trajectory_step),
         }
         return own | state_tensors(self._parameters(), self.optimizer)
 
@@ -121,7 +134,8 @@ class Calibration:
         self.step = int(stored["step"])
         restore_state(self._parameters(), self.optimizer, stored, self.step)
         self.generator.set_state(stored["trajectory_start"])
-        self._start_trajectory([guided.to(self.pipeline.transformer.device) for guided in stored["guided"]])
+        self._start_trajectory()
+        self._trajectory_step = int(stored["trajectory_step"])
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self.layers.items():
@@ -134,25 +148,26 @@ class Calibration:
         pairs = ((layer.codebook, layer.bias) for layer in self.layers.values())
         return [p for pair in pairs for p in pair if p is not None]
 
-    def _start_trajectory(self, replayed: Sequence[Tensor] = ()) -> None:
-        self._trajectory_start = self.generator.get_state()
-        self._guided = list(replayed)
-        self._trajectory = teacher_steps(
-            self.pipeline,
-            self.generator,
-            num_trajectories=self.config.num_trajectories,
-            guidance_scale=self.config.guidance_scale,
-            num_inference_steps=self.config.num_inference_steps,
-            replayed=tuple(replayed),
-        )
+    def _start_trajectory(self) -> None:
+        self._trajectory_start, self._trajectory_step = self.generator.get_state(), 0
+        self._trajectory: list[list[DenoiserCall]] = []  # by step; sampled when its first step is wanted
 
-    def _next_teacher_step(self) -> TeacherStep:
-        teacher_step = next(self._trajectory, None)
-        if teacher_step is None:
+    def _next_calls(self) -> list[DenoiserCall]:
+        """How the teacher is called in the next step of the trajectory, or in the first one of another."""
+        if self._trajectory and self._trajectory_step == len(self._trajectory):
             self._start_trajectory()
-            teacher_step = next(self._trajectory)
-        self._guided.append(teacher_step.guided)
-        return teacher_step
+        if not self._trajectory:
+            with torch.no_grad():
+                random_trajectories(
+                    self.pipeline,
+                    self.sampling,
+                    self.config.num_trajectories,
+                    self.generator,
+                    lambda step: self._trajectory.append(step.calls),
+                    num_inference_steps=self.config.num_inference_steps,
+                )
+        self._trajectory_step += 1
+        return self._trajectory[self._trajectory_step - 1]
 
 
 def start_state(optimizer: torch.optim.Optimizer, *moments: str) -> None:

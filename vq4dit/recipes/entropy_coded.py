@@ -11,29 +11,30 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from vq4dit.config import EntropyCodingConfig, QuantizationSettings
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.models.student import student_with
-from vq4dit.models.zero_data import ROUNDS, STEPS, BlockCall, is_large
+from vq4dit.models.trajectories import ROUNDS, STEPS, is_large
 from vq4dit.pipelines.inspect import promised_bits
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
 from vq4dit.recipes.fisher import Sensitivities, num_steps, output_sensitivities
-from vq4dit.recipes.layerwise import InputStatistics, calibration_walk, fit_layer, groups_in_turn, rate_curve
+from vq4dit.recipes.hessian import InputStatistics
+from vq4dit.recipes.layerwise import Replays, fit_layer, groups_in_turn, rate_curve, record_replays
+from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.stages import Piece, Stage, Stages, Tensors, Tick
 
 SENSITIVITIES = ("sensitivities", "sensitivities-of-steps")
 
 
-def entropy_coded_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings) -> Stages:
+def entropy_coded_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
     """From output sensitivities to integers, layer by layer."""
     config = settings.entropy_coding
     config = config.of_large() if is_large(pipeline.transformer) else config
-    fitting = Fitting(pipeline, targets, settings, config)
-    wanted = tuple(fitting.piece_names.values())
-    of_all = Piece(fitting.measure, SENSITIVITIES, fitting.know, num_steps(pipeline, config))
+    fitting = Fitting(pipeline, plan, settings, config)
+    targets, wanted = plan.targets, tuple(fitting.piece_names.values())
+    of_all = Piece(fitting.measure, SENSITIVITIES, fitting.know, num_steps(fitting.sampling, config))
     yield Stage("sensitivity", of_all.count, [of_all], wanted)
     yield Stage("trajectories", STEPS, [Piece(fitting.record, count=STEPS)], wanted)
     yield Stage("bits", len(targets), [Piece(fitting.allocate, ("bits",), fitting.share_out, len(targets))], wanted)
@@ -44,21 +45,20 @@ def entropy_coded_stages(pipeline: Any, targets: dict[str, nn.Linear], settings:
 class Fitting:
     """What the stages of `best` know: sensitivities, trajectories, bits, and the student as far as it is quantized."""
 
-    def __init__(
-        self, pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings, config: EntropyCodingConfig
-    ):
-        self.pipeline, self.targets, self.settings, self.config = pipeline, targets, settings, config
-        self.piece_names = {name: f"layers/{name}" for name in targets}
+    def __init__(self, pipeline: Any, plan: Plan, settings: QuantizationSettings, config: EntropyCodingConfig):
+        self.pipeline, self.targets, self.settings, self.config = pipeline, plan.targets, settings, config
+        assert plan.sampling is not None  # `check` makes one for recipes that sample
+        self.sampling = plan.sampling
+        self.piece_names = {name: f"layers/{name}" for name in self.targets}
         self.student = student_with(pipeline.transformer, {})
         self.sensitivities = Sensitivities({}, {})
-        self.walk: list[BlockCall] = []
+        self.replays: Replays | None = None
         self.bits = BitBudget({})
 
     def measure(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
         """Output sensitivities B of all layers."""
         generator = named_generator(self.settings.seed, "sensitivities")
-        guidance_scale = self.settings.calibration.guidance_scale
-        found = output_sensitivities(self.pipeline, list(self.targets), guidance_scale, generator, self.config, tick)
+        found = output_sensitivities(self.pipeline, list(self.targets), self.sampling, generator, self.config, tick)
         return zip(SENSITIVITIES, found, strict=True)
 
     def know(self, pieces: Mapping[str, Tensors]) -> None:
@@ -67,16 +67,17 @@ class Fitting:
     def record(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
         """The teacher's trajectories, whose blocks' inputs every layer is fitted on."""
         generator = named_generator(self.settings.seed, "layer by layer")
-        self.walk = calibration_walk(self.pipeline, self.settings.calibration.guidance_scale, generator, self.config, tick)
+        self.replays = record_replays(self.pipeline, self.sampling, generator, self.config, tick)
         return ()
 
     def allocate(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
         """Share the bits of all integers out among the layers, by the teacher's own inputs in one round; one number each."""
-        teacher = self.pipeline.transformer
+        assert self.replays is not None
+        teacher = self.replays.of(self.pipeline.transformer, every=ROUNDS)
         promised = sum(promised_bits(linear, self.settings.bits) for linear in self.targets.values())
         curves: dict[str, RateCurve] = {}
-        steps = {name: weights[::ROUNDS] for name, weights in self.sensitivities.steps.items()}
-        for group in groups_in_turn(teacher, teacher, self.walk[::ROUNDS], list(self.targets), steps):
+        names, classes = list(self.targets), self.replays.num_classes
+        for group in groups_in_turn(teacher, teacher, names, self.sensitivities.steps, classes):
             statistics = group.statistics()
             for name in group.names:
                 sensitivity = self.sensitivities.outputs[name].to(statistics.covariance.device)
@@ -91,12 +92,12 @@ class Fitting:
 
     def layers(self) -> Iterator[Piece]:
         """All layers in order of execution, each for the inputs that those before it leave; or as they are on disk."""
-        if not self.walk:  # all were fitted before the process ended
+        if self.replays is None:  # all were fitted before the process ended
             yield from (Piece(lambda _: (), (self.piece_names[name],), self._put(name)) for name in self.targets)
             return
-        groups = groups_in_turn(
-            self.pipeline.transformer, self.student, self.walk, list(self.targets), self.sensitivities.steps
-        )
+        teacher, student = self.replays.of(self.pipeline.transformer), self.replays.of(self.student)
+        names, classes = list(self.targets), self.replays.num_classes
+        groups = groups_in_turn(teacher, student, names, self.sensitivities.steps, classes)
         for group in groups:
             statistics = cache(group.statistics)
             for name in group.names:

@@ -15,7 +15,7 @@ import torch
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.memory import check_memory
-from vq4dit.models.zero_data import LARGE, STEPS
+from vq4dit.models.trajectories import LARGE, STEPS
 from vq4dit.pipelines.inspect import SizePrediction
 from vq4dit.progress import Event
 from vq4dit.recipes.gptq import block_rows

@@ -1,13 +1,14 @@
-"""Which outputs of a layer matter: how much the guided noise minds an error in them.
+"""The output Fisher: which outputs of a layer the guided prediction is sensitive to.
 
-If the output y of a layer is off by δ, the guided noise ε̂_s (of guidance scale s) of a step is off by J δ, and
+If the output y of a layer is off by δ, the guided prediction ε̂ of a step is off by J δ, and
 
-    Σ_s E || J δ ||² / E || ε̂_s ||²  ≈  tr(B E[δ δᵀ]),    B = E[g gᵀ],    g = Σ_s Jᵀ v_s / rms(ε̂_s),    v_s ~ N(0, I)
+    E || J δ ||² / E || ε̂ ||²  ≈  tr(B E[δ δᵀ]),    B = E[g gᵀ],    g = Jᵀ v / rms(ε̂),    v ~ N(0, I)
 
 since E[v vᵀ] = I: one backward pass with random v stands for all outputs at once (Hutchinson's estimate of the Gauss-Newton
-matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest). Steps
-count by what their noise does to the image (`zero_data.image_weights`): otherwise the last one, which hardly moves the image,
-would decide half of everything. A trajectory's next step tells little that is new, so each shows only some of its steps.
+matrix, averaged over tokens). B says which outputs matter (its diagonal) and which errors cancel or add up (the rest). What
+the transformer predicts before guidance is compared as well: guidance alone would let it forget what all conditions share.
+Steps count by what their error does to the latents (`trajectories.step_weight`): otherwise the last one, which hardly moves the
+image, would decide half of everything. A trajectory's next step tells little that is new, so each shows only some of its steps.
 
 It takes many gradients to know B, and layers that see no tokens have one for an image, not one for a token, so for them the
 later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the
@@ -20,42 +21,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact
-from vq4dit.models.zero_data import (
-    ROUNDS,
+from vq4dit.errors import UnsupportedModelError
+from vq4dit.models.denoiser_calls import prediction_of
+from vq4dit.models.trajectories import (
     STEPS,
-    TeacherStep,
-    guide,
+    GuidedStep,
+    Sampling,
     is_large,
-    new_scheduler,
+    num_rounds_for,
     num_trajectories_for,
-    predicted_noise,
-    teacher_steps,
+    random_trajectories,
 )
-from vq4dit.surroundings import evaluating
 
 
 class Sensitivities(NamedTuple):
     """How much errors in the outputs of layers matter, by the layers' names."""
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
-    steps: dict[str, Float[Tensor, "steps 2"]]  # of layers without tokens: weighted E[g²] by step, with a class and with none
+    steps: dict[
+        str, Float[Tensor, "steps calls 2"]
+    ]  # of layers without tokens: weighted E[g²] by step, call, and half of its rows
 
 
 def output_sensitivities(
-    pipeline: DiTPipeline,
+    pipeline: Any,
     names: Sequence[str],
-    guidance_scale: float,
+    sampling: Sampling,
     generator: torch.Generator,
     config: EntropyCodingConfig,
     on_step: Callable[[], None] = lambda: None,
@@ -66,130 +67,191 @@ def output_sensitivities(
     """
     large = is_large(pipeline.transformer)
     found: dict[str, Tensor] = {}
-    steps: dict[str, dict[int, Tensor]] = {}
+    steps: dict[str, dict[tuple[int, int], Tensor]] = {}
 
     def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
-            halves = torch.stack([half.float().square().mean() for half in gradient.chunk(2)]) * probe.weight / probe.among
+            halves = torch.stack([half.float().square().mean() for half in _halves(gradient)]) * probe.weight / probe.among
             seen = steps.setdefault(name, {})
-            seen[probe.step] = seen.get(probe.step, 0) + halves
+            seen[probe.step, probe.call] = seen.get((probe.step, probe.call), 0) + halves
         elif probe.number > 0:  # one probe tells enough: each of many tokens has a gradient
             return
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large else rows.T @ rows
         found[name] = found.get(name, 0) + exact(total) * probe.weight / (probe.among if gradient.ndim == 2 else 1)
 
+    count = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
     probe_outputs(
         pipeline,
         names,
         add,
         generator,
-        num_trajectories=num_trajectories_for(pipeline, config.sensitivity_tokens, STEPS),
-        together=num_trajectories_for(pipeline, config.sensitivity_tokens_together, STEPS),
-        rounds=ROUNDS,
+        sampling=sampling,
+        num_trajectories=count,
+        together=num_trajectories_for(sampling, config.sensitivity_tokens_together, STEPS),
+        rounds=num_rounds_for(pipeline, count),
         num_inference_steps=STEPS,
-        guidance_scale=guidance_scale,
-        compared_scales=(1.0, guidance_scale),  # the plain prediction, and what tells a class from none
-        on_step=on_step,
+        on_step=lambda step: on_step(),
         probes=config.probes,
+        before_guidance=True,
     )
-    return Sensitivities(_known(found), {name: _known_steps(of) for name, of in steps.items()})
+    rows = {name: pipeline.transformer.get_submodule(name).out_features for name in names}
+    return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()})
 
 
-def num_steps(pipeline: DiTPipeline, config: EntropyCodingConfig) -> int:
+def num_steps(sampling: Sampling, config: EntropyCodingConfig) -> int:
     """Denoising steps that `output_sensitivities` takes gradients of: each of a trajectory in one round or another."""
-    trajectories = num_trajectories_for(pipeline, config.sensitivity_tokens, STEPS)
-    return STEPS * math.ceil(trajectories / num_trajectories_for(pipeline, config.sensitivity_tokens_together, STEPS))
+    trajectories = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
+    return STEPS * math.ceil(trajectories / num_trajectories_for(sampling, config.sensitivity_tokens_together, STEPS))
 
 
 class Probe(NamedTuple):
-    """Which random v of which step of a walk a gradient belongs to, and how much the step counts for the image."""
+    """Which random v of which step of a trajectory a gradient belongs to, and how much the step counts for the image."""
 
     step: int
     number: int
     among: int
     weight: float  # of the step
+    call: int = 0  # of the transformer's in this step
 
 
 def probe_outputs(
-    pipeline: DiTPipeline,
+    pipeline: Any,
     names: Sequence[str],
     listen: Callable[[str, Tensor, Tensor, Probe], None],
     generator: torch.Generator,
     *,
+    sampling: Sampling,
     num_trajectories: int,
     together: int,
     rounds: int = 1,
     num_inference_steps: int,
-    guidance_scale: float,
-    compared_scales: Sequence[float],
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[GuidedStep], None] = lambda step: None,
     probes: Sequence[int] = (1,),
+    before_guidance: bool = False,
 ) -> None:
-    """Walk the teacher and tell `listen` name, input x and output gradient g of the named linears, for every v of every step.
+    """Sample, and tell `listen` name, input x and output gradient g of the named linears, for every v of every step.
 
-    x and g are (rows, tokens, width), or (rows, width) without tokens, where rows are the trajectories with a class, then the
-    same with none. g is that of Σ_s v_s·ε̂_s / rms(ε̂_s) over the `compared_scales`. Holds the activations of one step for its
-    backward pass: about (tokens, 28 width) fp32 for every block, where tokens are those of the trajectories side by side; of
-    large models only the inputs of linears, (tokens, 8 width). No gradient of a parameter is made or left. Calls `on_step`
-    after each step.
+    x and g are (rows, tokens, width), or (rows, width) without tokens. g is that of v·ε̂ / rms(ε̂) of the guided prediction ε̂.
+    Holds the activations of one step for its backward pass: about (tokens, 28 width) fp32 for every block, where tokens are
+    those of the trajectories side by side; of large models only the inputs of linears, (tokens, 8 width). No gradient of a
+    parameter is made or left. Calls `on_step` after each step.
 
     Args:
         num_trajectories: of each round.
-        together: how many of them are walked side by side; the others follow.
+        together: how many of them are sampled side by side; the others follow.
         rounds: each of them shows only every `rounds`-th step; together they show all.
         probes: how many v each step has; further steps have as many as the last one named.
+        before_guidance: whether what the transformer predicts in each call is compared as well.
     """
     teacher = pipeline.transformer
-    probe = Probe(0, 0, 1, 1.0)
+    probing = _Probing(listen, Probe(0, 0, 1, 1.0))
+    directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
-    def follow(name: str, inputs: Tensor, output: Tensor) -> None:
+    def backward(step: GuidedStep) -> None:
+        if not is_shown(step.number):
+            probing.begin()
+            return
+        if not step.prediction.requires_grad:
+            raise UnsupportedModelError(
+                f"the prediction of {type(pipeline).__name__} has no gradient at its scheduler, so what matters cannot be "
+                "measured; only quantizing with --recipe kmeans needs no gradients"
+            )
+        compared = [_relative(step.prediction)]
+        if before_guidance:
+            compared += [_relative(part) for part in _followed(probing.predictions, step.prediction, directions)]
+        among = probes[min(step.number, len(probes) - 1)]
+        for number in range(among):
+            probing.probe = Probe(step.number, number, among, step.weight)
+            total = torch.stack([(_direction(part, directions) * part).sum() for part in compared]).sum()
+            total.backward(retain_graph=number + 1 < among)
+        probing.begin()
+        on_step(step)
+
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    with probing.watching(teacher, names), _without_parameter_gradients(*parts), _checkpointed(teacher):
+        for shown, first in product(range(rounds), range(0, num_trajectories, together)):
+
+            def is_shown(number: int, shown: int = shown) -> bool:
+                return number % rounds == shown
+
+            random_trajectories(
+                pipeline,
+                sampling,
+                min(together, num_trajectories - first),
+                generator,
+                backward,
+                num_inference_steps=num_inference_steps,
+                has_gradients=is_shown,
+            )
+
+
+class _Probing:
+    """What is heard between two steps: which call of the transformer it is, and what it predicted."""
+
+    def __init__(self, listen: Callable[[str, Tensor, Tensor, Probe], None], probe: Probe):
+        self.listen, self.probe = listen, probe
+        self.begin()
+
+    def begin(self) -> None:
+        """A new step."""
+        self.predictions: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, teacher: nn.Module, names: Sequence[str]) -> Iterator[None]:
+        handles = [
+            teacher.get_submodule(name).register_forward_hook(
+                lambda _, arguments, output, name=name: self.follow(name, arguments[0], output)
+            )
+            for name in names
+        ]
+        handles.append(teacher.register_forward_hook(self.note))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def note(self, _: nn.Module, arguments: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.predictions.append(prediction_of(output))
+
+    def follow(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
         if not output.requires_grad:  # nothing before it does: the graph begins here
             output.requires_grad_()
-        output.register_hook(lambda gradient: listen(name, inputs.detach(), gradient, probe))
-
-    directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    with _listening(teacher, names, follow), _without_parameter_gradients(teacher):
-        for shown, first in product(range(rounds), range(0, num_trajectories, together)):
-            walk = teacher_steps(
-                pipeline,
-                generator,
-                num_trajectories=min(together, num_trajectories - first),
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
-                shown=slice(shown, None, rounds),
-            )
-            with closing(walk):
-                for step in walk:
-                    among = probes[min(step.number, len(probes) - 1)]
-                    with torch.enable_grad(), evaluating(teacher), _frugal(teacher):
-                        noises = _relative_noises(pipeline, step, compared_scales)
-                        for probe in (Probe(step.number, which, among, step.weight) for which in range(among)):
-                            v = torch.randn(noises.shape, generator=directions).to(noises.device)
-                            (v * noises).sum().backward(retain_graph=probe.number + 1 < among)
-                    on_step()
+        call = len(self.predictions)
+        output.register_hook(lambda gradient: self.listen(name, inputs.detach(), gradient, self.probe._replace(call=call)))
 
 
-@contextmanager
-def _listening(teacher: nn.Module, names: Sequence[str], listen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """For a while `listen` is told the name, the input and the output of the named linears, whenever they run."""
-    handles = [
-        teacher.get_submodule(name).register_forward_hook(
-            lambda _, arguments, output, name=name: listen(name, arguments[0], output)
-        )
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _followed(predictions: Sequence[Tensor], guided: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Of what the transformer predicted in each call, what the guided prediction follows: no learned variance, say."""
+    direction = _direction(guided, generator)
+    slopes = torch.autograd.grad((direction * guided).sum(), predictions, retain_graph=True, allow_unused=True)
+    pairs = zip(predictions, slopes, strict=True)
+    return [prediction * (slope != 0) for prediction, slope in pairs if slope is not None and slope.any()]
+
+
+def _relative(prediction: Tensor) -> Tensor:
+    """ε̂ / rms(ε̂)."""
+    prediction = prediction.float()
+    return prediction / prediction.detach().square().mean().sqrt().clamp(min=1e-12)
+
+
+def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _halves(gradient: Tensor) -> tuple[Tensor, ...]:
+    """Both halves of a batch's rows: guidance puts what has a condition into one and what has none into the other."""
+    return gradient.chunk(2) if len(gradient) > 1 else (gradient, gradient)
 
 
 @contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+def _without_parameter_gradients(*models: nn.Module) -> Iterator[None]:
     """For a while no parameter takes a gradient; afterwards those do that did."""
-    asked = [p for p in model.parameters() if p.requires_grad]
+    asked = [p for model in models for p in model.parameters() if p.requires_grad]
     try:
         for p in asked:
             p.requires_grad_(False)
@@ -200,9 +262,10 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _frugal(transformer: Any) -> Iterator[None]:
-    """In large models activations inside a block are not held for the backward pass, but made again when it gets there."""
-    if not is_large(transformer) or transformer.is_gradient_checkpointing:
+def _checkpointed(transformer: Any) -> Iterator[None]:
+    """Gradient checkpointing: in large models activations inside a block are not held, but made again for the backward pass."""
+    able = getattr(transformer, "_supports_gradient_checkpointing", False)
+    if not able or not is_large(transformer) or transformer.is_gradient_checkpointing:
         yield
         return
     transformer.enable_gradient_checkpointing()
@@ -212,39 +275,26 @@ def _frugal(transformer: Any) -> Iterator[None]:
         transformer.disable_gradient_checkpointing()
 
 
-def _known(found: dict[str, Tensor]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
-    """Where nothing is known all rows count the same.
-
-    They count as little as those of any other layer if the noise does not depend on them, and as much if a gradient was too
-    large to be told.
-    """
+def _known(found: dict[str, Tensor], rows: dict[str, int]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:
+    """Fallbacks: no gradient -> the smallest known mean of all layers, for all rows alike; not finite -> the largest."""
     means = {name: (total.diagonal() if total.ndim == 2 else total).mean().item() for name, total in found.items()}
     finite = {name for name, total in found.items() if torch.isfinite(total).all()}
     known = [means[name] for name in finite if means[name] > 0]
     least, scale = min(known, default=1.0), max(known, default=1.0)  # by which all fit fp32
 
-    def of(name: str, total: Tensor) -> Tensor:
+    def of(name: str) -> Tensor:
         if name in finite and means[name] > 0:
-            return (total / scale).float()
-        return torch.full((len(total),), least / scale if name in finite else 1.0, device=total.device)
+            return (found[name] / scale).float()
+        device = found[name].device if name in found else None
+        return torch.full((rows[name],), 1.0 if name in found and name not in finite else least / scale, device=device)
 
-    return {name: of(name, total) for name, total in found.items()}
+    return {name: of(name) for name in rows}
 
 
-def _known_steps(power_of: dict[int, Tensor]) -> Float[Tensor, "steps 2"]:
-    power = torch.stack([power_of[step] for step in sorted(power_of)])
+def _known_steps(power_of: dict[tuple[int, int], Tensor]) -> Float[Tensor, "steps calls 2"]:
+    steps, calls = (1 + max(key[axis] for key in power_of) for axis in (0, 1))
+    power = torch.zeros(steps, calls, 2, device=next(iter(power_of.values())).device)
+    for (step, call), halves in power_of.items():
+        power[step, call] = halves
     known = torch.isfinite(power).all() and power.sum() > 0
     return power / power.sum() if known else torch.ones_like(power)
-
-
-def _relative_noises(pipeline: DiTPipeline, step: TeacherStep, scales: Sequence[float]) -> Float[Tensor, "scales b c h w"]:
-    """ε̂_s / rms(ε̂_s) for each guidance scale s, by a pass of the teacher that can be gone back."""
-    half = len(step.latents) // 2
-    scheduler, channels = new_scheduler(pipeline), pipeline.transformer.config.in_channels
-    prediction = pipeline.transformer(step.latents, timestep=step.timesteps, class_labels=step.class_labels).sample
-    found = []
-    for scale in scales:
-        guided = guide(prediction, scale, channels)
-        noise = predicted_noise(guided, step.latents[:half], step.timesteps[:half], scheduler).float()
-        found.append(noise / noise.detach().square().mean().sqrt().clamp(min=1e-12))
-    return torch.stack(found)

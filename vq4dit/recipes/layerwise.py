@@ -1,57 +1,50 @@
-"""Quantize layer after layer, each one making good what those before it got wrong.
+"""Quantize layer after layer, each one compensating what those before it got wrong.
 
 Teacher and student (the copy that is being quantized) go through the blocks side by side, on latents of zero-data
-trajectories. When a layer's turn comes, its inputs are known: x in the teacher, x̃ in the student, behind all that is
-quantized already. The layer gets a corrected weight
+trajectories (`models/block_replay.py`). When a layer's turn comes, its inputs are known: x in the teacher, x̃ in the student,
+behind all that is quantized already. The layer gets a corrected weight
 
     W* = W + α W Cov(x - x̃, x̃) Cov(x̃, x̃)⁻¹
 
 which at α = 1 is the best linear answer to the student's inputs (GPTAQ, arXiv:2504.02692); α = 1/2 measured better, since
 the whole correction fits the few latents too closely. W* is then quantized by error feedback under the covariance of the
-student's inputs: what a mean input makes wrong, the bias makes good, so errors in its direction cost nothing.
+student's inputs: what a mean input makes wrong, the bias absorbs, so errors in its direction cost nothing.
 
 Layers that see no tokens (adaLN: their input depends on timestep and class only) are fitted on *every* class, and a step
-counts by how much the noise minds an error in it. All that is
-in memory besides the two models is one walk's hidden states and one block's inputs.
+counts by how sensitive the prediction is to an error in it; of models of prompts on those that were sampled. All that is in
+memory besides the two models is what their blocks answer to the recorded calls, while it is needed, and one block's inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.devices import exact, exact_device
-from vq4dit.models.blocks import named_blocks
-from vq4dit.models.zero_data import STEPS, BlockCall, num_trajectories_for, record_block_calls
+from vq4dit.devices import exact_device
+from vq4dit.models.block_replay import BlockArguments, BlockReplay, executed_blocks, last_readers
+from vq4dit.models.conditions import num_classes
+from vq4dit.models.denoiser_calls import DenoiserCall, Tree
+from vq4dit.models.trajectories import STEPS, Sampling, num_trajectories_for, record_calls
 from vq4dit.recipes.bit_allocation import RateCurve
 from vq4dit.recipes.gptq import ErrorFeedback, QuantizedWeight, damp, quantize_weight
+from vq4dit.recipes.hessian import (
+    InputStatistics,
+    by_halves,
+    halves_by_condition,
+    input_statistics,
+    no_statistics,
+    without_padding,
+)
 from vq4dit.surroundings import evaluating
-
-
-class InputStatistics(NamedTuple):
-    """What a layer must know of its inputs x (teacher) and x̃ (student)."""
-
-    covariance: Float[Tensor, "columns columns"]  # Cov(x̃, x̃)
-    drift: Float[Tensor, "columns columns"]  # Cov(x - x̃, x̃)
-    teacher_mean: Float[Tensor, " columns"]
-    student_mean: Float[Tensor, " columns"]
-
-    def to(self, device: torch.device) -> InputStatistics:
-        return InputStatistics(*(values.to(device) for values in self))
-
-    def about_zero(self) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, "columns columns"]]:
-        """E[x̃ x̃ᵀ] and E[(x - x̃) x̃ᵀ]: what counts where no bias makes a mean error good."""
-        mean = self.student_mean
-        return self.covariance + torch.outer(mean, mean), self.drift + torch.outer(self.teacher_mean - mean, mean)
 
 
 class LayerGroup(NamedTuple):
@@ -61,65 +54,154 @@ class LayerGroup(NamedTuple):
     statistics: Callable[[], InputStatistics]
 
 
-def calibration_walk(
-    pipeline: DiTPipeline,
-    guidance_scale: float,
+class Replays(NamedTuple):
+    """The recorded calls, ready to be gone through block by block in any model of the teacher's kind."""
+
+    calls: list[DenoiserCall]
+    order: list[str]  # of the blocks, as they run
+    last_reader: list[int]
+    num_classes: int  # 0 for models of prompts
+
+    def of(self, model: nn.Module, every: int = 1) -> BlockReplay:
+        """Every call, or only those of every n-th step."""
+        return BlockReplay(model, [call for call in self.calls if call.step % every == 0], self.order, self.last_reader)
+
+
+def record_replays(
+    pipeline: Any,
+    sampling: Sampling,
     generator: torch.Generator,
     config: EntropyCodingConfig,
     on_step: Callable[[], None] = lambda: None,
-) -> list[BlockCall]:
-    """As many trajectories as show about `config.tokens` tokens; calls `on_step` after each of their `STEPS` steps."""
-    return record_block_calls(
-        pipeline,
-        generator,
-        num_trajectories=num_trajectories_for(pipeline, config.tokens, STEPS),
-        guidance_scale=guidance_scale,
-        num_inference_steps=STEPS,
-        on_step=on_step,
-    )
+) -> Replays:
+    """Trajectories that show about `config.tokens` tokens; calls `on_step` after each of their `STEPS` steps."""
+    count = num_trajectories_for(sampling, config.tokens, STEPS)
+    calls = record_calls(pipeline, sampling, count, generator, on_step=on_step)
+    order = executed_blocks(pipeline.transformer, calls[0])
+    return Replays(calls, order, last_readers(pipeline.transformer, calls[0], order), num_classes(pipeline))
 
 
 def groups_in_turn(
-    teacher: nn.Module,
-    student: nn.Module,
-    walk: Sequence[BlockCall],
+    teacher: BlockReplay,
+    student: BlockReplay,
     names: Sequence[str],
-    step_weights: Mapping[str, Float[Tensor, "steps 2"]] = MappingProxyType({}),
+    step_weights: Mapping[str, Float[Tensor, "steps calls 2"]] = MappingProxyType({}),
+    num_classes: int = 0,
 ) -> Iterator[LayerGroup]:
-    """The named layers in order of execution, in groups that read the same input.
+    """The named layers in order of execution, in groups that read the same input; at last those that never run.
 
     Args:
-        step_weights: how much each step of the walk counts for a layer that sees no tokens, with a class and with none.
+        step_weights: how much each call counts for a layer that sees no tokens, by halves of its rows.
 
-    Whoever takes a group must put its quantized layers into `student` before asking for the next one.
+    Whoever takes a group must put its quantized layers into the student before asking for the next one.
     """
-    teacher_states = student_states = [call.hidden for call in walk]
-    for block_name, block in named_blocks(teacher).items():
-        twin = student.get_submodule(block_name)
+    never_run = dict.fromkeys(names)
+    for index, block_name in enumerate(teacher.order):
         wanted = [name.removeprefix(f"{block_name}.") for name in names if name.startswith(f"{block_name}.")]
-        inputs, teacher_outputs = _inputs_of(block, wanted, teacher_states, walk)
+        block = _Block(teacher, index)
+        student_block = block if student is teacher else _Block(student, index)
+        inputs, outputs = block.inputs_of(wanted)
         for group in _sharing_an_input(inputs):
-            weights = step_weights.get(f"{block_name}.{group[0]}")
-            statistics = partial(_group_statistics, group[0], block, twin, inputs[group[0]], student_states, walk, weights)
-            yield LayerGroup([f"{block_name}.{name}" for name in group], statistics)
-        teacher_states = teacher_outputs
-        student_states = teacher_states if twin is block else _inputs_of(twin, [], student_states, walk)[1]
+            full_names = [f"{block_name}.{name}" for name in group]
+            weights = step_weights.get(full_names[0])
+            statistics = partial(_group_statistics, group[0], block, student_block, inputs[group[0]], weights, num_classes)
+            yield LayerGroup(full_names, statistics)
+            for name in full_names:
+                del never_run[name]
+        teacher.keep(outputs)
+        if student is not teacher:
+            student.keep(student_block.inputs_of([])[1])
+    for name in never_run:
+        yield LayerGroup([name], partial(no_statistics, teacher.transformer.get_submodule(name)))
+
+
+class _Block:
+    """One block of a model, and what enters it in every recorded call."""
+
+    def __init__(self, replay: BlockReplay, index: int):
+        self.calls = replay.calls
+        self.module = replay.transformer.get_submodule(replay.order[index])
+        self.arguments = replay.arguments(index)
+        self.runs: dict[str, int] = {}  # of each linear in one pass of the block
+
+    def inputs_of(self, names: Sequence[str]) -> tuple[dict[str, list[Tensor]], list[Tree]]:
+        """Run the block: inputs of the named linears by call, in order of execution, and what the block answers."""
+        seen: dict[str, list[list[Tensor]]] = {}
+
+        def note(number: int, name: str, inputs: Tensor) -> None:
+            of_calls = seen.setdefault(name, [[] for _ in self.arguments])
+            of_calls[number].append(inputs)
+
+        outputs = []
+        with torch.no_grad(), evaluating(self.module):
+            for number, arguments in enumerate(self.arguments):
+                with _watched(self.module, names, partial(note, number)):
+                    outputs.append(arguments.run(self.module))
+        self.runs = {name: len(of_calls[0]) for name, of_calls in seen.items()}
+        return {name: [_together(of_call) for of_call in of_calls] for name, of_calls in seen.items()}, outputs
+
+    def input_of(self, name: str, runs: int = 1, arguments: Sequence[BlockArguments] | None = None) -> list[Tensor]:
+        """The inputs of one linear that runs so often in a pass; what comes behind it does not run."""
+        found = []
+        for of_call in self.arguments if arguments is None else arguments:
+            seen: list[Tensor] = []
+
+            def stop(_: str, inputs: Tensor, seen: list[Tensor] = seen) -> None:
+                seen.append(inputs)
+                if len(seen) == runs:
+                    raise _Seen
+
+            with torch.no_grad(), evaluating(self.module), _watched(self.module, [name], stop), suppress(_Seen):
+                of_call.run(self.module)
+            found.append(_together(seen))
+        return found
+
+    def of_every_class(self, num_classes: int) -> list[BlockArguments] | None:
+        """The same calls with one token, once for every class and as often for none; None if the block is told no class."""
+        return [_every_class(arguments, num_classes) for arguments in self.arguments] if self._is_told_classes else None
+
+    @property
+    def _is_told_classes(self) -> bool:
+        return isinstance(self.arguments[0].named.get("class_labels"), Tensor)
+
+
+def _every_class(arguments: BlockArguments, num_classes: int) -> BlockArguments:
+    hidden, named = arguments.positional[0], arguments.named
+    classes = torch.arange(num_classes, device=hidden.device)
+    last = named["class_labels"][-1:]  # that of none, with guidance
+    labels = torch.cat([classes, last.expand(len(classes)) if int(last) >= num_classes else classes])
+    named = {**named, "class_labels": labels, "timestep": named["timestep"][:1].expand(len(labels))}
+    return BlockArguments((hidden[:1, :1].expand(len(labels), 1, -1), *arguments.positional[1:]), named)
+
+
+def _together(inputs: list[Tensor]) -> Tensor:
+    """What a linear saw in one call: as it was, or flat if it ran more than once."""
+    return inputs[0] if len(inputs) == 1 else torch.cat([x.flatten(0, -2) for x in inputs])
 
 
 def _group_statistics(
     name: str,
-    block: nn.Module,
-    twin: nn.Module,
+    block: _Block,
+    student_block: _Block,
     teacher_inputs: list[Tensor],
-    student_states: list[Tensor],
-    walk: Sequence[BlockCall],
-    step_weights: Float[Tensor, "steps 2"] | None,
+    step_weights: Float[Tensor, "steps calls 2"] | None,
+    num_classes: int,
 ) -> InputStatistics:
-    if teacher_inputs[0].ndim == 2:  # no tokens: the same in teacher and student, and every class can be tried
-        every = [call.of_every_class() for call in walk]
-        conditioning = _input_of(block, name, [call.hidden for call in every], every)
-        return _statistics(conditioning, conditioning, step_weights)
-    return _statistics(teacher_inputs, teacher_inputs if twin is block else _input_of(twin, name, student_states, walk))
+    halves = [halves_by_condition(x, call) for x, call in zip(teacher_inputs, block.calls, strict=True)]
+    if teacher_inputs[0].ndim == 2:  # no tokens: the same in teacher and student
+        every_class = block.of_every_class(num_classes) if num_classes else None
+        inputs = block.input_of(name, arguments=every_class) if every_class else teacher_inputs
+        of_calls = zip(inputs, block.calls, strict=True)
+        weights = None if step_weights is None else [by_halves(x, step_weights[call.step, call.index]) for x, call in of_calls]
+        return input_statistics(inputs, inputs, weights, None if every_class else halves)
+    rows = [without_padding(x, call) for x, call in zip(teacher_inputs, block.calls, strict=True)]
+    student_inputs = teacher_inputs if student_block is block else student_block.input_of(name, block.runs[name])
+    return input_statistics(teacher_inputs, student_inputs, rows, halves)
+
+
+def _damped(config: EntropyCodingConfig, statistics: InputStatistics) -> EntropyCodingConfig:
+    """With more damping where a layer's inputs are known of too few conditions."""
+    return replace(config, damping=max(config.damping, statistics.damping))
 
 
 def rate_curve(
@@ -132,7 +214,7 @@ def rate_curve(
     device = exact_device(linear.weight.device)  # that of all error feedback
     statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
     moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
-    return ErrorFeedback(moments, sensitivity.to(device), config).rate_curve(weight)
+    return ErrorFeedback(moments, sensitivity.to(device), _damped(config, statistics)).rate_curve(weight)
 
 
 def fit_layer(
@@ -150,8 +232,9 @@ def fit_layer(
     """
     device = exact_device(linear.weight.device)
     statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
-    moments, drift = statistics.about_zero() if linear.bias is None else statistics[:2]
-    correction = torch.linalg.solve(damp(moments, config.damping), (weight @ drift).T).T
+    config = _damped(config, statistics)
+    moments, mismatch = statistics.about_zero() if linear.bias is None else statistics[:2]
+    correction = torch.linalg.solve(damp(moments, config.damping), (weight @ mismatch).T).T
     corrected = weight + config.input_correction * correction
     quantized = quantize_weight(corrected, moments, sensitivity.to(device), bits, config)
     if linear.bias is None:
@@ -160,47 +243,22 @@ def fit_layer(
     return quantized, linear.bias.detach().float().to(device) + mean_error
 
 
-def _inputs_of(
-    block: nn.Module, names: Sequence[str], states: list[Tensor], walk: Sequence[BlockCall]
-) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """Run a block over the walk: inputs of the named linears in order of execution, and the block's outputs."""
-    inputs: dict[str, list[Tensor]] = {}
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(
-            lambda _, arguments, name=name: inputs.setdefault(name, []).append(arguments[0])
-        )
-        for name in names
-    ]
-    try:
-        with torch.no_grad(), evaluating(block):
-            outputs = [call.run(block, hidden) for call, hidden in zip(walk, states, strict=True)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs, outputs
-
-
 class _Seen(Exception):
     """The input that was waited for is known: the rest of the block need not run."""
 
 
-def _input_of(block: nn.Module, name: str, states: list[Tensor], walk: Sequence[BlockCall]) -> list[Tensor]:
-    """The inputs of one linear of a block; what comes behind it does not run."""
-    inputs: list[Tensor] = []
-
-    def record(_: nn.Module, arguments: tuple) -> None:
-        inputs.append(arguments[0])
-        raise _Seen
-
-    handle = block.get_submodule(name).register_forward_pre_hook(record)
+@contextmanager
+def _watched(block: nn.Module, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """For a while `note` is told the name and the input of the named linears, before they run."""
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
+        for name in names
+    ]
     try:
-        with torch.no_grad(), evaluating(block):
-            for call, hidden in zip(walk, states, strict=True):
-                with suppress(_Seen):
-                    call.run(block, hidden)
+        yield
     finally:
-        handle.remove()
-    return inputs
+        for handle in handles:
+            handle.remove()
 
 
 def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
@@ -211,41 +269,3 @@ def _sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
         else:
             groups.append([name])
     return groups
-
-
-def _statistics(
-    teacher: list[Tensor], student: list[Tensor], step_weights: Float[Tensor, "steps 2"] | None = None
-) -> InputStatistics:
-    """Means over all rows of all steps, one step after the other: no copy of them all is made.
-
-    Means first, then products of what differs from them: a difference of large products would lose a small covariance.
-    """
-    columns, device = student[0].shape[-1], student[0].device
-    weights = [None] * len(student) if step_weights is None else step_weights
-    shares = [_shares(x, of_step) for x, of_step in zip(student, weights, strict=True)]
-    total = torch.stack([share.sum() for share in shares]).sum()
-    if not total > 0:  # of these steps none counts
-        return _statistics(teacher, student)
-    teacher_mean, student_mean = (
-        (sum(share @ exact(x.reshape(-1, columns)) for share, x in zip(shares, steps, strict=True)) / total).float().to(device)
-        for steps in (teacher, student)
-    )
-    covariance = torch.zeros(columns, columns, device=device)
-    drift = covariance.clone()
-    for share, *pair in zip(shares, teacher, student, strict=True):
-        x, seen = (
-            rows.reshape(-1, columns).float() - mean for rows, mean in zip(pair, (teacher_mean, student_mean), strict=True)
-        )
-        weighted = seen * (share / total).float().to(device).unsqueeze(1)
-        covariance.addmm_(weighted.T, seen)
-        if teacher is not student:
-            drift.addmm_((x - seen).T, weighted)
-    return InputStatistics(covariance, drift, teacher_mean, student_mean)
-
-
-def _shares(inputs: Tensor, weights: Float[Tensor, "2"] | None) -> Float[Tensor, " n"]:
-    """How much each row of a step's inputs counts, in float64; the first half of them has a class."""
-    count, device = inputs.numel() // inputs.shape[-1], exact_device(inputs.device)
-    if weights is None:
-        return torch.ones(count, dtype=torch.float64, device=device)
-    return weights.to(device).double().repeat_interleave(count // 2)

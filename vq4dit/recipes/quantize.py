@@ -24,18 +24,22 @@ from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.entropy_coded import coded_layers
 from vq4dit.models.adapters import adapter_layers, adapter_names
 from vq4dit.models.blocks import equal_embedders, find_targets
+from vq4dit.models.conditions import condition_kind
+from vq4dit.models.prompts import PROMPTS
+from vq4dit.models.rehearsal import rehearse
 from vq4dit.models.student import rest_dtype
-from vq4dit.models.supported import check_supported
+from vq4dit.models.trajectories import STEPS
 from vq4dit.pipelines.provenance import made_by
 from vq4dit.pipelines.quantizer import attach
 from vq4dit.progress import OnProgress, ignore
 from vq4dit.recipes.entropy_coded import entropy_coded_stages
+from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.stages import Stages, run_stages
 from vq4dit.recipes.vector_quantized import kmeans_stages, paper_stages
 from vq4dit.surroundings import ordinary_torch, with_gradients
 
 FINITE_CHUNK = 2**22  # values looked at in one go
-RECIPES: dict[Recipe, Callable[[Any, dict[str, nn.Linear], QuantizationSettings], Stages]] = {
+RECIPES: dict[Recipe, Callable[[Any, Plan, QuantizationSettings], Stages]] = {
     "kmeans": kmeans_stages,
     "paper": paper_stages,
     "best": entropy_coded_stages,
@@ -70,16 +74,16 @@ def run(job: Job, pipeline: Any, seconds: float | None = None, on_progress: OnPr
         The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
     """
     pipeline = with_gradients(pipeline)
-    targets = check(pipeline, job.settings)
-    stages = RECIPES[job.settings.recipe](pipeline, targets, job.settings)
+    plan = check(pipeline, job.settings)
+    stages = RECIPES[job.settings.recipe](pipeline, plan, job.settings)
     student = run_stages(job, stages, TimeBudget(seconds), on_progress)
     return None if student is None else _finish(pipeline, student, job)
 
 
 @ordinary_torch()
 @torch.no_grad()
-def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]:
-    """Everything that can be wrong, found before minutes are spent; returns the layers to quantize.
+def check(pipeline: Any, settings: QuantizationSettings) -> Plan:
+    """Everything that can be wrong, found before minutes are spent; returns what will be done.
 
     Raises:
         UnsupportedModelError: if the model is quantized already, carries an adapter, is offloaded, is stored in less than 16
@@ -99,11 +103,9 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
             f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
             "is: two-stage models are not supported yet, take one with a single transformer"
         )
-    if settings.recipe == "paper":
-        check_supported(pipeline, settings.calibration.num_inference_steps)
-    elif settings.recipe == "best":
-        check_supported(pipeline)
-    targets, _ = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
+    if settings.recipe != "kmeans":
+        condition_kind(pipeline)
+    targets, kept = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
     _check_finite(pipeline)
     for name, linear in targets.items():
         for p in linear.parameters():
@@ -113,7 +115,10 @@ def check(pipeline: Any, settings: QuantizationSettings) -> dict[str, nn.Linear]
                     f"{found}: leave it in 16 bit with --keep {name}",
                     page=f"{found}: name it under the layers to keep in 16 bit",
                 )
-    return targets
+    steps = settings.calibration.num_inference_steps if settings.recipe == "paper" else STEPS
+    samples = settings.recipe != "kmeans"
+    sampling = rehearse(pipeline, settings.call_arguments, steps, settings.prompts or PROMPTS) if samples else None
+    return Plan(targets, kept, sampling)
 
 
 def _check_original(transformer: Any) -> None:

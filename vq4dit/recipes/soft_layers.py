@@ -38,7 +38,7 @@ class SoftVQLinear(nn.Module):
         bias: Float[Tensor, " rows"] | None,
     ):
         super().__init__()
-        self.shape = shape
+        self.shape = self.out_features, self.in_features = shape
         self.codebook = nn.Parameter(codebook.detach().clone())
         self.logits = nn.Parameter(logits, requires_grad=logits.shape[1] > 1)
         self.bias = nn.Parameter(bias.detach().float().clone()) if bias is not None else None

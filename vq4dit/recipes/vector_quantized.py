@@ -20,6 +20,7 @@ from vq4dit.models.student import student_with
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.calibration import Calibration
 from vq4dit.recipes.kmeans import fit_codebook
+from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.soft_layers import SoftVQLinear, start_logits
 from vq4dit.recipes.stages import Learning, Piece, Stage, Stages, Tensors, Tick
 
@@ -28,7 +29,7 @@ def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:
     return split_subvectors(linear.weight.detach().float(), dim)
 
 
-def kmeans_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings) -> Stages:
+def kmeans_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
     """A codebook for every layer, and the nearest codewords."""
     layers: dict[str, nn.Module] = {}
 
@@ -36,11 +37,11 @@ def kmeans_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: Quanti
         shape = (linear.out_features, linear.in_features)
         layers[name] = VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=linear.weight.dtype)
 
-    yield clustering(targets, settings, 1, put)
+    yield clustering(plan.targets, settings, 1, put)
     return student_with(pipeline.transformer, layers)
 
 
-def paper_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: QuantizationSettings) -> Stages:
+def paper_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
     """A codebook and n candidates for every sub-vector, then zero-data block-wise calibration; the largest ratio wins."""
     config = settings.calibration
     soft: dict[str, SoftVQLinear] = {}
@@ -50,12 +51,14 @@ def paper_stages(pipeline: Any, targets: dict[str, nn.Linear], settings: Quantiz
         logits = start_logits(subvectors, codebook, candidates, config.ratio_start)
         soft[name] = SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
 
-    yield clustering(targets, settings, config.num_candidates, put)
+    yield clustering(plan.targets, settings, config.num_candidates, put)
     student = student_with(pipeline.transformer, soft)
-    calibration = Calibration(pipeline, student, config, named_generator(settings.seed, "zero data"))
+    assert plan.sampling is not None  # `check` makes one for recipes that sample
+    generator = named_generator(settings.seed, "zero data")
+    calibration = Calibration(pipeline, student, plan.sampling, config, generator)
     yield Learning("calibrate", config.steps, calibration, "calibration")
     for name, layer in soft.items():
-        student.set_submodule(name, layer.harden(targets[name].weight.dtype))
+        student.set_submodule(name, layer.harden(plan.targets[name].weight.dtype))
     return student
 
 

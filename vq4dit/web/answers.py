@@ -12,13 +12,13 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.printable import printable
-from vq4dit.projects.catalog import BUNDLED
+from vq4dit.projects.call_lines import written
+from vq4dit.projects.catalog import BUNDLED, CALLS
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.web import html
+from vq4dit.web import fields, html
 from vq4dit.web.messages import Trouble, explain, in_words, size
-from vq4dit.web.studio import Choice, Studio, default_labels
+from vq4dit.web.studio import Choice, Studio
 
 
 class Answers:
@@ -39,10 +39,10 @@ class Answers:
         seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
         welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
         # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
-        shown = choice if isinstance(choice[0], str) else AT_FIRST
-        looked = self.look(token, *shown)
-        listed = self.classes(choice[0], "", request, token) if isinstance(choice[0], str) else (gr.skip(), "")
-        return visitor, welcome, last.key if last else "", *choice, *looked, seeds, *listed
+        is_known, project_key = isinstance(choice[0], str), last.key if last else ""
+        looked = self.look(token, *(choice if is_known else AT_FIRST))
+        listed = self.conditions(choice[0], "", visitor, project_key, request, token) if is_known else (*UNCHANGED, "")
+        return visitor, welcome, project_key, *choice, *looked, seeds, *listed
 
     def search(self, typed: str, seen: list[tuple[str, str]]) -> tuple:
         """Choices for what is typed, then those seen before; a choice made before stands in the field too, and is no search.
@@ -59,29 +59,37 @@ class Answers:
         """The card, and the same thing as a command and a link."""
         try:
             choice = Choice(*values)
-            settings = choice.settings()
-            card = self.studio.card(choice.model or "", settings.keep, settings.recipe, secret(token))
+            card = self.studio.chosen(choice, secret(token))
             costs = self.studio.costs(card, choice)
         except Exception as error:
             return html.trouble(explain(error)), ""
-        shown = html.card(choice.model, card, costs, settings.bits, self.studio.device)
+        shown = html.card(choice.model, card, costs, int(choice.bits), self.studio.device)
         return shown, commands(choice)
 
-    def classes(self, model: str, listed: str, request: gr.Request, token: gr.OAuthToken | None) -> tuple:
-        """The classes to choose from; at first those of the link, else a few; `listed` is the model whose classes stand there.
+    def conditions(
+        self, model: str, listed: str, key: str, project_key: str, request: gr.Request, token: gr.OAuthToken | None
+    ) -> tuple:
+        """What can be drawn, of the job's model, or without a job of the chosen one: classes or prompts, and a guidance.
 
-        A model that arrives with its classes is also a change of the model, which asks again: what was chosen stays.
+        At first those of the link, else a few; `listed` is the model of those that stand there. A model that arrives with its
+        classes is also a change of the model, which asks again: what was chosen stays.
         """
-        if model == listed:
-            return gr.skip(), listed
+        project = self.studio.found(key, project_key)
+        model = project.model if project else model
         try:
-            names = self.studio.card(model, token=secret(token)).labels
+            card = self.studio.card(model, token=secret(token))
         except Exception:  # the card says what is wrong
-            names = {}
-        asked = [label for label in classes_of(dict(request.query_params), model) if label in names.values()]
-        value = asked or [names[label] for label in default_labels(names)]
-        choices = [(printable(name), label) for name, label in names.items()]
-        return gr.Dropdown(choices=choices, value=value), model if names else ""
+            return (*UNCHANGED, listed) if model == listed else (*fields.hidden(), "")
+        guidance = fields.guidance(card, project.settings.call_arguments if project else {})
+        if model == listed:
+            return gr.skip(), gr.skip(), guidance, listed
+        query = dict(request.query_params)
+        link = query if query.get("model") == model else {}
+        return fields.classes(card, link), fields.prompts(card, link), guidance, model
+
+    def suggest(self, model: str) -> str:
+        """Arguments of the call for a model that somebody picked."""
+        return suggested(model)
 
     # --- running ---
 
@@ -201,7 +209,8 @@ class Answers:
         return {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "disk_bytes": cost.disk_bytes, "fits": cost.fits()}
 
 
-AT_FIRST = (BUNDLED, 2, "best", 0, "")
+UNCHANGED = (gr.skip(),) * 3
+AT_FIRST = (BUNDLED, 2, "best", 0, "", "")
 CHOICES = 100  # as many as Gradio shows
 PAUSES = {"paused": "The job is paused", "failed": "The job could not go on"}
 RESUME = "Press Resume to go on; it ends in the same bytes."
@@ -230,21 +239,22 @@ def greeting(last: Project) -> str:
 
 
 def chosen(query: dict[str, str], last: Project | None) -> tuple:
-    """Model, bits, recipe, seed, keep: from the link, else from the last job, else as the page has them."""
+    """Model, bits, recipe, seed, keep, call: from the link, else from the last job, else as the page has them."""
     if "model" in query:
         bits, seed = query.get("bits", "2"), query.get("seed", "0")
         whole = int(bits) if bits.isdecimal() else 2, int(seed) if seed.isdecimal() else 0
-        return query["model"][:200], whole[0], query.get("recipe", "best"), whole[1], query.get("keep", "")[:500]
+        model, call = query["model"][:200], query.get("call")
+        further = query.get("keep", "")[:500], suggested(model) if call is None else call[:2000]
+        return model, whole[0], query.get("recipe", "best"), whole[1], *further
     if last is None:
-        return (gr.skip(),) * 5
+        return (gr.skip(),) * 6
     s = last.settings
-    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep)
+    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep), "\n".join(written(s.call_arguments))
 
 
-def classes_of(query: dict[str, str], model: str) -> list[int]:
-    """The classes that a link names for its model."""
-    named = query.get("classes", "").split() if query.get("model") == model else []
-    return [int(label) for label in named[:12] if label.isdecimal()]
+def suggested(model: str) -> str:
+    """What the call of a bundled model's pipeline must be told, one NAME=VALUE a line; of others we do not know."""
+    return "\n".join(written(CALLS.get(model, {})))
 
 
 def commands(choice: Choice) -> str:

@@ -26,13 +26,23 @@ class CompareAnswers:
 
     # --- drawing ---
 
-    def begin_drawing(self, key: str, project_key: str, drawing: int) -> tuple:
+    def begin_drawing(
+        self,
+        key: str,
+        project_key: str,
+        drawing: int,
+        classes: Sequence[int] = (),
+        seeds: int | float = 1,
+        prompts: str = "",
+        guidance: str = "",
+    ) -> tuple:
         try:
             project = self.studio.project(key, project_key)
+            if project.status().phase != "done":
+                return html.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
+            PairSettings.of(project, classes, prompts, int(seeds), guidance)
         except Exception as error:
             return html.trouble(explain(error)), gr.skip(), drawing
-        if project.status().phase != "done":
-            return html.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
         project.forget_stop()
         return html.note("Your pictures are in the queue."), gr.Button(visible=True), drawing + 1
 
@@ -45,13 +55,19 @@ class CompareAnswers:
         key: str,
         project_key: str,
         drawing: int,
-        labels: list[int],
+        classes: Sequence[int],
         seeds: int | float,
         token: gr.OAuthToken | None = None,
+        prompts: str = "",
+        guidance: str = "",
     ) -> Iterator[tuple]:
         """One turn of drawing, streamed; a new turn follows if time ran out."""
-        project = self.studio.project(key, project_key)
-        settings = PairSettings(tuple(labels or (0,)), int(seeds))
+        try:
+            project = self.studio.project(key, project_key)
+            settings = PairSettings.of(project, classes, prompts, int(seeds), guidance)
+        except Exception as error:
+            yield html.trouble(explain(error)), *SAME, gr.Button(visible=False), gr.skip()
+            return
         found, on_page = None, list[Pair]()
         for trouble in self.studio.draw(project, settings, secret(token)):
             found = trouble or found
@@ -77,11 +93,11 @@ class CompareAnswers:
         """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
         if not pairs:
             return gr.Radio(visible=False), "", "", "", ""
-        chips, first = [(printable(f"{p.name} · {p.seed}"), p.stem) for p in pairs], pairs[0]
+        chips, first = [(printable(f"{pictures.short(p.name)} · {p.seed}"), p.stem) for p in pairs], pairs[0]
         chosen = gr.Radio(chips, value=first.stem, visible=True), pictures.slider(project, first)
         if on_page and all(pair in pairs for pair in on_page):
             chosen = gr.Radio(chips), gr.skip()
-        same = [p for p in self.studio.workspace.projects(key) if (p.model, p.revision) == (project.model, project.revision)]
+        same = [p for p in self.studio.workspace.projects(key) if pictures.draws_alike(p, project)]
         return *chosen, pictures.figures(report(project), pairs), pictures.grid(project, pairs), pictures.widths(same)
 
     def show(self, key: str, project_key: str, stem: str) -> str:
@@ -123,7 +139,7 @@ class CompareAnswers:
 def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
     """How far the drawing came."""
     wanted = settings.wanted()
-    done = sum((pair.label, pair.seed) in wanted for pair in drawn_pairs(project))
+    done = sum(pair.key in wanted for pair in drawn_pairs(project))
     stopped = project.is_asked_to_stop() and report(project) is None
     told = f"{done} of {len(wanted)} pairs" if done < len(wanted) else f"{done} pairs"
     if stopped and not working:

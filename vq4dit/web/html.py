@@ -14,6 +14,7 @@ from typing import Any
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.progress import Event
+from vq4dit.projects.call_lines import written
 from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.workspace import Project, Status
 from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
@@ -119,11 +120,12 @@ def command_of(model: str, settings: QuantizationSettings, output: str) -> str:
     """The same thing in a terminal."""
     words = ["python -m vq4dit quantize", _quoted(model), f"--bits {settings.bits}", f"--recipe {settings.recipe}"]
     words += [f"--seed {settings.seed}"] + [f"--keep {_quoted(pattern)}" for pattern in settings.keep]
+    words += [f"--call {_quoted(line)}" for line in written(settings.call_arguments)]
     return " ".join([*words, f"--output {_quoted(output)}"])
 
 
 def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("'", "'\\''") + "'"
+    return text if re.fullmatch(r"[\w./=-]+", text) else "'" + text.replace("'", "'\\''") + "'"
 
 
 def copyable(label: str, text: str, element: str) -> str:
@@ -144,7 +146,8 @@ def link_of(model: str, settings: QuantizationSettings) -> str:
     from urllib.parse import urlencode
 
     values = {"model": model, "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
-    return "?" + urlencode(values | ({"keep": " ".join(settings.keep)} if settings.keep else {}))
+    further = {"keep": " ".join(settings.keep), "call": "\n".join(written(settings.call_arguments))}
+    return "?" + urlencode(values | {name: text for name, text in further.items() if text})
 
 
 def progress(project: Project, status: Status, events: Sequence[Event], seconds_left: float | None) -> str:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from vq4dit.config import RECIPES
 from vq4dit.projects.catalog import BUNDLED
-from vq4dit.web import html
+from vq4dit.web import fields, html
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.push_panel import Login, PushPanel
@@ -67,12 +67,20 @@ class Page:
                     self.recipe = gr.Radio(recipes, value="best", label="Recipe", elem_id="recipe")
                 with gr.Column(scale=2):
                     self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-                    with gr.Accordion("Layers to keep in 16 bit", open=False, elem_id="keep-box"):
+                    with gr.Accordion("Advanced", open=False, elem_id="advanced-box"):
                         self.keep = gr.Textbox(
                             "",
-                            label="Patterns of layer names, separated by spaces",
+                            label="Layers to keep in 16 bit: patterns of names, separated by spaces",
                             placeholder="*.ff.*  transformer_blocks.0.*",
                             elem_id="keep",
+                        )
+                        self.call = gr.Textbox(
+                            "",
+                            label="Arguments of the pipeline's call, to calibrate and to draw with: NAME=VALUE, one a line",
+                            placeholder="guidance_scale=3",
+                            lines=3,
+                            max_lines=8,
+                            elem_id="call",
                         )
             self.command = gr.HTML(elem_id="command-box")
 
@@ -94,10 +102,16 @@ class Page:
     def _compare(self) -> None:
         with gr.Column(elem_classes="step", elem_id="compare"):
             gr.HTML(
-                html.heading(4, "Compare", "Same class, same noise, through both models. Drag the line, or use the arrow keys.")
+                html.heading(4, "Compare", "Same subject and noise, through both models. Drag the line, or use the arrow keys.")
             )
             with gr.Row():
-                self.labels = gr.Dropdown([], multiselect=True, max_choices=12, label="Classes", elem_id="labels", scale=3)
+                self.labels = gr.Dropdown(
+                    [], multiselect=True, max_choices=fields.MOST_CLASSES, label="Classes", elem_id="labels", scale=3
+                )
+                self.prompts = gr.Textbox(
+                    label="Prompts, one a line", lines=3, max_lines=12, visible=False, elem_id="prompts", scale=3
+                )
+                self.guidance = gr.Textbox(label="Guidance", max_lines=1, visible=False, elem_id="guidance", scale=1)
                 self.seeds = gr.Slider(1, 4, value=1, step=1, label="Seeds of each", elem_id="seeds", scale=1)
             with gr.Row(elem_classes="buttons"):
                 self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
@@ -132,7 +146,7 @@ class Page:
     # --- wiring ---
 
     def _wire(self) -> None:
-        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep]
+        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call]
         looked = [self.card, self.command]
         run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
         drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths]
@@ -140,10 +154,10 @@ class Page:
         answers, compare = self.answers, self.compare
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
 
-        classes = [self.labels, self.listed]
-        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *classes]
+        asked, conditions = [self.model, self.listed, *job], [self.labels, self.prompts, self.guidance, self.listed]
+        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *conditions]
         arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
-        arrived.then(**self.private(answers.classes, [self.model, self.listed], classes))
+        arrived.then(**self.private(answers.conditions, asked, conditions))
         arrived.then(**self.private(compare.drawn, job, drawn_view))
         arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
 
@@ -153,10 +167,12 @@ class Page:
         self.on(self.model.key_up, answers.search, [self.model, seen], [self.model, seen], js=TYPED, queue=False, **one_by_one)
         changes = partial(gr.on, [control.change for control in choice])
         self.on(changes, answers.look, choice, looked, **one_by_one)
-        self.on(self.model.change, answers.classes, [self.model, self.listed], classes, **one_by_one)
+        self.on(self.model.change, answers.conditions, asked, conditions, **one_by_one)
+        self.on(self.model.input, answers.suggest, [self.model], [self.call], **one_by_one)
 
         begun = [*run_view, self.visitor, self.project, self.turn]
         started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
+        started.then(**self.private(answers.conditions, asked, conditions))
         self.on(self.resume.click, answers.resume, [*job, self.turn], [*run_view, self.turn])
         presses = partial(gr.on, [self.start.click, self.resume.click])  # what the greeting says is then over
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
@@ -164,8 +180,8 @@ class Page:
         turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
         turned.then(**self.private(compare.drawn, job, drawn_view))
 
-        drawing = [*job, self.drawing, self.labels, self.seeds]
-        self.on(self.draw.click, compare.begin_drawing, [*job, self.drawing], [self.drawn, self.halt, self.drawing])
+        drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
+        self.on(self.draw.click, compare.begin_drawing, drawing, [self.drawn, self.halt, self.drawing])
         self.on(self.halt.click, compare.halt, job, [], queue=False)
         self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
         self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
@@ -175,8 +191,8 @@ class Page:
         self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
-        names = ("model", "bits", "recipe", "seed", "keep", "classes", "seeds")
-        settings = dict(zip(names, (*choice, self.labels, self.seeds), strict=True))
+        names = ("model", "bits", "recipe", "seed", "keep", "call", "classes", "prompts", "seeds")
+        settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds), strict=True))
         self.push.wire(job, settings, arrived, [started, turned])
 
         gr.api(answers.inspect, api_name="inspect")

@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vq4dit.projects.drawn_pairs import Pair, drawn_pairs
+from PIL import Image
+
+from vq4dit.projects.drawn_pairs import KINDS, Pair, drawn_pairs
 from vq4dit.projects.workspace import Project
 from vq4dit.web.html import data_uri, empty
 from vq4dit.web.messages import escape, size
+
+SHORT = 48  # characters of a prompt below a picture
+
+
+def short(name: str) -> str:
+    """A class, or the beginning of a prompt."""
+    return name if len(name) <= SHORT else f"{name[: SHORT - 1].rstrip()}…"
+
+
+def draws_alike(project: Project, other: Project) -> bool:
+    """Whether the originals of two projects are the same and draw the same."""
+    told = [(p.model, p.revision, p.settings.call) for p in (project, other)]
+    return told[0] == told[1]
 
 
 def picture(project: Project, pair: Pair, kind: str) -> str:
@@ -16,14 +31,27 @@ def picture(project: Project, pair: Pair, kind: str) -> str:
     return data_uri((project.report / f"{pair.stem}-{kind}.png").read_bytes())
 
 
+def size_of(project: Project, pair: Pair) -> tuple[int, int]:
+    """Width and height of a pair's pictures."""
+    with Image.open(project.report / f"{pair.stem}-original.png") as image:
+        return image.size
+
+
+def form(project: Project, pair: Pair) -> str:
+    """The class of a strip of frames, which needs a line of its own."""
+    width, height = size_of(project, pair)
+    return " strip" if width > 2 * height else ""
+
+
 def slider(project: Project, pair: Pair) -> str:
     """Original and quantized on top of each other, divided where a native range input stands: mouse, finger and arrow keys."""
     what = f"{escape(pair.name)}, seed {pair.seed}"
     move = "this.closest('.compare').style.setProperty('--at', this.value + '%')"
-    images = {kind: picture(project, pair, kind) for kind in ("original", "quantized", "difference")}
-    bits = project.settings.bits
+    images = {kind: picture(project, pair, kind) for kind in KINDS}
+    bits, (width, height) = project.settings.bits, size_of(project, pair)
     return (
-        '<div class="pair"><div class="compare" style="--at:50%">'
+        f'<div class="pair{form(project, pair)}"><div class="compare" '
+        f'style="--at:50%;aspect-ratio:{width}/{height}">'
         f'<img class="under" src="{images["quantized"]}" alt="{what}, at {bits} bits"><img class="over" '
         f'src="{images["original"]}" alt="{what}, original"><i aria-hidden="true"></i><span class="tag left">original</span>'
         f'<span class="tag right">{bits} bits</span><input type="range" min="0" max="100" value="50" id="slider" '
@@ -58,14 +86,14 @@ def figures(found: dict[str, Any] | None, pairs: Sequence[Pair]) -> str:
 def grid(project: Project, pairs: Sequence[Pair]) -> str:
     """Every pair: original above, quantized below."""
     if not pairs:
-        return empty("Every class and seed you draw appears here, original above quantized.")
+        return empty("Everything you draw appears here, original above quantized.")
     cells = "".join(
         f'<figure><img loading="lazy" src="{picture(project, p, "original")}" alt="{escape(p.name)}, seed {p.seed}, original">'
         f'<img loading="lazy" src="{picture(project, p, "quantized")}" alt="{escape(p.name)}, seed {p.seed}, '
-        f'{project.settings.bits} bits"><figcaption>{escape(p.name)} · {p.seed}</figcaption></figure>'
+        f'{project.settings.bits} bits"><figcaption>{escape(short(p.name))} · {p.seed}</figcaption></figure>'
         for p in pairs
     )
-    return f'<div class="grid">{cells}</div>'
+    return f'<div class="grid{form(project, pairs[0])}">{cells}</div>'
 
 
 def blind(project: Project, pair: Pair, original_is_left: bool, revealed: bool) -> str:
@@ -77,18 +105,18 @@ def blind(project: Project, pair: Pair, original_is_left: bool, revealed: bool) 
         f"<figcaption>{names[kind] if revealed else side}</figcaption></figure>"
         for side, kind in zip(("Left", "Right"), order, strict=True)
     )
-    return f'<div class="blind">{cells}</div>'
+    return f'<div class="blind{form(project, pair)}">{cells}</div>'
 
 
 def widths(projects: Sequence[Project]) -> str:
-    """The same classes and seeds at every width this visitor has made of one model."""
-    drawn = {project: {(p.label, p.seed): p for p in drawn_pairs(project)} for project in projects}
+    """The same conditions and seeds at every width this visitor has made of one model."""
+    drawn = {project: {pair.key: pair for pair in drawn_pairs(project)} for project in projects}
     drawn = {project: pairs for project, pairs in drawn.items() if pairs}
     if len(drawn) < 2:
         return empty("Quantize the same model at another width and draw its pairs: all widths then stand side by side here.")
     common = [key for key in next(iter(drawn.values())) if all(key in pairs for pairs in drawn.values())][:8]
     if not common:
-        return empty("Your widths have no class and seed in common yet: draw the same ones for each.")
+        return empty("Your widths have no pair in common yet: draw the same for each.")
     ordered = sorted(drawn, key=lambda p: (-p.settings.bits, p.settings.recipe))
     rows = [("original", ordered[0], "original")]
     rows += [(f"{p.settings.bits} bits · {p.settings.recipe}", p, "quantized") for p in ordered]
@@ -96,14 +124,15 @@ def widths(projects: Sequence[Project]) -> str:
         f'<tr><th scope="row">{escape(label)}</th>'
         + "".join(
             f'<td><img src="{picture(p, drawn[p][key], kind)}" '
-            f'alt="{escape(drawn[p][key].name)}, seed {key[1]}, {escape(label)}"></td>'
+            f'alt="{escape(drawn[p][key].name)}, seed {key.seed}, {escape(label)}"></td>'
             for key in common
         )
         + "</tr>"
         for label, p, kind in rows
     )
-    names = "".join(f"<th>{escape(drawn[ordered[0]][key].name)}</th>" for key in common)
+    of_strips = form(ordered[0], drawn[ordered[0]][common[0]])
+    names = "".join(f"<th>{escape(short(drawn[ordered[0]][key].name))}</th>" for key in common)
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="All widths"><table class="widths"><thead><tr><th>width</th>'
-        f"{names}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="All widths"><table class="widths{of_strips}"><thead><tr>'
+        f"<th>width</th>{names}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import gradio as gr
 from huggingface_hub import get_token
 
-from vq4dit.errors import HubError, JobError
+from vq4dit.errors import HubError
 from vq4dit.hub.account import Account, sign_in
 from vq4dit.hub.push import Existing, Target
 from vq4dit.projects.publish import check_download, offer, publish, pushed_of
@@ -77,11 +77,8 @@ class PushAnswers:
             return hidden(html.trouble(explain(error)))
 
     def finished(self, key: str, project_key: str) -> Project | None:
-        try:
-            project = self.studio.project(key, project_key)
-        except JobError:
-            return None
-        return project if project.status().phase == "done" else None
+        project = self.studio.found(key, project_key)
+        return project if project and project.status().phase == "done" else None
 
     def push(
         self, key: str, project_key: str, owner: str, name: str, private: bool, existing: Any, token: gr.OAuthToken | None

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import gradio as gr
 from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings, Recipe
 from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, VQ4DiTError
+from vq4dit.models.conditions import condition_kind
+from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
+from vq4dit.projects.call_lines import check_fitting, read_call
 from vq4dit.projects.catalog import Catalog, ModelCard
 from vq4dit.projects.drawn_pairs import PairSettings, draw, is_complete
 from vq4dit.projects.pipeline_cache import Loader
@@ -39,13 +42,15 @@ class Choice:
     recipe: str
     seed: int | float | None  # an emptied number field holds nothing
     keep: str
+    call: str = ""  # NAME=VALUE, one a line
 
     def settings(self) -> QuantizationSettings:
         seed = int(self.seed or 0)
         recipe: Any = self.recipe
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=seed, keep=tuple(self.keep.split()))
+        keep, call = tuple(self.keep.split()), read_call(self.call)
+        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=seed, keep=keep, call=call)
 
 
 class Studio:
@@ -75,12 +80,26 @@ class Studio:
             self._cards[key] = self.catalog.card(name, keep, recipe, token)
         return self._cards[key]
 
+    def chosen(self, choice: Choice, token: str | None = None) -> ModelCard:
+        """The card of a choice whose settings fit its model.
+
+        Raises:
+            VQ4DiTError: as `Catalog.card`; UnsupportedModelError if the recipe needs samples that this pipeline cannot make;
+                ValueError if the pipeline's call has no such argument.
+        """
+        settings = choice.settings()
+        card = self.card(choice.model or "", settings.keep, settings.recipe, token)
+        pipeline = pipeline_class(card.pipeline)
+        if settings.recipe != "kmeans":
+            condition_kind(pipeline)
+        check_fitting(pipeline, settings.call_arguments)
+        return card
+
     def costs(self, card: ModelCard, choice: Choice) -> dict[int, Estimate]:
         """The estimate at each width, everything else as chosen."""
         costs = {}
         for prediction in card.inspection.predictions:
-            at_width = Choice(choice.model, prediction.bits, choice.recipe, choice.seed, choice.keep)
-            settings = at_width.settings()
+            settings = replace(choice, bits=prediction.bits).settings()
             parameters = card.inspection.parameters
             costs[prediction.bits] = estimate(
                 prediction, settings, parameters=parameters, tokens=card.tokens, device=self.device
@@ -94,7 +113,7 @@ class Studio:
             VQ4DiTError: if the model or the settings are refused, or the disk is too full.
         """
         settings = choice.settings()
-        card = self.card(choice.model, settings.keep, settings.recipe, token)
+        card = self.chosen(choice, token)
         cost = self.costs(card, choice)[settings.bits]
         self.check_memory(cost, choice.model)
         self.workspace.sweep(max_age_seconds=MAX_AGE_SECONDS, max_bytes=MAX_TOTAL_BYTES)
@@ -123,6 +142,13 @@ class Studio:
         if project is None:
             raise JobError("there is no job here: choose a model and press Quantize")
         return project
+
+    def found(self, visitor: object, key: str) -> Project | None:
+        """The same, or None."""
+        try:
+            return self.project(visitor, key)
+        except JobError:
+            return None
 
     # --- the work; under ZeroGPU these two run in another process, and the login travels there in memory ---
 
@@ -174,13 +200,6 @@ class Studio:
         root = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
         root.mkdir(parents=True, exist_ok=True)
         return pack(project, Path(tempfile.mkdtemp(dir=root)))
-
-
-def default_labels(names: dict[str, int]) -> list[str]:
-    """Four classes, spread over all."""
-    listed = list(names)
-    count = min(4, len(listed))
-    return [listed[i * len(listed) // count] for i in range(count)]
 
 
 def widths_offered() -> list[tuple[str, int]]:

@@ -1,0 +1,102 @@
+"""A model of prompts in a real browser: the whole way, films as strips of frames, and a model whose arguments are known."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_pipelines
+from app_server import AppServer
+from browsing import Visitor, complaints, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
+from playwright.sync_api import expect
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, root):
+    for name in ("flux", "wan"):
+        tiny_pipelines.build(name).save_pretrained(root / name)
+    with AppServer(tmp_path_factory.mktemp("app") / "jobs", "--root", str(root)) as found:
+        yield found
+
+
+def pick(visitor: Visitor, typed: str, shown: str) -> None:
+    """Choose a model from the list by what is shown there."""
+    box = visitor.page.locator("#model input")
+    box.click()
+    box.fill("")
+    box.press_sequentially(typed, delay=150)
+    found = visitor.page.get_by_role("option").first
+    expect(found).to_contain_text(shown)
+    found.click()
+
+
+def test_the_whole_way_with_prompts(server, browser):
+    visitor = Visitor(browser, server.url).arrive("?model=folder:flux&recipe=kmeans&call=height%3D32%0Awidth%3D32%0Asize%3D1")
+    visitor.see("#card .trouble", "FluxPipeline takes no argument 'size'")
+    visitor.press("#start")
+    visitor.see("#progress .trouble", "FluxPipeline takes no argument 'size'")
+    visitor.open("#advanced-box")
+    visitor.page.locator("#call textarea").fill("height=32\nwidth=32")
+    visitor.see("#command", "--call height=32 --call width=32")
+    prompts = visitor.page.locator("#prompts textarea")
+    expect(prompts).to_have_value("a clock\na banana\na green frog on a leaf, macro")
+    expect(visitor.page.locator("#labels")).not_to_be_visible()
+    visitor.press("#start")
+    visitor.see("#progress .done", "flux-2bit is packed")
+
+    prompts.fill("  ")
+    visitor.press("#draw")
+    visitor.see("#drawn .trouble", "Write one a line.")
+    prompts.fill("a fox\na portrait of a young woman with freckles, studio light, shallow depth of field")
+    expect(visitor.page.locator("#guidance input, #guidance textarea")).to_have_value("")
+    visitor.press("#draw")
+    visitor.see("#figures", "noise error")
+    assert visitor.page.locator(".compare .over").get_attribute("alt") == "a fox, seed 0, original"
+    visitor.page.locator("#pair label").nth(1).click()
+    expect(visitor.page.locator(".compare .over")).to_have_attribute(
+        "alt", "a portrait of a young woman with freckles, studio light, shallow depth of field, seed 0, original"
+    )
+    small = Visitor(
+        browser, server.url, storage_state=visitor.context.storage_state(), viewport={"width": 390, "height": 844}
+    ).arrive()
+    small.see("#figures", "noise error")
+    small.see("#prompts")
+    small.open("#grid-box")
+    assert small.page.evaluate("document.documentElement.scrollWidth <= innerWidth") and complaints(small) == []
+    small.shoot("6-prompts-small")
+    assert visitor.errors == small.errors == []
+
+
+def test_a_film_is_a_strip_of_frames(server, browser):
+    query = "?model=folder:wan&recipe=kmeans&call=height%3D32%0Awidth%3D32%0Anum_frames%3D5"
+    visitor = Visitor(browser, server.url).arrive(query)
+    visitor.press("#start")
+    visitor.see("#progress .done", "wan-2bit is packed")
+    visitor.page.locator("#prompts textarea").fill("a fox")
+    visitor.press("#draw")
+    visitor.see("#figures", "noise error")
+    visitor.open("#grid-box")
+    box = visitor.page.locator(".compare").bounding_box()
+    assert box["width"] / box["height"] > 4, "five frames side by side"
+    assert visitor.page.locator(".pair.strip").count() == visitor.page.locator(".grid.strip").count() == 1
+    visitor.shoot("6-film", "#compare")
+    visitor.page.set_viewport_size({"width": 390, "height": 844})
+    assert visitor.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    visitor.shoot("6-film-small", "#compare")
+
+
+def test_the_fields_follow_the_model_that_is_picked(server, browser):
+    visitor = Visitor(browser, server.url).arrive()
+    visitor.see("#labels")
+    expect(visitor.page.locator("#prompts")).not_to_be_visible()
+    pick(visitor, "emoji-flux", "bundled, text to image")
+    visitor.see("#card h3", "assets/emoji-flux")
+    visitor.see("#command", "--call height=64 --call max_sequence_length=12 --call 'negative_prompt=\"\"'")
+    visitor.see("#prompts")
+    expect(visitor.page.locator("#labels")).not_to_be_visible()
+    pick(visitor, "tiny", "folder:tiny")
+    visitor.see("#card h3", "folder:tiny")
+    expect(visitor.page.locator("#command")).not_to_contain_text("--call")
+    visitor.see("#labels")
+    expect(visitor.page.locator("#prompts")).not_to_be_visible()
+    assert visitor.errors == []
