@@ -129,11 +129,16 @@ def state_of(pipeline: Any) -> dict[str, Any]:
     found["scheduler"] = {name: _described(value) for name, value in vars(pipeline.scheduler).items()}
     for part, model in pipeline.components.items():
         for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-            hooks = [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")]
-            found[f"{part}.{name}"] = (type(module), module.training, hooks, "forward" in vars(module))
+            found[f"{part}.{name}"] = (type(module), module.training, _hooks(module), "forward" in vars(module))
         for name, p in model.named_parameters() if isinstance(model, nn.Module) else ():
             found[f"{part}.{name}"] = (p.requires_grad, p.grad, p.detach().double().sum().item(), id(p))
     return found
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """How many of each kind; text encoders of `transformers` get some of their own when they first read a prompt."""
+    of_transformers = type(module).__module__.startswith("transformers.")
+    return [] if of_transformers else [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")]
 
 
 def _described(value: Any) -> str:

@@ -154,8 +154,6 @@ class Calibration:
 
     def _next_calls(self) -> list[DenoiserCall]:
         """How the teacher is called in the next step of the trajectory, or in the first one of another."""
-        if self._trajectory and self._trajectory_step == len(self._trajectory):
-            self._start_trajectory()
         if not self._trajectory:
             with torch.no_grad():
                 random_trajectories(
@@ -166,6 +164,9 @@ class Calibration:
                     lambda step: self._trajectory.append(step.calls),
                     num_inference_steps=self.config.num_inference_steps,
                 )
+        if self._trajectory_step == len(self._trajectory):
+            self._start_trajectory()
+            return self._next_calls()
         self._trajectory_step += 1
         return self._trajectory[self._trajectory_step - 1]
 

@@ -43,8 +43,8 @@ class InputStatistics(NamedTuple):
 def input_statistics(
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
-    row_weights: Sequence[Float[Tensor, " n"]] | None = None,
-    halves: Sequence[Bool[Tensor, " n"]] | None = None,
+    row_weights: Sequence[Float[Tensor, " _"]] | None = None,
+    halves: Sequence[Bool[Tensor, " _"]] | None = None,
 ) -> InputStatistics:
     """Means over all rows of all calls, one call after the other: no copy of them all is made.
 
