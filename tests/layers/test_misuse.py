@@ -39,7 +39,7 @@ WRONG_SETTINGS = {
 WRONG_CONSTANTS = {
     "steps": [NAN, INF, 2.0, "2", 0, None, True],
     "num_candidates": [2.0, [2], 9],
-    "guidance_scale": [NAN, INF, "4", None],
+    "rmsprop_alpha": [NAN, INF, "4", None],
     "hardening_end": [NAN, 2.0, "0.5"],
     "logits_learning_rate": [INF, None],
 }
@@ -93,7 +93,7 @@ def test_numbers_and_lists_of_other_kinds_are_taken_for_what_they_are(tmp_path, 
         "QuantizationSettings(bits=__import__('numpy').int64(3), keep=['*.ff.*'], seed=True + 3) "
         "== QuantizationSettings(bits=3, keep=('*.ff.*',), seed=4)",
         "hash(QuantizationSettings(keep=['*.ff.*'])) == hash(QuantizationSettings(keep=('*.ff.*',)))",
-        "type(CalibrationConfig(guidance_scale=4).guidance_scale) is float",
+        "type(CalibrationConfig(rmsprop_alpha=1).rmsprop_alpha) is float",
     ]
     assert told(model_folder, calls, tmp_path) == ["nothing was wrong with True"] * 3
 

@@ -7,7 +7,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from tiny import new_pipeline, quick_settings
 
 import vq4dit
-from vq4dit.pipelines import quantizer as diffusers_quantizer
+from vq4dit.pipelines import decode_modes
 from vq4dit.pipelines.decode_modes import Room, packed_layers
 
 PLACES = {"pos_embed": "cpu", "transformer_blocks.0": "cpu", "transformer_blocks.1": "cpu", "proj_out_1": "cpu"}
@@ -81,7 +81,7 @@ def test_a_model_in_one_place_still_shares_its_embedders(folder):
 def free(monkeypatch) -> dict[str, int]:
     """Bytes that are free on each device."""
     found = {"cpu": 10**9, "cuda": 10**9}
-    monkeypatch.setattr(diffusers_quantizer, "available_memory", lambda device: found[torch.device(device).type])
+    monkeypatch.setattr(decode_modes, "available_memory", lambda device: found[torch.device(device).type])
     return found
 
 

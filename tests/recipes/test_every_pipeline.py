@@ -5,6 +5,7 @@ Of each, tiny and random, half a dozen layers are quantized and the others kept,
 
 import random
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import diffusers
@@ -145,9 +146,17 @@ def _described(value: Any) -> str:
     return str(value.tolist()) if isinstance(value, Tensor) else repr(value)
 
 
+@pytest.fixture(scope="module")
+def without_remarks() -> Iterator[None]:
+    """Prompts are longer than the few tokens that they may have, and diffusers says so each time."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    yield
+    diffusers.utils.logging.set_verbosity(before)
+
+
 @pytest.fixture(scope="module", params=["own", *(name for name in BUILDERS if name not in REFUSED)])
-def quantized(request: pytest.FixtureRequest) -> Quantized:
-    diffusers.utils.logging.set_verbosity_error()  # prompts are longer than the few tokens they may have
+def quantized(request: pytest.FixtureRequest, without_remarks: None) -> Quantized:
     pipeline = own_pipeline() if request.param == "own" else build(request.param)
     call = CALLS.get(request.param, {})
     targets = list(find_targets(pipeline.transformer, 4, 256)[0])

@@ -107,10 +107,11 @@ def test_trajectories_are_walked_as_few_at_a_time_as_the_memory_asks_for(pipelin
 def test_several_probes_of_a_step_count_as_much_as_one(pipeline):
     found = []
     for probes in ((1,), (8,)):
-        found.append(output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), replace(QUICK, probes=probes)))
+        config = replace(QUICK, sensitivity_tokens=10240, probes=probes)  # of few trajectories one probe tells too little
+        found.append(output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), config))
     one, eight = ({name: matrix.trace() for name, matrix in one_or_eight.outputs.items()} for one_or_eight in found)
     conditioning, tokens = LAYERS[:2]
-    assert (eight[conditioning] / eight[tokens] / (one[conditioning] / one[tokens])).item() == pytest.approx(1, rel=0.3)
+    assert (eight[conditioning] / eight[tokens] / (one[conditioning] / one[tokens])).item() == pytest.approx(1, rel=0.2)
     torch.testing.assert_close(found[1].steps[conditioning], found[0].steps[conditioning], rtol=0.5, atol=0.05)
 
 

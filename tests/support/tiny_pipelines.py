@@ -69,7 +69,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "cogview4": {"height": 32, "width": 32, "max_sequence_length": 16},
     "chroma": {"height": 32, "width": 32, "max_sequence_length": 16},
     "hunyuan-dit": {"height": 64, "width": 64, "use_resolution_binning": False},
-    "latte": {"height": 32, "width": 32, "video_length": 4},
+    "latte": {"height": 16, "width": 16, "video_length": 4},
     "stable-audio": {},
     "ace-step": {"audio_duration": 16.0, "max_text_length": 48},
 }

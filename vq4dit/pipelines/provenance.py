@@ -92,10 +92,16 @@ def made_by(settings: QuantizationSettings, fingerprint: str = "") -> Origin:
     return Origin(
         fingerprint=fingerprint,
         recipe={"name": settings.recipe, "version": VERSION_OF_RECIPES},
-        settings=settings.to_dict(),
+        settings=recorded_settings(settings),
         settings_hash=hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest(),
         versions=versions(),
     )
+
+
+def recorded_settings(settings: QuantizationSettings) -> dict[str, Any]:
+    """All settings, but of somebody's own prompts only the beginnings of their SHA-256: the record may be published."""
+    prompts = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in settings.prompts]
+    return settings.to_dict() | {"prompts": prompts}
 
 
 def versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ from vq4dit.pipelines.inventory import (
     weight_files,
     without_variant,
 )
-from vq4dit.pipelines.provenance import Origin, read_origin, versions, write_origin
+from vq4dit.pipelines.provenance import Origin, read_origin, recorded_settings, versions, write_origin
 
 MAX_SHARD_SIZE = "5GB"
 NOTING_A_PATH = (INDEX, *CONFIGURATION, *SCHEDULER, *PROCESSOR)  # of where something was loaded from
@@ -176,7 +176,7 @@ def is_result(folder: Path, settings: QuantizationSettings, fingerprint: str = "
         origin = read_origin(folder)
     except FormatError:
         return False
-    if not origin.versions or not origin.fingerprint or origin.settings != settings.to_dict():
+    if not origin.versions or not origin.fingerprint or origin.settings != recorded_settings(settings):
         return False
     return fingerprint in ("", origin.fingerprint) and (has_record(folder) or _is_packed(folder))
 

@@ -229,8 +229,7 @@ def _followed(predictions: Sequence[Tensor], guided: Tensor, generator: torch.Ge
     """Of what the transformer predicted in each call, what the guided prediction follows: no learned variance, say."""
     direction = _direction(guided, generator)
     slopes = torch.autograd.grad((direction * guided).sum(), predictions, retain_graph=True, allow_unused=True)
-    pairs = zip(predictions, slopes, strict=True)
-    return [prediction * (slope != 0) for prediction, slope in pairs if slope is not None and slope.any()]
+    return [p * (slope != 0) for p, slope in zip(predictions, slopes, strict=True) if slope is not None and slope.any()]
 
 
 def _relative(prediction: Tensor) -> Tensor:
@@ -258,14 +257,15 @@ def _without_parameter_gradients(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p in asked:
-            p.requires_grad_(True)
+            with torch.inference_mode(p.is_inference()):
+                p.requires_grad_(True)
 
 
 @contextmanager
 def _checkpointed(transformer: Any) -> Iterator[None]:
     """Gradient checkpointing: in large models activations inside a block are not held, but made again for the backward pass."""
-    able = getattr(transformer, "_supports_gradient_checkpointing", False)
-    if not able or not is_large(transformer) or transformer.is_gradient_checkpointing:
+    able = getattr(transformer, "_supports_gradient_checkpointing", False) and not transformer.is_gradient_checkpointing
+    if not able or not is_large(transformer):
         yield
         return
     transformer.enable_gradient_checkpointing()
