@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, Request, Route, expect, sync_play
 from tiny import new_pipeline
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
-PATIENCE = 400.0  # seconds; a machine may be busy with other things
+PATIENCE = 800.0  # seconds; a machine may be busy with other things
 SCREENSHOTS = Path(os.environ.get("VQ4DIT_SCREENSHOTS") or Path(tempfile.gettempdir()) / "vq4dit-screenshots")
 
 expect.set_options(timeout=1000 * PATIENCE)
