@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from tiny import new_pipeline
+from tiny import guided_in_turn, new_pipeline
 
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.models.prompts import PROMPTS
@@ -31,23 +31,9 @@ def test_it_tells_what_one_sample_shows_in_a_step(pipeline, call, tokens):
 
 def test_several_calls_in_one_step_count_together(pipeline):
     """What guides by calling its transformer twice shows as much as what puts both into one batch."""
-    in_turn = type("InTurn", (type(pipeline),), {"__call__": called_in_turn})
+    in_turn = type("InTurn", (type(pipeline),), {"__call__": guided_in_turn})
     pipeline.__class__ = in_turn
     assert rehearse(pipeline, {}).tokens == 32
-
-
-@torch.no_grad()
-def called_in_turn(self, class_labels, num_inference_steps=4, generator=None, guidance_scale=4.0):
-    latents = torch.randn(len(class_labels), 4, 8, 8, generator=generator)
-    self.scheduler.set_timesteps(num_inference_steps)
-    labels = torch.tensor(class_labels)
-    for t in self.scheduler.timesteps:
-        with_class, without = (
-            self.transformer(latents, timestep=t.expand(len(latents)), class_labels=of).sample
-            for of in (labels, torch.full_like(labels, 1000))
-        )
-        latents = self.scheduler.step(without + guidance_scale * (with_class - without), t, latents).prev_sample
-    return latents
 
 
 def test_the_pipeline_is_left_as_it_was(pipeline):

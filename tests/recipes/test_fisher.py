@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from tiny import QUICK
+from tiny import QUICK, guided_in_turn
 
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.models.trajectories import ROUNDS, Sampling
@@ -189,20 +189,6 @@ def test_guidance_by_two_calls_is_known_apart_like_guidance_by_two_halves(pipeli
     steps = found.steps[LAYERS[0]]
     assert steps.shape == (fisher.STEPS, 2, 2) and (steps > 0).all() and steps.sum().item() == pytest.approx(1, rel=1e-5)
     assert found.outputs[LAYERS[1]].shape == (64, 64)
-
-
-@torch.no_grad()
-def guided_in_turn(self, class_labels, num_inference_steps=4, generator=None, guidance_scale=4.0):
-    latents = torch.randn(len(class_labels), 4, 8, 8, generator=generator)
-    self.scheduler.set_timesteps(num_inference_steps)
-    labels = torch.tensor(class_labels)
-    for t in self.scheduler.timesteps:
-        with_class, without = (
-            self.transformer(latents, timestep=t.expand(len(latents)), class_labels=of).sample
-            for of in (labels, torch.full_like(labels, 1000))
-        )
-        latents = self.scheduler.step(without + guidance_scale * (with_class - without), t, latents).prev_sample
-    return latents
 
 
 def test_a_pipeline_whose_prediction_has_no_gradient_is_refused(pipeline):

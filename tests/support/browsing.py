@@ -133,6 +133,17 @@ class Visitor:
         return folder / path.stem
 
 
+def choose_from_search(visitor: Visitor, typed: str, name: str) -> None:
+    """Type as a person does, look until the list shows what was meant, click."""
+    box = visitor.page.locator("#model input")
+    box.click()
+    box.fill("")
+    box.press_sequentially(typed, delay=150)
+    found = visitor.page.get_by_role("option").first
+    expect(found).to_contain_text(name)
+    found.click()
+
+
 def complaints(visitor: Visitor) -> list[str]:
     """What axe finds serious or critical."""
     found = Axe().run(visitor.page).response["violations"]

@@ -46,3 +46,18 @@ def quick_settings(**changes) -> vq4dit.QuantizationSettings:
     few = {"steps": 12, "num_inference_steps": 5, "num_trajectories": 2}
     calibration = vq4dit.CalibrationConfig(**(few | changes.pop("calibration", {})))
     return vq4dit.QuantizationSettings(**({"recipe": "paper", "calibration": calibration, "entropy_coding": QUICK} | changes))
+
+
+@torch.no_grad()
+def guided_in_turn(self, class_labels, num_inference_steps=4, generator=None, guidance_scale=4.0):
+    """A `__call__` of `DiTPipeline` that guides in two calls of its transformer instead of one batch."""
+    latents = torch.randn(len(class_labels), 4, 8, 8, generator=generator)
+    self.scheduler.set_timesteps(num_inference_steps)
+    labels = torch.tensor(class_labels)
+    for t in self.scheduler.timesteps:
+        with_class, without = (
+            self.transformer(latents, timestep=t.expand(len(latents)), class_labels=of).sample
+            for of in (labels, torch.full_like(labels, 1000))
+        )
+        latents = self.scheduler.step(without + guidance_scale * (with_class - without), t, latents).prev_sample
+    return latents

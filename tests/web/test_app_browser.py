@@ -10,7 +10,7 @@ import time
 
 import pytest
 from app_server import HOME, AppServer, made_by_the_command, weights
-from browsing import Visitor, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
+from browsing import Visitor, choose_from_search, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
 from hub_environment import PORT
 from hub_server import Hub
 from playwright.sync_api import expect
@@ -164,17 +164,6 @@ def test_a_page_reloaded_in_the_middle_finds_its_job(server, browser, root, tmp_
         visitor.press("#resume")
     visitor.see("#progress .done")
     assert weights(visitor.download(tmp_path)) == made_by_the_command(str(root / "tiny"), "--recipe", "paper", "--seed", "7")
-
-
-def choose_from_search(visitor: Visitor, typed: str, name: str) -> None:
-    """Type as a person does, look until the list shows what was meant, click."""
-    box = visitor.page.locator("#model input")
-    box.click()
-    box.fill("")
-    box.press_sequentially(typed, delay=150)
-    found = visitor.page.get_by_role("option").first
-    expect(found).to_contain_text(name)
-    found.click()
 
 
 def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(server, browser, hub):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_pipelines
 from app_server import AppServer
-from browsing import Visitor, complaints, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
+from browsing import Visitor, choose_from_search, complaints, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
 from playwright.sync_api import expect
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -17,17 +17,6 @@ def server(tmp_path_factory, root):
         tiny_pipelines.build(name).save_pretrained(root / name)
     with AppServer(tmp_path_factory.mktemp("app") / "jobs", "--root", str(root)) as found:
         yield found
-
-
-def pick(visitor: Visitor, typed: str, shown: str) -> None:
-    """Choose a model from the list by what is shown there."""
-    box = visitor.page.locator("#model input")
-    box.click()
-    box.fill("")
-    box.press_sequentially(typed, delay=150)
-    found = visitor.page.get_by_role("option").first
-    expect(found).to_contain_text(shown)
-    found.click()
 
 
 def test_the_whole_way_with_prompts(server, browser):
@@ -89,12 +78,12 @@ def test_the_fields_follow_the_model_that_is_picked(server, browser):
     visitor = Visitor(browser, server.url).arrive()
     visitor.see("#labels")
     expect(visitor.page.locator("#prompts")).not_to_be_visible()
-    pick(visitor, "emoji-flux", "bundled, text to image")
+    choose_from_search(visitor, "emoji-flux", "bundled, text to image")
     visitor.see("#card h3", "assets/emoji-flux")
     visitor.see("#command", "--call height=64 --call max_sequence_length=12 --call 'negative_prompt=\"\"'")
     visitor.see("#prompts")
     expect(visitor.page.locator("#labels")).not_to_be_visible()
-    pick(visitor, "tiny", "folder:tiny")
+    choose_from_search(visitor, "tiny", "folder:tiny")
     visitor.see("#card h3", "folder:tiny")
     expect(visitor.page.locator("#command")).not_to_contain_text("--call")
     visitor.see("#labels")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 from vq4dit.cli.streams import standard_error
 from vq4dit.config import CallValue, call_items
 from vq4dit.devices import DEVICE, describe, resolve
+from vq4dit.models.conditions import read_argument
 
 MOST = 10**9  # steps, trajectories: beyond it nothing ends
 SEEDS = range(-(2**63), 2**63)
@@ -53,17 +53,10 @@ def guidance(text: str) -> tuple[str, CallValue]:
 
 def call_argument(text: str) -> tuple[str, CallValue]:
     """NAME=VALUE: an argument of a pipeline's call. What is no JSON is text."""
-    name, equals, told = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"must look like NAME=VALUE, such as true_cfg_scale=3, got {text!r:.60}")
-    if name == GUIDANCE:
-        return guidance(told)
+    if text.startswith(f"{GUIDANCE}="):
+        return guidance(text.removeprefix(f"{GUIDANCE}="))
     try:
-        value = json.loads(told)
-    except (ValueError, RecursionError):
-        value = told
-    try:
-        (argument,) = call_items({name: value})
+        (argument,) = call_items(dict([read_argument(text)]))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return argument

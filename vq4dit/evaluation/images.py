@@ -19,6 +19,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vq4dit.errors import BROKEN, UnsupportedModelError, brief
 from vq4dit.memory import is_out_of_memory
+from vq4dit.models.blocks import parts_of
 from vq4dit.models.conditions import (
     NULL_CLASS,
     Condition,
@@ -33,7 +34,6 @@ from vq4dit.models.conditions import (
 from vq4dit.models.prompts import HELD_OUT
 from vq4dit.models.rehearsal import FRAMES, check_steps
 from vq4dit.models.trajectories import NO_CALL, is_large
-from vq4dit.pipelines.decode_modes import parts_of
 from vq4dit.progress import OnProgress, Progress, ignore
 from vq4dit.surroundings import evaluating, ordinary_torch
 

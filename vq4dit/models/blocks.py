@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,19 @@ class Kept:
 
     name: str
     reason: str
+
+
+def parts_of(model: Any) -> list[nn.Module]:
+    """The modules of a pipeline, or the one module that is given.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return [model]
+    if isinstance(parts := getattr(model, "components", None), dict):
+        return [part for part in parts.values() if isinstance(part, nn.Module)]
+    raise ValueError(f"a model or a pipeline is wanted, got a {type(model).__name__}")
 
 
 def named_blocks(transformer: nn.Module) -> dict[str, nn.Module]:

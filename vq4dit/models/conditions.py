@@ -8,6 +8,7 @@ person says otherwise with `call`: then that is what the model is calibrated for
 from __future__ import annotations
 
 import inspect
+import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,6 +96,21 @@ def random_conditions(
     while len(order) < count:
         order += torch.randperm(len(prompts), generator=generator).tolist()
     return [prompts[index] for index in order[:count]]
+
+
+def read_argument(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as a person writes it: the value is JSON, and what is no JSON is text.
+
+    Raises:
+        ValueError: if there is no "=".
+    """
+    name, equals, told = text.partition("=")
+    if not equals:
+        raise ValueError(f"must look like NAME=VALUE, such as true_cfg_scale=3, got {text!r:.60}")
+    try:
+        return name, json.loads(told)
+    except (ValueError, RecursionError):
+        return name, told
 
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:

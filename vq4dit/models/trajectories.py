@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.models.blocks import parts_of
 from vq4dit.models.conditions import Condition, call_arguments, num_classes, random_conditions, undecorated_call
 from vq4dit.models.denoiser_calls import DenoiserCall, map_tensors, recorded_calls
 from vq4dit.models.prompts import PROMPTS
@@ -95,7 +96,6 @@ def sample_trajectories(
     watched.set_progress_bar_config(disable=True)
     scheduler, step = watched.scheduler, watched.scheduler.step
     signature = inspect.signature(step)
-    parts = [part for part in watched.components.values() if isinstance(part, nn.Module)]
 
     with recorded_calls(watched.transformer, len(conditions)) as recorder:
 
@@ -116,7 +116,7 @@ def sample_trajectories(
 
         scheduler.step = watched_step
         arguments = call_arguments(watched, conditions, num_inference_steps, generator, call)
-        with torch.set_grad_enabled(has_gradients(0)), evaluating(*parts):
+        with torch.set_grad_enabled(has_gradients(0)), evaluating(*parts_of(watched)):
             try:
                 undecorated_call(type(watched))(watched, **arguments)
             except _Finished:

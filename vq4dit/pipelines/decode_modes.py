@@ -13,6 +13,7 @@ from torch import nn
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.memory import available_memory
 from vq4dit.models.adapters import adapter_layers
+from vq4dit.models.blocks import parts_of
 
 DECODE_MODES = ("auto", "load", "forward")
 chosen_mode: ContextVar[str] = ContextVar("decode_mode", default="auto")
@@ -86,16 +87,3 @@ def set_decode_mode(model: Any, mode: str, dtype: torch.dtype | None = None) -> 
                 layer.drop_decoded()
             else:
                 layer.decode(dtype, name)
-
-
-def parts_of(model: Any) -> list[nn.Module]:
-    """The modules of a pipeline, or the one module that is given.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(model, nn.Module):
-        return [model]
-    if isinstance(parts := getattr(model, "components", None), dict):
-        return [part for part in parts.values() if isinstance(part, nn.Module)]
-    raise ValueError(f"a model or a pipeline is wanted, got a {type(model).__name__}")

@@ -22,8 +22,8 @@ from vq4dit.layers.casts import check_finite
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.schema import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer, stored
 from vq4dit.models.adapters import adapter_layers, adapter_names
-from vq4dit.models.blocks import block_embedders, duplicate_keys, share_embedders, unshare_embedders
-from vq4dit.pipelines.decode_modes import chosen_mode, packed_layers, parts_of, set_decode_mode
+from vq4dit.models.blocks import block_embedders, duplicate_keys, parts_of, share_embedders, unshare_embedders
+from vq4dit.pipelines.decode_modes import chosen_mode, packed_layers, set_decode_mode
 from vq4dit.pipelines.repository import TensorHeader, read_header
 from vq4dit.pipelines.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 

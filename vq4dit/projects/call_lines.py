@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from vq4dit.config import CallValue, QuantizationSettings
-from vq4dit.models.conditions import check_call, parameters_of
+from vq4dit.models.conditions import check_call, parameters_of, read_argument
 
 FITS: dict[type, set[Any]] = {bool: {bool}, int: {int, float}, float: {float}, str: {str}}  # what takes such a value
 
@@ -25,10 +25,7 @@ def read_call(text: str) -> dict[str, CallValue]:
         name, equals, told = (part.strip() for part in line.partition("="))
         if not equals or name in call:
             raise ValueError(f"further arguments are NAME=VALUE, one a line and each once, got {line!r:.60}")
-        try:
-            call[name] = json.loads(told)
-        except (ValueError, RecursionError):
-            call[name] = told
+        name, call[name] = read_argument(f"{name}={told}")
         if isinstance(call[name], list | dict):
             raise ValueError(f"further arguments are texts, numbers, true, false or null, got {line!r:.60}")
     return QuantizationSettings(call=call).call_arguments

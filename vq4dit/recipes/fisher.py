@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.models.blocks import parts_of
 from vq4dit.models.denoiser_calls import prediction_of
 from vq4dit.models.trajectories import (
     STEPS,
@@ -168,8 +169,7 @@ def probe_outputs(
         probing.begin()
         on_step(step)
 
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    with probing.watching(teacher, names), _without_parameter_gradients(*parts), _checkpointed(teacher):
+    with probing.watching(teacher, names), _without_parameter_gradients(*parts_of(pipeline)), _checkpointed(teacher):
         for shown, first in product(range(rounds), range(0, num_trajectories, together)):
 
             def is_shown(number: int, shown: int = shown) -> bool:
