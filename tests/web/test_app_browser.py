@@ -13,7 +13,7 @@ from app_server import HOME, AppServer, made_by_the_command, weights
 from browsing import Visitor, choose_from_search, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
 from hub_environment import PORT
 from hub_server import Hub
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 
@@ -151,6 +151,22 @@ def test_a_link_restores_settings(server, browser):
     link = visitor.page.locator("#link a").get_attribute("href")
     visitor.arrive(link)
     visitor.see("#command", "--bits 3 --recipe paper --seed 5 --keep '*.ff.*'")
+
+
+def test_nothing_starts_before_the_settings_of_the_link_have_arrived(server, browser):
+    """Else an early click quantizes what the page shows at first."""
+    visitor = Visitor(browser, server.url)
+    held: list[Route] = []
+    visitor.page.route("**/queue/join*", lambda route: held.append(route), times=1)
+    visitor.page.goto(server.url + "?model=folder:tiny&recipe=kmeans&seed=14")
+    start = visitor.page.locator("#start")
+    expect(start).to_be_disabled()
+    while not held:
+        visitor.page.wait_for_timeout(100)
+    expect(start).to_be_disabled()
+    held[0].continue_()
+    expect(start).to_be_enabled()
+    expect(visitor.page.locator("#command")).to_contain_text("folder:tiny")
 
 
 def test_a_page_reloaded_in_the_middle_finds_its_job(server, browser, root, tmp_path):

@@ -80,7 +80,7 @@ def test_what_was_chosen_survives_the_way_to_the_login_and_back(server, place, b
     visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=kmeans&seed=4")
     visitor.page.locator("#bits label").nth(2).click()
     visitor.page.locator("#seed input").fill("5")
-    visitor.open("#keep-box")
+    visitor.open("#advanced-box")
     visitor.page.locator("#keep textarea, #keep input").fill("*.ff.* *.1.*")
     expect(visitor.page.locator("#labels .token")).to_have_count(3)
     visitor.page.locator("#labels input").click()

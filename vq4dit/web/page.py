@@ -89,7 +89,7 @@ class Page:
             told = f"Stop whenever you like: every finished layer is kept. One job works at a time, up to {QUEUE_LENGTH} wait."
             gr.HTML(html.heading(3, "Watch it shrink", told))
             with gr.Row(elem_classes="buttons"):
-                self.start = gr.Button("Quantize", variant="primary", elem_id="start")
+                self.start = gr.Button("Quantize", variant="primary", interactive=False, elem_id="start")
                 self.stop = gr.Button("Stop", elem_id="stop", visible=False)
                 self.resume = gr.Button("Resume", variant="primary", elem_id="resume", visible=False)
             self.progress = gr.HTML(html.empty("Nothing runs yet."), elem_id="progress")
@@ -157,6 +157,8 @@ class Page:
         asked, conditions = [self.model, self.listed, *job], [self.labels, self.prompts, self.guidance, self.listed]
         restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *conditions]
         arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
+        # Earlier than what a link asks for, a click would start what the page shows at first.
+        arrived.then(**self.private(lambda: gr.Button(interactive=True), [], [self.start]))
         arrived.then(**self.private(answers.conditions, asked, conditions))
         arrived.then(**self.private(compare.drawn, job, drawn_view))
         arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
