@@ -15,11 +15,11 @@ from vq4dit.layers.codebook import (
 )
 
 
-@pytest.mark.parametrize("dim", [1, 2, 4, 12])
+@pytest.mark.parametrize("dim", [1, 2, 4, 5, 12])
 def test_reconstruct_undoes_split(dim, generator):
     weight = torch.randn(6, 12, generator=generator)
     subvectors = split_subvectors(weight, dim)
-    assert subvectors.shape == (6 * 12 // dim, dim)
+    assert subvectors.shape == (6 * -(-12 // dim), dim)
     assert torch.equal(reconstruct(subvectors, torch.arange(len(subvectors)), (6, 12)), weight)
 
 
@@ -93,11 +93,6 @@ def test_assignment_bits_are_the_fewest_that_name_every_codeword(num_codewords, 
 @pytest.mark.parametrize("num_codewords, dtype", [(2, torch.uint8), (256, torch.uint8), (257, torch.int32)], ids=str)
 def test_assignments_lie_in_the_smallest_type_that_holds_them(num_codewords, dtype):
     assert assignment_dtype(num_codewords) == dtype
-
-
-def test_columns_that_are_no_multiple_are_refused():
-    with pytest.raises(ValueError, match="columns=10 is not a multiple of the sub-vector length 4"):
-        split_subvectors(torch.zeros(3, 10), 4)
 
 
 def test_assignments_that_do_not_fill_the_matrix_are_refused():

@@ -2,17 +2,19 @@
 
 import ast
 import hashlib
+import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference_decoder as reference
 import torch
 from coded_models import save_mixed, separable_integers
-from diffusers import DiTTransformer2DModel
 from tiny import new_pipeline, new_transformer, quick_settings
+from tiny_pictures import sana
 
 import vq4dit
 from vq4dit.errors import FormatError
@@ -27,16 +29,16 @@ EXAMPLE = bytes.fromhex("2d1578610cbe823213000000")
 EXAMPLE_MODELS = [[120, 38], [18, 38], [128, 41], [15, 30]]
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """What a reader knows of a model by its architecture: its linears' shapes."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a reader knows of a model by its architecture: its linears' shapes, and those of convolutions."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def check_read(folder: Path, original: DiTTransformer2DModel, kinds: set[str]) -> None:
+def check_read(folder: Path, original: Any, kinds: set[str]) -> None:
     """The reference reads every tensor of a packed transformer, of the architecture of `original`, as vq4dit does."""
     found = reference.read_model(folder, shapes_of(original), list(named_blocks(original)))
-    loaded = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    loaded = type(original).from_pretrained(folder, torch_dtype=torch.float32)
     assert {type(layer).__name__ for layer in packed_layers(loaded).values()} == kinds
     wanted = {name: tensor.numpy() for name, tensor in vq4dit.dequantize(loaded).state_dict().items()}
     assert found.keys() == wanted.keys() == original.state_dict().keys()
@@ -105,6 +107,20 @@ def test_every_tensor_of_an_entropy_coded_model_is_read_bit_by_bit(tmp_path):
 
 def test_every_tensor_of_a_model_of_both_kinds_is_read_bit_by_bit(tmp_path):
     check_read(save_mixed(tmp_path / "mixed") / "transformer", new_transformer(), {"VQLinear", "EntropyCodedLinear"})
+
+
+@pytest.mark.parametrize("recipe, kind", [("kmeans", "VQLinear"), ("best", "EntropyCodedLinear")], ids=["vectors", "integers"])
+def test_every_tensor_of_a_model_with_convolutions_of_odd_widths_is_read_bit_by_bit(tmp_path, recipe, kind):
+    pipeline = sana()
+    width = pipeline.transformer.config.num_attention_heads * pipeline.transformer.config.attention_head_dim
+    odd = pipeline.transformer.config | {"mlp_ratio": (2 * width + 1) / width, "num_layers": 1}
+    pipeline.register_modules(transformer=type(pipeline.transformer).from_config(odd))
+    vq4dit.save(vq4dit.quantize(pipeline, quick_settings(recipe=recipe)), tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 4
+    check_read(tmp_path / "q" / "transformer", pipeline.transformer, {kind})
+    names = reference.read_safetensors(next((tmp_path / "q" / "transformer").glob("*.safetensors"))).keys()
+    assert not {"transformer_blocks.0.ff.conv_inverted.weight", "transformer_blocks.0.ff.conv_point.weight"} & names
 
 
 @pytest.mark.parametrize("scale_class", range(12, 69))

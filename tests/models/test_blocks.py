@@ -130,10 +130,10 @@ def test_layers_too_small_for_a_codebook_are_kept(transformer):
     assert small == in_both_blocks(["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
 
 
-def test_layers_that_cannot_be_split_are_kept(transformer):
+def test_layers_narrower_than_a_subvector_are_kept(transformer):
     targets, kept = find_targets(transformer, subvector_dim=128, num_codewords=8)
     assert list(targets) == in_both_blocks(["ff.net.2"])  # 256 inputs
-    assert Kept("transformer_blocks.0.attn1.to_q", "64 inputs are not a multiple of 128") in kept
+    assert Kept("transformer_blocks.0.attn1.to_q", "64 inputs are less than a sub-vector of 128") in kept
 
 
 @pytest.mark.parametrize("keep, num_codewords", [([], 65536), (["*"], 256)], ids=["all too small", "all kept"])

@@ -39,15 +39,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def read_model(folder: Path, linears: dict[str, tuple[int, int]], blocks: list[str]) -> dict[str, np.ndarray]:
+def read_model(folder: Path, linears: dict[str, tuple[int, ...]], blocks: list[str]) -> dict[str, np.ndarray]:
     """The state dict of the ordinary model, floating-point tensors in fp32, from its `transformer` folder.
 
     Args:
-        linears: (rows, columns) of the linear layers in the blocks, by name: they follow from the architecture.
+        linears: (rows, columns) of the linear layers in the blocks, and (rows, columns, 1, ...) of 1x1 convolutions, by name: they
+            follow from the architecture.
         blocks: names of the transformer blocks in their order, which do so too.
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if config["quant_method"] != "vq4dit" or config["format_version"] not in (1, 3):
+    if config["quant_method"] != "vq4dit" or config["format_version"] not in (1, 3, 4):
         raise DamagedError(f"no packed model of a known version: {config}")
     stored: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -55,7 +56,7 @@ def read_model(folder: Path, linears: dict[str, tuple[int, int]], blocks: list[s
     found = {name: widened(values) for name, values in stored.items() if not is_packed(name)}
     for name, shape in linears.items():
         if f"{name}.coded_integers" in stored or f"{name}.codebook" in stored:
-            found[f"{name}.weight"] = weight_of(stored, name, *shape)
+            found[f"{name}.weight"] = weight_of(stored, name, *shape[:2]).reshape(shape)
     first, *others = blocks
     for path in config["shared_embedders"]:  # 5.
         for name in [name for name in found if name.startswith(f"{first}.{path}.")]:
@@ -89,8 +90,9 @@ def weight_of(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int
 def look_up(codebook: np.ndarray, packed: np.ndarray, row_scale: np.ndarray | None, rows: int, columns: int) -> np.ndarray:
     k, d = codebook.shape
     bits = max(1, (k - 1).bit_length())
-    n = rows * columns // d
-    if columns % d or len(packed) != (n * bits + 7) // 8:
+    m = -(-columns // d)
+    n = rows * m
+    if not 1 <= d <= columns or len(packed) != (n * bits + 7) // 8:
         raise DamagedError(f"{rows} x {columns} weights do not take {len(packed)} bytes")
     stream = int.from_bytes(packed.tobytes(), "little")  # bit j of a little-endian number is bit j % 8 of byte j // 8
     if bits == 8:
@@ -100,7 +102,7 @@ def look_up(codebook: np.ndarray, packed: np.ndarray, row_scale: np.ndarray | No
         assignments = stream_bits.reshape(n, bits) @ (1 << np.arange(bits))
     if n and assignments.max() >= k:
         raise DamagedError(f"there is no codeword {assignments.max()}")
-    weight = codebook[assignments].reshape(rows, columns)
+    weight = codebook[assignments].reshape(rows, m * d)[:, :columns]
     return weight if row_scale is None else weight * widened(row_scale)[:, None]
 
 

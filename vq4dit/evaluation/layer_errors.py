@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.layers.linear_maps import is_linear_map, matrix_of, matrix_shape
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.models.prompts import HELD_OUT
 from vq4dit.models.rehearsal import rehearse
@@ -37,7 +38,7 @@ def check_comparable(original: Any, quantized: Any) -> None:
     for name, layer in packed_layers(quantized.transformer).items():
         linear = dict(original.transformer.named_modules()).get(name)
         wanted = (layer.out_features, layer.in_features)
-        found = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
+        found = matrix_shape(linear) if linear is not None and is_linear_map(linear) else (None, None)
         if found != wanted:
             has = "has none" if linear is None else f"has {found[0]} x {found[1]}"
             raise UnsupportedModelError(
@@ -141,5 +142,5 @@ class _Steps:
 def _change(original: Any, name: str, layer: PackedLinear) -> tuple[Tensor, Tensor]:
     """W - Ŵ and b - b̂."""
     linear = original.transformer.get_submodule(name)
-    weight = linear.weight.float() - layer.reconstruct(torch.float32)
+    weight = matrix_of(linear).float() - layer.reconstruct(torch.float32)
     return weight, linear.bias.float() - layer.bias.float() if layer.bias is not None else weight.new_zeros(())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vq4dit.devices import exact
 from vq4dit.errors import FormatError
 from vq4dit.evaluation.images import SamplePair, check_sampling, sample
+from vq4dit.layers.linear_maps import matrix_of
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.memory import peak_memory
 from vq4dit.models.conditions import Condition, guided_call, random_conditions
@@ -54,7 +55,7 @@ class LayerError:
 def layer_errors(original: nn.Module, quantized: nn.Module) -> list[LayerError]:
     """The layers table of a quantized transformer, in order of execution."""
     return [
-        LayerError.of(name, layer, original.get_parameter(f"{name}.weight").detach().float())
+        LayerError.of(name, layer, matrix_of(original.get_submodule(name)).float())
         for name, layer in packed_layers(quantized).items()
     ]
 

@@ -18,12 +18,20 @@ CHUNK_ELEMENTS = 2**19  # of the distance matrix held at a time: 2 MB, so that i
 def split_subvectors(weight: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "n {dim}"]:
     """View a weight matrix as its n = rows * columns / d sub-vectors, row by row.
 
-    Raises:
-        ValueError: if the columns are not a multiple of `dim`.
+    If d does not divide the columns, rows of a copy end in zeros, and there are rows * ⌈columns / d⌉.
     """
-    if weight.shape[1] % dim:
-        raise ValueError(f"columns={weight.shape[1]} is not a multiple of the sub-vector length {dim}")
-    return weight.reshape(-1, dim)
+    missing = -weight.shape[1] % dim
+    return (F.pad(weight, (0, missing)) if missing else weight).reshape(-1, dim)
+
+
+def join_subvectors(subvectors: Float[Tensor, "n d"], shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
+    """The opposite of `split_subvectors`."""
+    return subvectors.view(shape[0], -1)[:, : shape[1]].contiguous()
+
+
+def num_subvectors(shape: tuple[int, int], dim: int) -> int:
+    """n of a weight matrix (rows, columns)."""
+    return shape[0] * -(-shape[1] // dim)
 
 
 def nearest_codewords(
@@ -80,20 +88,20 @@ def reconstruct(
 ) -> Float[Tensor, "rows columns"]:
     """Look every sub-vector up in the codebook and lay them out as a weight matrix.
 
-    Ŵ[r, j·d : (j+1)·d] = codebook[assignments[r·(columns/d) + j]]   (Ŵ = C[A] in VQ4DiT, arXiv:2408.17131)
+    Ŵ[r, j·d : (j+1)·d] = codebook[assignments[r·⌈columns/d⌉ + j]]   (Ŵ = C[A] in VQ4DiT, arXiv:2408.17131)
 
     Args:
         assignments: the codeword of each sub-vector, row by row, in [0, k).
         shape: (out_features, in_features) of the layer.
 
     Raises:
-        ValueError: if n·d is not the number of weights in `shape`.
+        ValueError: if n is not the number of sub-vectors in `shape`.
     """
-    if len(assignments) * codebook.shape[1] != shape[0] * shape[1]:
+    if len(assignments) != num_subvectors(shape, codebook.shape[1]):
         raise ValueError(
             f"{len(assignments)} assignments of {codebook.shape[1]} weights do not fill a {shape[0]} x {shape[1]} matrix"
         )
-    return codebook.index_select(0, assignments.int()).view(shape)
+    return join_subvectors(codebook.index_select(0, assignments.int()), shape)
 
 
 def sum_by_codeword(values: Float[Tensor, "n d"], assignments: Integer[Tensor, " n"], count: int) -> Float[Tensor, "k d"]:

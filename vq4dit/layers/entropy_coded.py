@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Integer, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from vq4dit.devices import exact
 from vq4dit.errors import FormatError
@@ -151,8 +151,3 @@ def _named(layer: str) -> Iterator[None]:
         yield
     except FormatError as error:
         raise FormatError(f"{layer}: {error}") from error
-
-
-def coded_layers(model: nn.Module) -> dict[str, EntropyCodedLinear]:
-    """The entropy-coded layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, EntropyCodedLinear)}

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from vq4dit.errors import FormatError
 from vq4dit.layers.casts import as_bytes, as_scales, check_finite
 from vq4dit.layers.held_weight import HeldWeight
 from vq4dit.layers.lazy_weight import Memory, Variable
+from vq4dit.layers.linear_maps import LAST, multiply
 
 
 class PackedLinear(HeldWeight):
@@ -31,6 +31,7 @@ class PackedLinear(HeldWeight):
     Packed tensors are parameters, not buffers, because that is what offloading moves; none of them takes gradients.
     """
 
+    channel_dim: int = LAST  # of its inputs; another one in the place of a 1x1 convolution
     room: Any | None  # if it shall be decoded where memory suffices, and not elsewhere: what tells that of a device
 
     def __init__(
@@ -106,12 +107,12 @@ class PackedLinear(HeldWeight):
         num_bytes = sum(p.numel() * (2 if name in self.EXACT else 1) for name, p in packed.items())
         return 8 * num_bytes / (self.in_features * self.out_features)
 
-    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+    def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.keep_up()
         decoded = self.decoded_weight
         weight = self.reconstruct(input.dtype) if decoded is None else decoded.to(input.dtype)
-        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+        return multiply(input, weight, None if self.bias is None else self.bias.to(input.dtype), self.channel_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Let `.to(dtype)` change the bias and the decoded weight, never codebooks and scales: the file's numbers are exact.

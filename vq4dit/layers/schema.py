@@ -3,7 +3,7 @@
 The packed tensors of a layer NAME (FORMAT.md has them byte by byte): vector-quantized,
 
     NAME.codebook            fp16 (k, d)
-    NAME.packed_assignments  uint8, n = rows * columns / d values of ceil(log2 k) bits, little-endian bit stream
+    NAME.packed_assignments  uint8, n = rows * ⌈columns / d⌉ values of ceil(log2 k) bits, little-endian bit stream
     NAME.row_scale           fp16 (rows,), optional
     NAME.bias                fp16 (rows,), optional
 
@@ -16,15 +16,18 @@ or, from format version 3 on, entropy-coded integers:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vq4dit.errors import FormatError
 from vq4dit.layers.ans import WORD_BYTES, Sides
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.casts import as_bytes, as_scales
-from vq4dit.layers.codebook import assignment_bits
+from vq4dit.layers.codebook import assignment_bits, num_subvectors
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.linear_maps import LAST, LinearMap, matrix_shape
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.vector import VQLinear
 
@@ -34,20 +37,30 @@ PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
 
-def empty_layer(name: str, shapes: dict[str, list[int]], linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+def empty_layer(name: str, shapes: dict[str, list[int]], linear: LinearMap, dtype: torch.dtype) -> PackedLinear:
     """A packed layer on the meta device, in place of `linear`, for tensors of these shapes, to be decoded in `dtype`.
 
     Raises:
         FormatError: unless they fit each other and the model's config.
     """
-    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    (rows, columns), bias = matrix_shape(linear), linear.bias is not None
     if "coded_integers" in shapes:
         _check_coded(name, shapes)
-        return EntropyCodedLinear(*size, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta", dtype=dtype)
+        return EntropyCodedLinear(columns, rows, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta", dtype=dtype)
     _check_quantized(name, shapes, linear)
     k, d = shapes["codebook"]
     scaled = "row_scale" in shapes
-    return VQLinear(*size, num_codewords=k, subvector_dim=d, bias=bias, row_scale=scaled, device="meta", dtype=dtype)
+    return VQLinear(columns, rows, num_codewords=k, subvector_dim=d, bias=bias, row_scale=scaled, device="meta", dtype=dtype)
+
+
+def format_version(layers: Iterable[PackedLinear]) -> int:
+    """The least version whose readers understand these layers: FORMAT.md has what is new in which."""
+    versions = [1]
+    for layer in layers:
+        is_padded = isinstance(layer, VQLinear) and layer.in_features % layer.codebook.shape[1] > 0
+        is_new = is_padded or layer.channel_dim != LAST
+        versions.append(4 if is_new else 3 if isinstance(layer, EntropyCodedLinear) else 1)
+    return max(versions)
 
 
 def _check_present(name: str, wanted: set[str], shapes: dict[str, list[int]]) -> None:
@@ -60,16 +73,16 @@ def _check_length(name: str, tensor: str, length: int, shapes: dict[str, list[in
         raise FormatError(f"{name}: {tensor} must have {length} values, got shape {shapes[tensor]}")
 
 
-def _check_quantized(name: str, shapes: dict[str, list[int]], linear: nn.Linear) -> None:
-    rows, columns = linear.out_features, linear.in_features
+def _check_quantized(name: str, shapes: dict[str, list[int]], linear: LinearMap) -> None:
+    rows, columns = matrix_shape(linear)
     _check_present(name, {"codebook", "packed_assignments"}, shapes)
     codebook = shapes["codebook"]
-    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or codebook[1] < 1 or columns % codebook[1]:
+    if len(codebook) != 2 or not 2 <= codebook[0] <= 65536 or not 1 <= codebook[1] <= columns:
         raise FormatError(
-            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and d a divisor of the layer's {columns} inputs, "
+            f"{name}: a codebook is (k, d) with 2 <= k <= 65536 and 1 <= d <= {columns}, the layer's inputs, "
             f"got shape {codebook}"
         )
-    expected = packed_size(rows * columns // codebook[1], assignment_bits(codebook[0]))
+    expected = packed_size(num_subvectors((rows, columns), codebook[1]), assignment_bits(codebook[0]))
     if shapes["packed_assignments"] != [expected]:
         raise FormatError(
             f"{name}: {rows} x {columns} weights with a {codebook[0]} x {codebook[1]} codebook need {expected} bytes of "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vq4dit.errors import FormatError
 from vq4dit.layers.bitstream import pack_bits, packed_size, unpack_bits
 from vq4dit.layers.casts import as_bytes, as_scales
-from vq4dit.layers.codebook import assignment_bits, reconstruct
+from vq4dit.layers.codebook import assignment_bits, num_subvectors, reconstruct
 from vq4dit.layers.packed import PackedLinear, check_weight
 from vq4dit.layers.watched import frozen
 
@@ -42,8 +42,7 @@ class VQLinear(PackedLinear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        count = out_features * in_features // subvector_dim
-        size = packed_size(count, assignment_bits(num_codewords))
+        size = packed_size(num_subvectors((out_features, in_features), subvector_dim), assignment_bits(num_codewords))
         self.codebook = frozen(torch.zeros(num_codewords, subvector_dim, dtype=torch.float32, device=device))
         self.packed_assignments = frozen(torch.zeros(size, dtype=torch.uint8, device=device))
         self.row_scale = frozen(torch.ones(out_features, dtype=torch.float32, device=device)) if row_scale else None
@@ -82,7 +81,7 @@ class VQLinear(PackedLinear):
 
     @property
     def num_subvectors(self) -> int:
-        return self.out_features * self.in_features // self.codebook.shape[1]
+        return num_subvectors((self.out_features, self.in_features), self.codebook.shape[1])
 
     @property
     def assignments(self) -> Integer[Tensor, " n"]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.layers.linear_maps import LinearMap, is_linear_map, matrix_shape
 from vq4dit.models.denoiser_calls import Tree, tensors_of
 
 MIN_SUBVECTORS_PER_CODEWORD = 4  # below this a codebook does not pay
@@ -81,7 +82,7 @@ def is_embedder(module: nn.Module) -> bool:
 
 def find_targets(
     transformer: nn.Module, subvector_dim: int, num_codewords: int, keep: Sequence[str] = ()
-) -> tuple[dict[str, nn.Linear], list[Kept]]:
+) -> tuple[dict[str, LinearMap], list[Kept]]:
     """The linears to quantize, by name in order of execution, and those of the blocks that stay, with the reason.
 
     Args:
@@ -91,13 +92,13 @@ def find_targets(
         UnsupportedModelError: if there are no blocks, or nothing is left to quantize.
         ValueError: if a pattern matches no linear of a block.
     """
-    targets: dict[str, nn.Linear] = {}
+    targets: dict[str, LinearMap] = {}
     kept: list[Kept] = []
     matched: set[str] = set()
     for block_name, block in named_blocks(transformer).items():
         embedders = [f"{name}." for name, module in block.named_modules() if name and is_embedder(module)]
         for name, linear in block.named_modules():
-            if not isinstance(linear, nn.Linear):
+            if not is_linear_map(linear):
                 continue
             path = f"{block_name}.{name}"
             patterns = [pattern for pattern in keep if fnmatch.fnmatchcase(path, pattern)]
@@ -118,15 +119,16 @@ def find_targets(
 
 
 def _reason_to_keep(
-    linear: nn.Linear, name: str, embedders: list[str], patterns: list[str], subvector_dim: int, num_codewords: int
+    linear: LinearMap, name: str, embedders: list[str], patterns: list[str], subvector_dim: int, num_codewords: int
 ) -> str | None:
     if any(f"{name}.".startswith(embedder) for embedder in embedders):
         return "embedder"
     if patterns:
         return f"kept by {patterns[0]!r}"
-    if linear.in_features % subvector_dim:
-        return f"{linear.in_features} inputs are not a multiple of {subvector_dim}"
-    if linear.in_features * linear.out_features < MIN_SUBVECTORS_PER_CODEWORD * subvector_dim * num_codewords:
+    rows, columns = matrix_shape(linear)
+    if columns < subvector_dim:
+        return f"{columns} inputs are less than a sub-vector of {subvector_dim}"
+    if rows * columns < MIN_SUBVECTORS_PER_CODEWORD * subvector_dim * num_codewords:
         return "too small to pay for its codebook or scales"
     return None
 

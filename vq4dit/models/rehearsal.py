@@ -125,7 +125,7 @@ def small_size(pipeline: Any) -> dict[str, int]:
     size = {name: frames for name in FRAMES if name in parameters and (frames := _few_frames(pipeline, name))}
     height, width = (_pixels(pipeline, side) for side in ("height", "width"))
     if "height" in parameters and height and width:
-        most = MOST_POSITIONS * _spatial_scale(pipeline) ** 2 / _latent_frames(pipeline, max(size.values(), default=1))
+        most = MOST_POSITIONS * spatial_scale(pipeline) ** 2 / latent_frames(pipeline, max(size.values(), default=1))
         while height * width > most and min(height, width) > FEWEST_PIXELS:
             height, width = (max(FEWEST_PIXELS, MULTIPLE * round(side / 2 / MULTIPLE)) for side in (height, width))
         size |= {"height": height, "width": width}
@@ -140,7 +140,8 @@ def _few_frames(pipeline: Any, name: str) -> int | None:
     return min(frames, 2 * stride + 1) if isinstance(frames, int) else None
 
 
-def _latent_frames(pipeline: Any, frames: int) -> int:
+def latent_frames(pipeline: Any, frames: int) -> int:
+    """Of a film: those that the transformer sees."""
     return (frames - 1) // _scale(pipeline, TEMPORAL) + 1
 
 
@@ -154,7 +155,7 @@ def _pixels(pipeline: Any, side: str) -> int | None:
     return min((pixels for pixels in known if isinstance(pixels, int)), default=None)
 
 
-def _spatial_scale(pipeline: Any) -> int:
+def spatial_scale(pipeline: Any) -> int:
     """Pixels of one position of the transformer, in height and in width."""
     patch = getattr(pipeline.transformer.config, "patch_size", 1)
     patch = max(patch) if isinstance(patch, list | tuple) else patch

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from vq4dit.layers.linear_maps import channel_dim
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.models.blocks import equal_embedders, share_embedders
 
 
-def student_with(transformer: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+def student_with(transformer: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
     """A copy of the transformer with the given layers in their places, and shared embedders.
 
     Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold. It is frozen;
     only the given layers may learn.
     """
+    for name, layer in layers.items():
+        layer.channel_dim = channel_dim(transformer.get_submodule(name))
     student = copy.deepcopy(transformer, {id(transformer.get_submodule(name)): layer for name, layer in layers.items()})
     share_embedders(student, equal_embedders(student))
     dtype = rest_dtype(transformer)

@@ -26,6 +26,7 @@ from vq4dit.models.blocks import parts_of
 from vq4dit.models.conditions import Condition, call_arguments, num_classes, random_conditions, undecorated_call
 from vq4dit.models.denoiser_calls import DenoiserCall, map_tensors, recorded_calls
 from vq4dit.models.prompts import PROMPTS
+from vq4dit.quiet import without_remarks
 from vq4dit.surroundings import evaluating
 
 STEPS = 10  # denoising steps of a trajectory that `best` takes statistics of
@@ -116,7 +117,7 @@ def sample_trajectories(
 
         scheduler.step = watched_step
         arguments = call_arguments(watched, conditions, num_inference_steps, generator, call)
-        with torch.set_grad_enabled(has_gradients(0)), evaluating(*parts_of(watched)):
+        with torch.set_grad_enabled(has_gradients(0)), evaluating(*parts_of(watched)), without_remarks():
             try:
                 undecorated_call(type(watched))(watched, **arguments)
             except _Finished:
@@ -210,7 +211,12 @@ def num_trajectories_for(sampling: Sampling, tokens: int, num_inference_steps: i
 
 def num_rounds_for(pipeline: Any, count: int) -> int:
     """In how many rounds of `count` trajectories the steps are shown, so that there are prompts enough; classes always are."""
-    return ROUNDS if num_classes(pipeline) else min(STEPS, max(ROUNDS, -(-FEWEST_PROMPTS // count)))
+    return num_rounds(count, has_prompts=not num_classes(pipeline))
+
+
+def num_rounds(count: int, *, has_prompts: bool) -> int:
+    """The same of any pipeline of prompts, or of classes."""
+    return min(STEPS, max(ROUNDS, -(-FEWEST_PROMPTS // count))) if has_prompts else ROUNDS
 
 
 def record_calls(

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from vq4dit.config import CODEBOOKS, Recipe
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError
 from vq4dit.layers.bitstream import packed_size
-from vq4dit.layers.codebook import assignment_bits
+from vq4dit.layers.codebook import assignment_bits, num_subvectors
+from vq4dit.layers.linear_maps import LinearMap, matrix_shape
 from vq4dit.models.blocks import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
+from vq4dit.models.conditions import check_call
+from vq4dit.models.positions import Positions, positions_of
+from vq4dit.models.trajectories import NO_CALL
 from vq4dit.pipelines.load import check_pipeline, other_transformers
-from vq4dit.pipelines.repository import read_json, weights
-from vq4dit.pipelines.skeleton import check_tensors, empty_transformer
+from vq4dit.pipelines.repository import TensorHeader, read_json, weights
+from vq4dit.pipelines.skeleton import check_tensors, empty_model, empty_pipeline, empty_transformer, model_class
+from vq4dit.pipelines.trust import pipeline_class
+from vq4dit.quiet import without_remarks
 
-HEADER_BYTES_PER_TENSOR = 110  # of safetensors' JSON: name, type, shape, offsets
+HEADER_BYTES_PER_TENSOR = 70  # of safetensors' JSON, besides the name: type, shape, offsets
+NO_TENSORS: Mapping[str, TensorHeader] = {}  # of files that are not known
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class SizePrediction:
     bits: int
     layers: list[LayerSize]
     kept: list[Kept]
-    rest_bytes: int  # all that is not quantized, in 16 bit, shared embedders once, and the header
+    rest_bytes: int  # all that is not quantized, parameters in 16 bit, shared embedders once, and the header
 
     @property
     def file_bytes(self) -> int:
@@ -87,14 +94,22 @@ class Inspection:
     parameters: int
     file_bytes: int  # of the transformer now; 0 if unknown
     predictions: list[SizePrediction]
-    tokens: int  # positions of one image in the transformer
-    width: int  # pixels of an image, about
+    positions: Positions  # of a sample, as large as calibration takes it
 
 
-def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), recipe: Recipe = "best") -> SizePrediction:
+def predict_size(
+    transformer: nn.Module,
+    bits: int,
+    keep: Sequence[str] = (),
+    recipe: Recipe = "best",
+    tensors: Mapping[str, TensorHeader] = NO_TENSORS,
+) -> SizePrediction:
     """Bytes of the packed file at a width, assuming that the blocks' embedders are copies of one (DiT's are).
 
     `best` shares the bits out among the layers as it goes, but takes about as many as the other recipes in all.
+
+    Args:
+        tensors: of the transformer's files. What they hold in fp16 takes no more in the packed one.
     """
     num_codewords, dim = CODEBOOKS[bits]
     targets, kept = find_targets(transformer, dim, num_codewords, keep)
@@ -102,22 +117,32 @@ def predict_size(transformer: nn.Module, bits: int, keep: Sequence[str] = (), re
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
-    num_tensors = len(rest) + sum(2 + (layer.bias_bytes > 0) for layer in layers)
-    sizes = (tensor.numel() * min(tensor.element_size(), 2) for tensor in rest.values())
-    return SizePrediction(bits, layers, kept, sum(sizes) + HEADER_BYTES_PER_TENSOR * num_tensors)
+    buffers = {name for name, _ in transformer.named_buffers() if name not in tensors or tensors[name].dtype != "F16"}
+    sizes = (v.nbytes if k in buffers else v.numel() * min(v.element_size(), 2) for k, v in rest.items())
+    return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
 
 
-def layer_size(name: str, linear: nn.Linear, bits: int, recipe: Recipe) -> LayerSize:
-    rows, columns = linear.out_features, linear.in_features
+def _header_bytes(rest: Iterable[str], layers: Iterable[LayerSize]) -> int:
+    """What naming all tensors of a packed file takes."""
+    packed = (f"{layer.name}.{part}" for layer in layers for part in ("codebook", "packed_assignments"))
+    biases = (f"{layer.name}.bias" for layer in layers if layer.bias_bytes)
+    return sum(len(name) + HEADER_BYTES_PER_TENSOR for name in (*rest, *packed, *biases))
+
+
+def layer_size(name: str, linear: LinearMap, bits: int, recipe: Recipe) -> LayerSize:
+    rows, columns = matrix_shape(linear)
     num_codewords, dim = CODEBOOKS[bits]
-    assignments, codebook = packed_size(rows * columns // dim, assignment_bits(num_codewords)), 2 * num_codewords * dim
+    assignments, codebook = (
+        packed_size(num_subvectors((rows, columns), dim), assignment_bits(num_codewords)),
+        2 * num_codewords * dim,
+    )
     if recipe == "best":
         side = rows + columns + 8  # about: a step and a level for each, and how they are coded
         assignments, codebook = max(0, assignments + codebook - side), side
     return LayerSize(name, rows, columns, assignments, codebook, 2 * rows if linear.bias is not None else 0)
 
 
-def promised_bits(linear: nn.Linear, bits: int) -> float:
+def promised_bits(linear: LinearMap, bits: int) -> float:
     """What the integers of `best` may take in a layer of this shape; in all layers together, that is."""
     return 8.0 * layer_size("", linear, bits, "best").assignments_bytes
 
@@ -128,41 +153,54 @@ def inspect(
     widths: Sequence[int] = tuple(CODEBOOKS),
     *,
     recipe: Recipe = "best",
+    call: Mapping[str, Any] = NO_CALL,
     revision: str | None = None,
     token: str | None = None,
 ) -> Inspection:
     """Inspect a pipeline folder or Hub repository without reading its weights, and predict its size at some widths.
 
     Args:
+        call: what the pipeline's call will be told: a size, say.
         revision, token: see `loading.read_json`.
 
     Raises:
         UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
     """
     config = check_pipeline(model, revision, token)
-    check_one_transformer(read_json(model, "model_index.json", revision, token), model)
+    index = read_json(model, "model_index.json", revision, token)
+    check_one_transformer(index, model)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
     found = weights(model, "transformer", revision, token)
     transformer = empty_transformer(config, found, f"{model}/transformer/config.json")
     check_tensors(transformer, found.tensors, f"{model}/transformer")
-    pixels, patch = _largest(config.get("sample_size"), 32), _largest(config.get("patch_size"), 1)
     return Inspection(
         model=model,
         class_name=config["_class_name"],
         num_blocks=len(named_blocks(transformer)),
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
         file_bytes=found.num_bytes,
-        predictions=[predict_size(transformer, bits, keep, recipe) for bits in widths],
-        tokens=max(1, (pixels // patch) ** 2),
-        width=8 * pixels,
+        predictions=[predict_size(transformer, bits, keep, recipe, found.tensors) for bits in widths],
+        positions=_positions(model, transformer, index, call, revision, token),
     )
 
 
-def _largest(length: Any, otherwise: int) -> int:
-    """A length that a config gives as a number, or as one for each dimension, or not at all."""
-    given = length if isinstance(length, list) else [length]
-    return max((int(number) for number in given if isinstance(number, int | float) and number >= 1), default=otherwise)
+def _positions(
+    model: str, transformer: nn.Module, index: dict[str, Any], call: Mapping[str, Any], revision: str | None, token: str | None
+) -> Positions:
+    """Of a sample of the pipeline; the usual ones if its class makes nothing of its configs: whoever loads it is told why."""
+    kind, parts = pipeline_class(index["_class_name"]), {"transformer": transformer}
+    if call:
+        check_call(kind, call)
+    try:
+        if vae := model_class(*(index.get("vae") or ("", ""))):
+            path = "vae/config.json"
+            found = weights(model, "vae", revision, token)
+            parts["vae"] = empty_model(vae, read_json(model, path, revision, token), found, f"{model}/{path}")
+        with without_remarks():
+            return positions_of(empty_pipeline(kind, **parts), call)
+    except (VQ4DiTError, *BROKEN):
+        return Positions()
 
 
 def check_one_transformer(index: dict[str, Any], model: str) -> None:

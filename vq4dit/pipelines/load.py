@@ -19,7 +19,6 @@ from vq4dit.disk.json_files import AGAIN, shown
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.memory import check_memory, is_out_of_memory, out_of_memory
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
-from vq4dit.pipelines.quiet import quiet_loading
 from vq4dit.pipelines.repository import STEM, SUPPORTED, located, read_header, read_json, snapshot, weights, weights_in
 from vq4dit.pipelines.skeleton import (
     LARGEST_NUMBER_OF_A_SCHEDULER,
@@ -30,6 +29,7 @@ from vq4dit.pipelines.skeleton import (
     model_class,
 )
 from vq4dit.pipelines.trust import CONVERT, check_classes, check_weights
+from vq4dit.quiet import quiet_loading
 
 
 def pinned(model: str, revision: str | None = None, token: str | None = None) -> str | None:

@@ -19,6 +19,7 @@ from vq4dit.config import VQ4DiTConfig
 from vq4dit.disk.json_files import AGAIN
 from vq4dit.errors import FormatError
 from vq4dit.layers.casts import check_finite
+from vq4dit.layers.linear_maps import is_linear_map, ordinary_layer, put_layer
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.schema import PACKED_SUFFIXES, PACKED_TYPES, SCALES, empty_layer, stored
 from vq4dit.models.adapters import adapter_layers, adapter_names
@@ -29,7 +30,7 @@ from vq4dit.pipelines.skeleton import LARGEST_TABLE, WEIGHTS_PER_BYTE
 
 
 def dequantize(model: Any) -> Any:
-    """Turn a packed model, in place, into an ordinary one: `nn.Linear`s with decoded weights, nothing shared; returns it.
+    """Turn a packed model, in place, into an ordinary one: layers with decoded weights, nothing shared; returns it.
 
     Weights that were changed after decoding (a merged LoRA) stay as they are now. A pipeline may be given: then each of its
     packed parts becomes an ordinary one.
@@ -59,8 +60,8 @@ def check_in_memory(model: nn.Module, what: str) -> None:
 def unpack_layers(model: Any) -> None:
     """The work of `dequantize`, without diffusers' bookkeeping."""
     for name, layer in packed_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.numbers().detach().clone())
+        linear = ordinary_layer(layer.out_features, layer.in_features, layer.channel_dim, bias=layer.bias is not None)
+        linear.weight = nn.Parameter(layer.numbers().detach().clone().view_as(linear.weight))
         linear.bias = nn.Parameter(layer.bias.detach()) if layer.bias is not None else None
         model.set_submodule(name, linear.train(layer.training))
     unshare_embedders(model)
@@ -133,10 +134,10 @@ class VQ4DiTQuantizer(DiffusersQuantizer):
         in_fp32: list[str] = [named] if isinstance(named, str) else named
         for name, shapes in self._shapes.items():
             linear = modules.get(name)
-            if not isinstance(linear, nn.Linear):
+            if linear is None or not is_linear_map(linear):
                 raise FormatError(f"the file has a packed layer {name}, the model's config has no linear layer of that name")
             dtype = torch.float32 if set(name.split(".")) & set(in_fp32) else linear.weight.dtype
-            model.set_submodule(name, empty_layer(name, shapes, linear, dtype))
+            put_layer(model, name, empty_layer(name, shapes, linear, dtype))
         check_size(packed_layers(model), self._num_bytes)
         for name, parameter in model.named_parameters():
             if name in self._headers and self._headers[name].shape != tuple(parameter.shape):

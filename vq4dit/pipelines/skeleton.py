@@ -135,6 +135,14 @@ def empty_model(kind: Any, config: dict[str, Any], weights: Weights, path: str) 
     return model
 
 
+def empty_pipeline(kind: Any, **parts: nn.Module) -> Any:
+    """A pipeline of these parts and no others: it knows what it computes from their configs, such as scales and sizes."""
+    parameters = dict(inspect.signature(kind.__init__).parameters)
+    parameters.pop("self")
+    missing = {name: None for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    return kind(**missing | {name: part for name, part in parts.items() if name in parameters})
+
+
 def _is_misplaced(kind: Any, name: str, value: Any) -> bool:
     """Whether text or an object stands where a class takes a number, which it may find out late, or never."""
     parameter = inspect.signature(kind.__init__).parameters.get(name)

@@ -24,6 +24,7 @@ from vq4dit.disk.job import Job
 from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation.metrics import LayerError, layer_errors
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.linear_maps import matrix_of, matrix_shape
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.vector import VQLinear
 from vq4dit.memory import is_out_of_memory
@@ -181,10 +182,10 @@ def _quantize(
 
 def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
     """A row of the layers table while the job runs: the layer's error before anything is calibrated."""
-    shape = (linear.out_features, linear.in_features)
+    shape = matrix_shape(linear)
     layer: PackedLinear
     if "coded_integers" in piece:
         layer = EntropyCodedLinear.from_tensors(piece, shape)
     else:
         layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)
-    return asdict(LayerError.of(name, layer, linear.weight.detach().float().cpu()))
+    return asdict(LayerError.of(name, layer, matrix_of(linear).float().cpu()))

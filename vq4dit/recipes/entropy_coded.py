@@ -14,6 +14,7 @@ import torch
 
 from vq4dit.config import EntropyCodingConfig, QuantizationSettings
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.linear_maps import matrix_shape, put_layer
 from vq4dit.models.student import student_with
 from vq4dit.models.trajectories import ROUNDS, STEPS, is_large
 from vq4dit.pipelines.inspect import promised_bits
@@ -115,10 +116,10 @@ class Fitting:
         def put(pieces: Mapping[str, Tensors]) -> None:
             linear = self.targets[name]
             piece = {key: tensor.to(linear.weight.device) for key, tensor in pieces[self.piece_names[name]].items()}
-            layer = EntropyCodedLinear.from_tensors(piece, (linear.out_features, linear.in_features), linear.weight.dtype)
+            layer = EntropyCodedLinear.from_tensors(piece, matrix_shape(linear), linear.weight.dtype)
             layer.decode(linear.weight.dtype)
-            self.student.set_submodule(name, layer)
-            integer_bytes = len(layer.coded_integers) - sum(linear.weight.shape)  # a byte of a row or column was set aside
+            put_layer(self.student, name, layer)
+            integer_bytes = len(layer.coded_integers) - sum(matrix_shape(linear))  # a byte of a row or column was set aside
             self.bits.spend(name, 8 * integer_bytes)
 
         return put

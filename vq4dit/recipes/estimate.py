@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.memory import check_memory
-from vq4dit.models.trajectories import LARGE, STEPS
-from vq4dit.pipelines.inspect import SizePrediction
+from vq4dit.models.positions import Positions
+from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_trajectories_for
+from vq4dit.pipelines.inspect import Inspection, SizePrediction
 from vq4dit.progress import Event
 from vq4dit.recipes.gptq import block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
@@ -36,8 +37,8 @@ BASE_BYTES = 500_000_000  # of Python and torch
 SECONDS_PER_COLUMN = 9e-5
 ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 # Per weight and token of a trajectory:
-SENSITIVITY_OPERATIONS = 8  # forward, forward and backward (of later steps more), products of gradients
-RECORDING_OPERATIONS = 2  # forward
+SAMPLING_OPERATIONS = 2  # forward, in every round
+PROBING_OPERATIONS = 4  # backward (of later steps more), products of gradients
 RATE_OPERATIONS = 2  # forward, second moments, of half the steps
 FIT_OPERATIONS = 6  # teacher, then student behind every group, second moments
 
@@ -62,53 +63,79 @@ class Estimate:
         return {visitor: self.seconds <= limit for visitor, limit in DAILY_GPU_SECONDS.items()}
 
 
-def estimate(
-    prediction: SizePrediction, settings: QuantizationSettings, *, parameters: int, tokens: int, device: Device
-) -> Estimate:
-    """The cost of quantizing a model.
-
-    Args:
-        parameters: of the whole transformer.
-        tokens: positions that one image has in it.
-    """
-    cores = torch.get_num_threads() if device == "cpu" else 1
-    distances, operations = cores * DISTANCES_PER_SECOND[device], cores * OPERATIONS_PER_SECOND[device]
-    weights = prediction.quantized_weights
+def estimate(inspection: Inspection, settings: QuantizationSettings, device: Device) -> Estimate:
+    """The cost of quantizing a model at one of the widths that it was inspected for."""
+    prediction = next(p for p in inspection.predictions if p.bits == settings.bits)
+    learning = {"kmeans": _nothing_learned, "paper": _of_paper, "best": _of_best}[settings.recipe]
+    cost = learning(inspection, prediction, settings, device)
     subvectors = [layer.rows * layer.columns // settings.subvector_dim for layer in prediction.layers]
-    stages: dict[str, float] = {}
+    stages = {}
     if settings.recipe != "best":
         codewords = settings.num_codewords
         clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
-        stages["cluster"] = sum(clustered) * codewords / distances + 4 * parameters / LOAD_BYTES_PER_SECOND
-    memory = BASE_BYTES + 8 * parameters  # the original and the result, in fp32
-    disk = prediction.file_bytes + 8 * sum(subvectors)
-    if settings.recipe == "best":
-        large = parameters >= LARGE
-        config = settings.entropy_coding.of_large() if large else settings.entropy_coding
-        blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in prediction.layers]
-        calls = sum(count * layer.columns for count, layer in zip(blocks, prediction.layers, strict=True))
-        fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
-        stages["sensitivity"] = weights * SENSITIVITY_OPERATIONS * config.sensitivity_tokens / operations
-        stages["trajectories"] = weights * RECORDING_OPERATIONS * config.tokens / operations
-        stages["bits"] = weights * RATE_OPERATIONS * config.tokens / operations
-        stages["fit"] = fitted + weights * FIT_OPERATIONS * config.tokens / operations
-        coupled = 0 if large else sum(layer.rows**2 for layer in prediction.layers)  # entries of output sensitivities
-        together = min(config.sensitivity_tokens, config.sensitivity_tokens_together)
-        step_tokens = max(2 * tokens, together / STEPS)  # one trajectory at least
-        held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in prediction.layers)  # to go back
-        seen = 3 * config.tokens * max(layer.columns for layer in prediction.layers)
-        memory += int(4 * (step_tokens * held_width + seen)) + 12 * coupled
-        disk += 4 * weights + 4 * coupled
-    if settings.recipe == "paper":
-        calibration = settings.calibration
-        rows = 2 * calibration.num_trajectories * tokens  # guidance doubles the batch
-        # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per weight: mixing about 40
-        per_step = weights * (8 * rows + 40)
-        stages["calibrate"] = calibration.steps * per_step / operations
-        soft = sum(subvectors) * calibration.num_candidates
-        memory += 20 * soft + 8 * weights
-        disk += 16 * soft  # a checkpoint, and the next one beside it
-    return Estimate(stages, memory, disk)
+        seconds = sum(clustered) * codewords / (_cores(device) * DISTANCES_PER_SECOND[device])
+        stages["cluster"] = seconds + 4 * inspection.parameters / LOAD_BYTES_PER_SECOND
+    return Estimate(
+        stages | cost.stages,
+        BASE_BYTES + 8 * inspection.parameters + cost.memory_bytes,  # the original and the result, in fp32
+        prediction.file_bytes + 8 * sum(subvectors) + cost.disk_bytes,
+    )
+
+
+def _cores(device: Device) -> int:
+    return torch.get_num_threads() if device == "cpu" else 1
+
+
+def _nothing_learned(*_: Any) -> Estimate:
+    return Estimate({}, 0, 0)
+
+
+def _of_paper(inspection: Inspection, prediction: SizePrediction, settings: QuantizationSettings, device: Device) -> Estimate:
+    """What calibration adds to codebooks."""
+    calibration, weights = settings.calibration, prediction.quantized_weights
+    rows = calibration.num_trajectories * inspection.positions.rows
+    # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per weight: mixing about 40
+    per_step = weights * (8 * rows + 40)
+    soft = weights // settings.subvector_dim * calibration.num_candidates
+    return Estimate(
+        {"calibrate": calibration.steps * per_step / (_cores(device) * OPERATIONS_PER_SECOND[device])},
+        20 * soft + 8 * weights,
+        16 * soft,  # a checkpoint, and the next one beside it
+    )
+
+
+def _of_best(inspection: Inspection, prediction: SizePrediction, settings: QuantizationSettings, device: Device) -> Estimate:
+    layers, weights, cores = prediction.layers, prediction.quantized_weights, _cores(device)
+    large = inspection.parameters >= LARGE
+    config = settings.entropy_coding.of_large() if large else settings.entropy_coding
+    probed, learned = (Shown.of(inspection.positions, n) for n in (config.sensitivity_tokens, config.tokens))
+    blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
+    calls = sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
+    fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
+    of_all, of_quantized = (n / (cores * OPERATIONS_PER_SECOND[device]) for n in (inspection.parameters, weights))
+    stages = {
+        "sensitivity": of_all * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
+        "trajectories": of_all * SAMPLING_OPERATIONS * learned.rounds * learned.rows,
+        "bits": of_quantized * RATE_OPERATIONS * learned.rows,
+        "fit": of_quantized * FIT_OPERATIONS * learned.rows + fitted,
+    }
+    coupled = 0 if large else sum(layer.rows**2 for layer in layers)  # entries of output sensitivities
+    together = min(probed.rows, Shown.of(inspection.positions, config.sensitivity_tokens_together).rows) / STEPS
+    held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in layers)  # to go back
+    seen = 3 * learned.rows * max(layer.columns for layer in layers)
+    return Estimate(stages, int(4 * (together * held_width + seen)) + 12 * coupled, 4 * weights + 4 * coupled)
+
+
+class Shown(NamedTuple):
+    """What trajectories of about so many tokens come to."""
+
+    rows: int  # in all steps that are looked at
+    rounds: int  # in which every step is sampled
+
+    @classmethod
+    def of(cls, positions: Positions, tokens: int) -> Shown:
+        count = num_trajectories_for(Sampling(tokens=positions.rows), tokens, STEPS)
+        return cls(count * STEPS * positions.rows, num_rounds(count, has_prompts=positions.has_prompts))
 
 
 def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -> None:

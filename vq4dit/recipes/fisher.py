@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.layers.linear_maps import matrix_shape, tokens_of
 from vq4dit.models.blocks import parts_of
 from vq4dit.models.denoiser_calls import prediction_of
 from vq4dit.models.trajectories import (
@@ -49,9 +51,7 @@ class Sensitivities(NamedTuple):
     """How much errors in the outputs of layers matter, by the layers' names."""
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
-    steps: dict[
-        str, Float[Tensor, "steps calls 2"]
-    ]  # of layers without tokens: weighted E[g²] by step, call, and half of its rows
+    steps: dict[str, Float[Tensor, "steps calls 2"]]  # of layers without tokens: weighted E[g²] by step, call, half of its rows
 
 
 def output_sensitivities(
@@ -96,7 +96,7 @@ def output_sensitivities(
         probes=config.probes,
         before_guidance=True,
     )
-    rows = {name: pipeline.transformer.get_submodule(name).out_features for name in names}
+    rows = {name: matrix_shape(pipeline.transformer.get_submodule(name))[0] for name in names}
     return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()})
 
 
@@ -199,12 +199,7 @@ class _Probing:
 
     @contextmanager
     def watching(self, teacher: nn.Module, names: Sequence[str]) -> Iterator[None]:
-        handles = [
-            teacher.get_submodule(name).register_forward_hook(
-                lambda _, arguments, output, name=name: self.follow(name, arguments[0], output)
-            )
-            for name in names
-        ]
+        handles = [teacher.get_submodule(name).register_forward_hook(partial(self.follow, name)) for name in names]
         handles.append(teacher.register_forward_hook(self.note))
         try:
             yield
@@ -216,13 +211,17 @@ class _Probing:
         if torch.is_grad_enabled():
             self.predictions.append(prediction_of(output))
 
-    def follow(self, name: str, inputs: Tensor, output: Tensor) -> None:
+    def follow(self, name: str, linear: nn.Module, arguments: tuple, output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
         if not output.requires_grad:  # nothing before it does: the graph begins here
             output.requires_grad_()
-        call = len(self.predictions)
-        output.register_hook(lambda gradient: self.listen(name, inputs.detach(), gradient, self.probe._replace(call=call)))
+        inputs, call = tokens_of(linear, arguments[0].detach()), len(self.predictions)
+
+        def listen(gradient: Tensor) -> None:
+            self.listen(name, inputs, tokens_of(linear, gradient), self.probe._replace(call=call))
+
+        output.register_hook(listen)
 
 
 def _followed(predictions: Sequence[Tensor], guided: Tensor, generator: torch.Generator) -> list[Tensor]:

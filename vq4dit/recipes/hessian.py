@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vq4dit.devices import exact, exact_device
+from vq4dit.layers.linear_maps import is_linear_map, matrix_shape
 from vq4dit.models.denoiser_calls import DenoiserCall, tensors_of
 
 DAMPINGS = torch.logspace(-3, 0, 13, dtype=torch.float64)  # that are tried, of the mean diagonal
@@ -153,7 +154,7 @@ def cross_validated_damping(covariance: Float[Tensor, "n n"], held_out: Float[Te
 
 def no_statistics(linear: nn.Module) -> InputStatistics:
     """Of a layer that never runs: all inputs count the same."""
-    assert isinstance(linear, nn.Linear)
-    device, columns = linear.weight.device, linear.in_features
+    assert is_linear_map(linear)
+    device, columns = linear.weight.device, matrix_shape(linear)[1]
     zeros = torch.zeros(columns, device=device)
     return InputStatistics(torch.eye(columns, device=device), torch.zeros(columns, columns, device=device), zeros, zeros)

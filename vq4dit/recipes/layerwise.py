@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.devices import exact_device
+from vq4dit.layers.linear_maps import LinearMap, matrix_of, tokens_of
 from vq4dit.models.block_replay import BlockArguments, BlockReplay, executed_blocks, last_readers
 from vq4dit.models.conditions import num_classes
 from vq4dit.models.denoiser_calls import DenoiserCall, Tree
@@ -205,20 +206,20 @@ def _damped(config: EntropyCodingConfig, statistics: InputStatistics) -> Entropy
 
 
 def rate_curve(
-    linear: nn.Linear,
+    linear: LinearMap,
     statistics: InputStatistics,
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     config: EntropyCodingConfig,
 ) -> RateCurve:
     """How many bits this linear takes at each cost of an error."""
     device = exact_device(linear.weight.device)  # that of all error feedback
-    statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
+    statistics, weight = statistics.to(device), matrix_of(linear).float().to(device)
     moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
     return ErrorFeedback(moments, sensitivity.to(device), _damped(config, statistics)).rate_curve(weight)
 
 
 def fit_layer(
-    linear: nn.Linear,
+    linear: LinearMap,
     statistics: InputStatistics,
     sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
     bits: float,
@@ -231,7 +232,7 @@ def fit_layer(
         bits: what its integers may take, all together.
     """
     device = exact_device(linear.weight.device)
-    statistics, weight = statistics.to(device), linear.weight.detach().float().to(device)
+    statistics, weight = statistics.to(device), matrix_of(linear).float().to(device)
     config = _damped(config, statistics)
     moments, mismatch = statistics.about_zero() if linear.bias is None else statistics[:2]
     correction = torch.linalg.solve(damp(moments, config.damping), (weight @ mismatch).T).T
@@ -251,7 +252,9 @@ class _Seen(Exception):
 def _watched(block: nn.Module, names: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
     """For a while `note` is told the name and the input of the named linears, before they run."""
     handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda linear, arguments, name=name: note(name, tokens_of(linear, arguments[0]))
+        )
         for name in names
     ]
     try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
+from vq4dit.layers.linear_maps import LinearMap
 from vq4dit.models.blocks import Kept
 from vq4dit.models.trajectories import Sampling
 
@@ -14,6 +13,6 @@ from vq4dit.models.trajectories import Sampling
 class Plan:
     """The layers to quantize, those of the blocks that stay in 16 bit, and how the pipeline is sampled."""
 
-    targets: dict[str, nn.Linear]
+    targets: dict[str, LinearMap]
     kept: list[Kept]
     sampling: Sampling | None  # None where the recipe needs no samples

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vq4dit.config import QuantizationSettings, Recipe, VQ4DiTConfig, check_settings
 from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.layers.entropy_coded import coded_layers
+from vq4dit.layers.schema import format_version
 from vq4dit.models.adapters import adapter_layers, adapter_names
 from vq4dit.models.blocks import equal_embedders, find_targets
 from vq4dit.models.conditions import condition_kind
@@ -29,6 +29,7 @@ from vq4dit.models.prompts import PROMPTS
 from vq4dit.models.rehearsal import rehearse
 from vq4dit.models.student import rest_dtype
 from vq4dit.models.trajectories import STEPS
+from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.provenance import made_by
 from vq4dit.pipelines.quantizer import attach
 from vq4dit.progress import OnProgress, ignore
@@ -175,7 +176,7 @@ def _finish(pipeline: Any, student: Any, job: Job) -> Any:
     shared = equal_embedders(student)
     dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
     config = VQ4DiTConfig(
-        format_version=3 if coded_layers(student) else 1,
+        format_version=format_version(packed_layers(student).values()),
         bits=settings.bits,
         recipe=settings.recipe,
         seed=settings.seed,

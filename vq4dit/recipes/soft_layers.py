@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from vq4dit.devices import exact_device
-from vq4dit.layers.codebook import sum_by_codeword
+from vq4dit.layers.codebook import join_subvectors, sum_by_codeword
+from vq4dit.layers.linear_maps import LAST, multiply
 from vq4dit.layers.vector import VQLinear
 
 MIX_CHUNK = 2**18  # sub-vectors mixed at a time
@@ -28,6 +28,7 @@ class SoftVQLinear(nn.Module):
     """
 
     candidates: Tensor
+    channel_dim: int = LAST  # of its inputs
 
     def __init__(
         self,
@@ -48,10 +49,10 @@ class SoftVQLinear(nn.Module):
     def ratios(self) -> Float[Tensor, "n m"]:
         return ratios_of(self.logits)
 
-    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        weight = MixCandidates.apply(self.codebook, self.logits, self.candidates).view(self.shape)
+    def forward(self, input: Tensor) -> Tensor:
+        weight = join_subvectors(MixCandidates.apply(self.codebook, self.logits, self.candidates), self.shape)
         bias = self.bias.to(input.dtype) if self.bias is not None else None
-        return F.linear(input, weight.to(input.dtype), bias)
+        return multiply(input, weight.to(input.dtype), bias, self.channel_dim)
 
     @torch.no_grad()
     def freeze_decided(self, threshold: float, fraction: float = 0.0) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.layers.codebook import nearest_codewords, split_subvectors
+from vq4dit.layers.linear_maps import LinearMap, matrix_of, matrix_shape, put_layer
 from vq4dit.layers.vector import VQLinear
 from vq4dit.models.student import student_with
 from vq4dit.randomness import named_generator
@@ -25,17 +26,17 @@ from vq4dit.recipes.soft_layers import SoftVQLinear, start_logits
 from vq4dit.recipes.stages import Learning, Piece, Stage, Stages, Tensors, Tick
 
 
-def subvectors_of(linear: nn.Linear, dim: int) -> Float[Tensor, "n {dim}"]:
-    return split_subvectors(linear.weight.detach().float(), dim)
+def subvectors_of(linear: LinearMap, dim: int) -> Float[Tensor, "n {dim}"]:
+    return split_subvectors(matrix_of(linear).float(), dim)
 
 
 def kmeans_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
     """A codebook for every layer, and the nearest codewords."""
     layers: dict[str, nn.Module] = {}
 
-    def put(name: str, linear: nn.Linear, codebook: Tensor, candidates: Tensor) -> None:
-        shape = (linear.out_features, linear.in_features)
-        layers[name] = VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=linear.weight.dtype)
+    def put(name: str, linear: LinearMap, codebook: Tensor, candidates: Tensor) -> None:
+        shape, dtype = matrix_shape(linear), linear.weight.dtype
+        layers[name] = VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=dtype)
 
     yield clustering(plan.targets, settings, 1, put)
     return student_with(pipeline.transformer, layers)
@@ -46,10 +47,10 @@ def paper_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> S
     config = settings.calibration
     soft: dict[str, SoftVQLinear] = {}
 
-    def put(name: str, linear: nn.Linear, codebook: Tensor, candidates: Tensor) -> None:
+    def put(name: str, linear: LinearMap, codebook: Tensor, candidates: Tensor) -> None:
         subvectors = subvectors_of(linear, settings.subvector_dim)
         logits = start_logits(subvectors, codebook, candidates, config.ratio_start)
-        soft[name] = SoftVQLinear(codebook, candidates, logits, (linear.out_features, linear.in_features), linear.bias)
+        soft[name] = SoftVQLinear(codebook, candidates, logits, matrix_shape(linear), linear.bias)
 
     yield clustering(plan.targets, settings, config.num_candidates, put)
     student = student_with(pipeline.transformer, soft)
@@ -58,15 +59,15 @@ def paper_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> S
     calibration = Calibration(pipeline, student, plan.sampling, config, generator)
     yield Learning("calibrate", config.steps, calibration, "calibration")
     for name, layer in soft.items():
-        student.set_submodule(name, layer.harden(plan.targets[name].weight.dtype))
+        put_layer(student, name, layer.harden(plan.targets[name].weight.dtype))
     return student
 
 
 def clustering(
-    targets: dict[str, nn.Linear],
+    targets: dict[str, LinearMap],
     settings: QuantizationSettings,
     num_candidates: int,
-    put: Callable[[str, nn.Linear, Tensor, Tensor], None],
+    put: Callable[[str, LinearMap, Tensor, Tensor], None],
 ) -> Stage:
     """The stage that fits every layer's codebook, and finds each sub-vector's candidates, nearest first.
 
@@ -74,13 +75,13 @@ def clustering(
         put: takes a layer's name, the layer, codebook (k, d) and candidates (sub-vectors, num_candidates).
     """
 
-    def cluster(name: str, linear: nn.Linear, _: Tick) -> Iterable[tuple[str, Tensors]]:
+    def cluster(name: str, linear: LinearMap, _: Tick) -> Iterable[tuple[str, Tensors]]:
         subvectors = subvectors_of(linear, settings.subvector_dim)
         codebook = fit_codebook(subvectors, settings.num_codewords, generator=named_generator(settings.seed, name))
         candidates = nearest_codewords(subvectors, codebook, num_candidates)[1]
         return [(f"layers/{name}", {"codebook": codebook, "candidates": candidates})]
 
-    def use(name: str, linear: nn.Linear, pieces: Mapping[str, Tensors]) -> None:
+    def use(name: str, linear: LinearMap, pieces: Mapping[str, Tensors]) -> None:
         piece = pieces[f"layers/{name}"]
         put(name, linear, piece["codebook"].to(linear.weight.device), piece["candidates"].to(linear.weight.device))
 

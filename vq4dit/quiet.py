@@ -1,7 +1,10 @@
-"""What diffusers and transformers say while they load a model, and what of it is held back: we tell our progress ourselves.
+"""What diffusers and transformers say beside us, and what of it is held back: we tell our progress ourselves.
 
-Their bars go. Of diffusers' remarks one goes: JSON knows no numbers as keys, so every class-conditional pipeline comes with
-labels of another type than its class declares, and diffusers remarks upon it each time. All other remarks stay.
+While a model is loaded their bars go. Of diffusers' remarks one goes: JSON knows no numbers as keys, so every class-conditional
+pipeline comes with labels of another type than its class declares, and diffusers remarks upon it each time. All others stay.
+
+While a model draws for us, prompts are ours, and for some models too long. What is cut off there is nobody's loss, and would be
+told once for every trajectory: all remarks go, errors stay.
 """
 
 from __future__ import annotations
@@ -32,6 +35,19 @@ def quiet_loading() -> Iterator[None]:
         SPEAKER.removeFilter(_is_another)
         for library in had_bars:
             library.enable_progress_bar()
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Diffusers and transformers tell errors only, in this block."""
+    before = [(library, library.get_verbosity()) for library in [diffusers_logging, *_transformers_logging()]]
+    for library, verbosity in before:
+        library.set_verbosity(max(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
 
 
 def _transformers_logging() -> list[Any]:
