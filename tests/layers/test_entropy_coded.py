@@ -273,7 +273,7 @@ def test_a_coded_layer_that_does_not_fit_is_refused(broken, change, message, mod
 
 @pytest.mark.parametrize(
     "version, message",
-    [(2, "format version 2 was a draft"), (4, "format version 4, this library reads up to 3: upgrade vq4dit")],
+    [(2, "format version 2 was a draft"), (5, "format version 5, this library reads up to 4: upgrade vq4dit")],
 )
 def test_other_versions_are_refused(broken, version, message):
     path = broken / "transformer" / "config.json"

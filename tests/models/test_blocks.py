@@ -18,6 +18,7 @@ from vq4dit.models.blocks import (
     duplicate_keys,
     equal_embedders,
     find_targets,
+    kept_parameters,
     named_blocks,
     recorded_outputs,
     share_embedders,
@@ -91,6 +92,25 @@ def test_the_targets_of_a_dit_are_seven_linears_per_block(transformer):
     targets, kept = find_targets(transformer, subvector_dim=4, num_codewords=256)
     assert list(targets) == in_both_blocks(LINEARS)
     assert kept == [Kept(name, "embedder") for name in in_both_blocks(EMBEDDER)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stays_and_what_is_quantized_are_all_parameters(family):
+    transformer = FAMILIES[family]()
+    targets, _ = find_targets(transformer, subvector_dim=4, num_codewords=16)
+    kept = kept_parameters(transformer, targets)
+    assert list(kept.values()) == sorted(kept.values(), reverse=True)
+    copies = duplicate_keys(transformer, block_embedders(transformer))
+    all_parameters = sum(p.numel() for name, p in transformer.named_parameters() if name not in copies)
+    assert sum(kept.values()) + sum(p.numel() for layer in targets.values() for p in layer.parameters()) == all_parameters
+    assert not any(".0." in place for place in kept)
+
+
+def test_what_stays_is_named_by_its_place(transformer):
+    targets, _ = find_targets(transformer, 4, 256, keep=["*.to_q"])
+    kept = kept_parameters(transformer, targets)
+    assert kept["transformer_blocks.*.attn1.to_q"] == 2 * (64 * 64 + 64)
+    assert {"pos_embed", "proj_out_1", "transformer_blocks.*.norm1.emb.class_embedder.embedding_table"} <= kept.keys()
 
 
 def test_sharing_embedders_does_not_change_the_targets(transformer):

@@ -139,7 +139,7 @@ def change_tensors(folder, change) -> None:
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"format_version": 9}, "format version 9, this library reads up to 3: upgrade vq4dit"),
+        ({"format_version": 9}, "format version 9, this library reads up to 4: upgrade vq4dit"),
         ({"format_version": 9, "rotation": "hadamard"}, "format version 9"),
         ({"format_version": "1"}, "must have a format_version"),
         ({"rotation": "hadamard"}, "has no entry 'rotation'"),
@@ -197,8 +197,8 @@ def test_a_truncated_file_is_refused(broken):
 
 @pytest.mark.parametrize(
     "shape, message",
-    [((1024,), "a codebook is"), ((256, 3), "a codebook is"), ((16, 4), "need 512 bytes"), ((256, 2), "need 2048 bytes")],
-    ids=["one-dimensional", "d-no-divisor", "other-k", "other-d"],
+    [((1024,), "a codebook is"), ((256, 3), "need 1408 bytes"), ((256, 65), "a codebook is"), ((16, 4), "need 512 bytes"), ((256, 2), "need 2048 bytes")],
+    ids=["one-dimensional", "d-no-divisor", "d-larger-than-the-layer", "other-k", "other-d"],
 )
 def test_a_codebook_of_the_wrong_shape_is_refused(broken, shape, message):
     change_tensors(broken, lambda tensors: tensors.update({f"{LAYER}.codebook": torch.zeros(shape, dtype=torch.float16)}))

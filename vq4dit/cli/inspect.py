@@ -10,25 +10,36 @@ from functools import partial
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vq4dit.cli.options import add_keep, model_name
+from vq4dit.cli.options import add_call, add_keep, call_for, model_name
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.config import RECIPES
 from vq4dit.pipelines.inspect import Inspection, inspect
+
+LEAST_SHARE = 1e-3  # of the parameters, that is worth naming
 
 
 def add_inspect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", type=model_name, metavar="MODEL", help="a diffusers pipeline folder or a Hub id")
     sub.add_argument("--recipe", default="best", choices=RECIPES, help="default: best")
     add_keep(sub)
+    add_call(sub)
 
 
 def inspect_command(args: argparse.Namespace) -> Report:
-    return partial(report_inspected, args, inspect(args.model, args.keep, recipe=args.recipe))
+    return partial(report_inspected, args, inspect(args.model, args.keep, recipe=args.recipe, call=call_for(args)))
+
+
+def told_kept(inspection: Inspection) -> str:
+    """What stays in 16 bit, and what share of the parameters it is."""
+    kept = inspection.kept_parameters
+    total = sum(kept.values()) + inspection.predictions[0].quantized_weights
+    named = [f"{place} {count / total:.1%}" for place, count in kept.items() if count >= LEAST_SHARE * total]
+    return f"{sum(kept.values()) / total:.1%} of the parameters stay in 16 bit: {', '.join(named) or 'biases and norms'}"
 
 
 def report_inspected(args: argparse.Namespace, inspection: Inspection) -> None:
     if args.json:
-        values = dataclasses.asdict(inspection)
+        values = dataclasses.asdict(inspection) | {"tokens": inspection.positions.tokens}
         for prediction, shown in zip(inspection.predictions, values["predictions"], strict=True):
             shown |= {"file_bytes": prediction.file_bytes, "bits_per_weight": prediction.bits_per_weight}
             if args.recipe != "best":  # which has no codebooks to account for
@@ -40,6 +51,9 @@ def report_inspected(args: argparse.Namespace, inspection: Inspection) -> None:
         f"{escape(args.model)}: {inspection.class_name}, {inspection.num_blocks} blocks, {inspection.parameters / 1e6:.1f} M "
         f"parameters, {inspection.file_bytes / 1e6:.1f} MB on disk"
     )
+    shown = inspection.positions
+    text = f" and {shown.text} of text" if shown.text else ""
+    console.print(f"calibrated on samples of about {shown.picture} positions{text}, {shown.passes} pass(es) in each step")
     smallest = inspection.predictions[0]
     table = Table(Column("layer", no_wrap=True), "shape", "at 2 bits")
     for layer in smallest.layers:
@@ -47,6 +61,7 @@ def report_inspected(args: argparse.Namespace, inspection: Inspection) -> None:
     for kept in smallest.kept:
         table.add_row(kept.name, "", escape(f"16 bit: {kept.reason}"))
     console.print(table)
+    console.print(escape(told_kept(inspection)))
     table = Table("bits", "layers quantized", "bits per weight", "transformer file", "against now")
     for p in inspection.predictions:
         ratio = f"{inspection.file_bytes / p.file_bytes:.2f} x smaller"

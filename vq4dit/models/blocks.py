@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,26 @@ def _reason_to_keep(
     if rows * columns < MIN_SUBVECTORS_PER_CODEWORD * subvector_dim * num_codewords:
         return "too small to pay for its codebook or scales"
     return None
+
+
+def kept_parameters(transformer: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many parameters stay in 16 bit beside the targets, by what they belong to, most first.
+
+    Outside blocks that is an outermost module ("x_embedder"), in blocks a layer of all of them ("blocks.*.norm_q"). Embedders
+    that every block has count once, as in the file.
+    """
+    duplicates = duplicate_keys(transformer, block_embedders(transformer))
+    quantized = {id(p) for linear in targets.values() for p in linear.parameters()}
+    in_blocks = {f"{name}.": f"{name.rpartition('.')[0]}.*." for name in named_blocks(transformer)}
+    found: Counter[str] = Counter()
+    for name, p in transformer.named_parameters():
+        if id(p) in quantized or name in duplicates:
+            continue
+        block = next((prefix for prefix in in_blocks if name.startswith(prefix)), None)
+        layer = name.rpartition(".")[0] or name
+        place = layer.split(".")[0] if block is None else in_blocks[block] + layer.removeprefix(block)
+        found[place] += p.numel()
+    return dict(found.most_common())
 
 
 def block_embedders(transformer: nn.Module) -> list[str]:

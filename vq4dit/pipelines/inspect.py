@@ -14,7 +14,7 @@ from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
 from vq4dit.layers.linear_maps import LinearMap, matrix_shape
-from vq4dit.models.blocks import Kept, block_embedders, duplicate_keys, find_targets, named_blocks
+from vq4dit.models.blocks import Kept, block_embedders, duplicate_keys, find_targets, kept_parameters, named_blocks
 from vq4dit.models.conditions import check_call
 from vq4dit.models.positions import Positions, positions_of
 from vq4dit.models.trajectories import NO_CALL
@@ -94,6 +94,7 @@ class Inspection:
     parameters: int
     file_bytes: int  # of the transformer now; 0 if unknown
     predictions: list[SizePrediction]
+    kept_parameters: dict[str, int]  # that stay in 16 bit, by what they belong to, most first
     positions: Positions  # of a sample, as large as calibration takes it
 
 
@@ -174,12 +175,14 @@ def inspect(
     found = weights(model, "transformer", revision, token)
     transformer = empty_transformer(config, found, f"{model}/transformer/config.json")
     check_tensors(transformer, found.tensors, f"{model}/transformer")
+    targets, _ = find_targets(transformer, CODEBOOKS[widths[0]][1], CODEBOOKS[widths[0]][0], keep)
     return Inspection(
         model=model,
         class_name=config["_class_name"],
         num_blocks=len(named_blocks(transformer)),
         parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
         file_bytes=found.num_bytes,
+        kept_parameters=kept_parameters(transformer, targets),
         predictions=[predict_size(transformer, bits, keep, recipe, found.tensors) for bits in widths],
         positions=_positions(model, transformer, index, call, revision, token),
     )
