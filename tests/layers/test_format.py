@@ -12,6 +12,7 @@ from coded_models import new_coded, save_mixed
 from safetensors.numpy import load_file
 
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.schema import stored
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
 
@@ -176,3 +177,19 @@ def test_a_golden_file_of_coded_integers_is_read_for_ever():
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])
 def test_assignments_take_log2_k_bits_each(name, size):
     assert golden_layers()[name].packed_assignments.numel() == size
+
+
+@pytest.mark.parametrize(
+    "values, dtype",
+    [
+        ([1.5], torch.float16),
+        ([2.0**100], torch.bfloat16),
+        ([2.0**100 + 2.0**80], torch.float32),
+        ([1.0 + 2**-10], torch.float16),
+    ],
+    ids=["both", "too-large-for-fp16", "neither", "too-fine-for-bf16"],
+)
+def test_what_is_not_quantized_is_stored_in_the_first_type_that_holds_it(values, dtype):
+    tensor = torch.tensor(values, dtype=torch.float32)
+    found = stored("proj_out.weight", tensor, torch.float16)
+    assert found.dtype == dtype and torch.equal(found.float(), tensor)

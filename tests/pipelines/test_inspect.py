@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny import new_pipeline, quick_settings
 
 from vq4dit import quantize, save
 from vq4dit.errors import UnsupportedModelError
+from vq4dit.models.positions import Positions
 from vq4dit.pipelines.inspect import inspect, predict_size
 from vq4dit.pipelines.skeleton import empty_transformer
 
@@ -107,3 +109,19 @@ def test_the_json_of_an_inspection_is_plain(model_folder):
     import dataclasses
 
     json.dumps(dataclasses.asdict(inspect(model_folder)))
+
+
+def test_a_pipeline_that_nothing_can_be_made_of_has_positions_as_usual(tmp_path, model_folder):
+    """Its layers are told all the same; whoever loads it is told what is wrong."""
+    found = inspect(model_folder)
+    assert found.positions == Positions(picture=16, passes=2)
+    shutil.copytree(model_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "vae" / "config.json").write_text("{}")
+    (tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    broken = inspect(str(tmp_path / "broken"))
+    assert broken.positions == Positions() and broken.predictions == found.predictions
+
+
+def test_an_argument_that_the_call_does_not_take_is_told_before_anything_is_counted(model_folder):
+    with pytest.raises(ValueError, match="takes no argument 'height'"):
+        inspect(model_folder, call={"height": 64})

@@ -115,7 +115,7 @@ def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         tensor, dtype = as_scales(tensor, name), torch.float16
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 2:
         return tensor
-    for candidate in (dtype, torch.float16, torch.float32):
+    for candidate in (dtype, torch.float16, torch.bfloat16, torch.float32):
         narrow = tensor.to(candidate)
         if candidate.itemsize < tensor.dtype.itemsize and not torch.equal(narrow.to(tensor.dtype), tensor):
             continue

@@ -110,7 +110,7 @@ def predict_size(
     `best` shares the bits out among the layers as it goes, but takes about as many as the other recipes in all.
 
     Args:
-        tensors: of the transformer's files. What they hold in fp16 takes no more in the packed one.
+        tensors: of the transformer's files. Buffers that they hold in 16 bit take no more in the packed one.
     """
     num_codewords, dim = CODEBOOKS[bits]
     targets, kept = find_targets(transformer, dim, num_codewords, keep)
@@ -118,8 +118,9 @@ def predict_size(
     duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
-    buffers = {name for name, _ in transformer.named_buffers() if name not in tensors or tensors[name].dtype != "F16"}
-    sizes = (v.nbytes if k in buffers else v.numel() * min(v.element_size(), 2) for k, v in rest.items())
+    narrow = {name for name, tensor in tensors.items() if tensor.dtype in ("F16", "BF16")}
+    wide = {name for name, _ in transformer.named_buffers()} - narrow
+    sizes = (v.nbytes if k in wide else v.numel() * min(v.element_size(), 2) for k, v in rest.items())
     return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
 
 
