@@ -1,6 +1,7 @@
 """What every method costs in quality: the table in README.md beside this file, its plot, how the default holds up elsewhere.
 
     python tests/benchmarks/fidelity.py [--model assets/emoji-dit] [--work DIR] [--seeds 0 1 2] [--only NAME ...] [--plot PNG]
+    python tests/benchmarks/fidelity.py --model assets/emoji-flux --prompts assets/emoji_flux_prompts.txt
     python tests/benchmarks/fidelity.py --transfer "best, 2 bits"      # unseen guidance, step counts, scheduler
     python tests/benchmarks/fidelity.py --picture "best, 2 bits" PNG   # original, quantized, difference
 
@@ -10,7 +11,8 @@ alike) a row is their mean, and the lowest and highest stand behind it.
 
 Round-to-nearest and GPTQ are made here, without a packed format: their bits per weight count b bits for each weight and an fp16
 scale and offset for each row or group. Noise errors are measured on 16 held-out zero-data trajectories of 25 steps, PSNR and
-SSIM on same-seed images of classes spread over all.
+SSIM on same-seed images of classes spread over all. A model of prompts is told what `suggested_call` says; of the lines of
+--prompts every eighth is held out, to measure with, and the others are what it is calibrated on.
 """
 
 import argparse
@@ -18,30 +20,32 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from process import run_vq4dit
+from scalar_methods import SCALAR
 from torch import Tensor
 
+from vq4dit.bundled import suggested_call
+from vq4dit.cli.options import prompts_file
 from vq4dit.config import CODEBOOKS, EntropyCodingConfig
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import fingerprint
 from vq4dit.evaluation.images import SamplePair, grid, label_ids, sample
 from vq4dit.evaluation.metrics import layer_errors, noise_nmse
 from vq4dit.models.blocks import find_targets
-from vq4dit.models.conditions import num_classes
+from vq4dit.models.conditions import Condition, condition_kind, num_classes
+from vq4dit.models.prompts import HELD_OUT, PROMPTS
 from vq4dit.models.rehearsal import rehearse
 from vq4dit.models.student import student_with
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.randomness import named_generator
-from vq4dit.recipes.gptq import damp
 from vq4dit.recipes.layerwise import groups_in_turn, record_replays
 
 ROOT = Path(__file__).parents[2]
@@ -56,39 +60,6 @@ RECIPES = {
 }
 
 
-# --- scalar methods, for comparison ----------------------------------------------------------------------------------
-
-
-def round_to_grid(weight: Tensor, bits: int) -> Tensor:
-    """Nearest of 2^bits equally spaced values between the smallest and the largest of each row."""
-    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    step = (high - low).clamp(min=1e-12) / (2**bits - 1)
-    return ((weight - low) / step).round() * step + low
-
-
-def rtn_per_row(weight: Tensor, bits: int, moments: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    return round_to_grid(weight, bits), bits + 32 / weight.shape[1]
-
-
-def rtn_per_group(weight: Tensor, bits: int, moments: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    return round_to_grid(weight.reshape(-1, 64), bits).view_as(weight), bits + 32 / 64
-
-
-def gptq(weight: Tensor, bits: int, moments: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """GPTQ (arXiv:2210.17323) with one grid per row: column after column, errors corrected in the columns to come."""
-    damped = damp(moments(), EntropyCodingConfig().damping).double()
-    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
-    low, high = weight.amin(1), weight.amax(1)
-    step = (high - low).clamp(min=1e-12) / (2**bits - 1)
-    remaining, rounded = weight.clone(), torch.empty_like(weight)
-    for j in range(weight.shape[1]):
-        rounded[:, j] = ((remaining[:, j] - low) / step).round().clamp(0, 2**bits - 1) * step + low
-        error = (remaining[:, j] - rounded[:, j]) / factor[j, j]
-        remaining[:, j:] -= error.unsqueeze(1) * factor[j, j:]
-    return rounded, bits + 32 / weight.shape[1]
-
-
-SCALAR = {"round to nearest, per row": rtn_per_row, "round to nearest, groups of 64": rtn_per_group, "GPTQ, per row": gptq}
 ROWS = [f"{name}, {bits} bits" for bits in CODEBOOKS for name in (*SCALAR, *RECIPES)]
 
 
@@ -97,15 +68,41 @@ def method_and_bits(row: str) -> tuple[str, int]:
     return name, int(width.split()[0])
 
 
+class Conditions(NamedTuple):
+    """What is calibrated with, and what is measured with."""
+
+    calibration_call: dict[str, Any]
+    calls: dict[str, dict[str, Any]]  # to measure noise errors with, by the name of the figure
+    prompts: list[str]  # to calibrate on
+    held_out: list[str]
+
+    def drawn(self, original: Any, count: int) -> list[Condition]:
+        if condition_kind(original) == "prompt":
+            return [self.held_out[i % len(self.held_out)] for i in range(count)]
+        return [i * num_classes(original) // count for i in range(count)]
+
+
+def conditions_for(original: Any, model: str, prompts: Path | None) -> Conditions:
+    if condition_kind(original) != "prompt":
+        calls = {f"nmse_{g}": {"guidance_scale": g} for g in GUIDANCE}
+        return Conditions({"guidance_scale": GUIDANCE[-1]}, calls, [], [])
+    call = suggested_call(model)
+    if prompts is None:
+        return Conditions(call, {"nmse": call}, list(PROMPTS), list(HELD_OUT))
+    lines = prompts_file(str(prompts))
+    return Conditions(call, {"nmse": call}, [line for i, line in enumerate(lines) if i % 8], lines[::8])
+
+
 @torch.no_grad()
-def scalar_pipeline(original: Any, name: str, bits: int, seed: int) -> tuple[Any, dict[str, float]]:
+def scalar_pipeline(original: Any, conditions: Conditions, name: str, bits: int, seed: int) -> tuple[Any, dict[str, float]]:
     """The pipeline with rounded weights, and its figures."""
     started = time.monotonic()
     k, dim = CODEBOOKS[bits]
     targets, _ = find_targets(original.transformer, dim, k)
     transformer = copy.deepcopy(original.transformer)
     generator = named_generator(seed, "layer by layer")
-    replays = record_replays(original, rehearse(original, {"guidance_scale": 4.0}), generator, EntropyCodingConfig())
+    sampling = rehearse(original, conditions.calibration_call, prompts=conditions.prompts or PROMPTS)
+    replays = record_replays(original, sampling, generator, EntropyCodingConfig())
     teacher = replays.of(original.transformer)
     bits_used = weights = 0.0
     for group in groups_in_turn(teacher, teacher, list(targets), num_classes=replays.num_classes):
@@ -144,6 +141,9 @@ def recipe_pipeline(original: Any, args: argparse.Namespace, row: str, seed: int
     report = output.with_suffix(".json")
     if not report.exists():
         options = [*RECIPES[name], "--bits", str(bits), "--seed", str(seed), "--resume", "--json"]
+        if name != "kmeans" and (prompts := conditions_for(original, args.model, args.prompts).prompts):
+            write_atomically(args.work / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
+            options += ["--prompts", str(args.work / "prompts.txt")]
         made = run_vq4dit("quantize", args.model, "--output", str(output), *options)
         report.write_text(json.dumps({"seconds": made.seconds, "peak_gb": made.peak_bytes / 1e9}))
     pipeline = load_pipeline(str(output))
@@ -154,23 +154,34 @@ def recipe_pipeline(original: Any, args: argparse.Namespace, row: str, seed: int
     return pipeline, figures | json.loads(report.read_text())
 
 
-def measure(original: Any, pipeline: Any, images: np.ndarray, labels: list[int], seed: int) -> dict[str, float]:
-    figures = {f"nmse_{g}": noise_nmse(original, pipeline, call={"guidance_scale": g}, seed=seed) for g in GUIDANCE}
-    seeds = [seed + i for i in range(len(labels))]
-    drawn = sample(pipeline, labels, seeds)
-    pairs = [SamplePair(label, s, a, b) for label, s, a, b in zip(labels, seeds, images, drawn, strict=True)]
+def measure(
+    original: Any, pipeline: Any, conditions: Conditions, images: np.ndarray, drawn: list[Condition], seed: int
+) -> dict[str, float]:
+    among = conditions.held_out or HELD_OUT
+    figures = {
+        name: noise_nmse(original, pipeline, call=call, prompts=among, seed=seed) for name, call in conditions.calls.items()
+    }
+    seeds = [seed + i for i in range(len(drawn))]
+    found = sample(pipeline, drawn, seeds, call=drawing_call(conditions))
+    pairs = [SamplePair(condition, s, a, b) for condition, s, a, b in zip(drawn, seeds, images, found, strict=True)]
     return figures | {
         "psnr_db": float(np.mean([pair.psnr for pair in pairs])),
         "ssim": float(np.mean([pair.ssim for pair in pairs])),
     }
 
 
+def drawing_call(conditions: Conditions) -> dict[str, Any]:
+    """Classes are drawn with the pipeline's own defaults."""
+    return conditions.calibration_call if conditions.held_out else {}
+
+
 # --- tables and the plot ---------------------------------------------------------------------------------------------
 
 
-COLUMNS = {  # of the table: how each figure is printed
+COLUMNS = {  # of the table, where they were measured: how each figure is printed
     "bits_per_weight": "{:.2f}",
     "megabytes": "{:.2f}",
+    "nmse": "{:.5f}",
     "nmse_1.5": "{:.5f}",
     "nmse_4.0": "{:.5f}",
     "psnr_db": "{:.1f}",
@@ -181,13 +192,15 @@ COLUMNS = {  # of the table: how each figure is printed
 
 
 def table(original: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    print("| method | bits per weight | transformer, MB | noise_nmse, guidance 1.5 | guidance 4 | PSNR, dB | SSIM | s | GB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    conditions = conditions_for(original, args.model, args.prompts)
+    columns = {name: form for name, form in COLUMNS.items() if not name.startswith("nmse") or name in conditions.calls}
+    print(f"| method | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
     references: dict[int, np.ndarray] = {}
     rows = []
     for row in args.only:
-        found = [figures_of(original, args, row, seed, references) for seed in args.seeds]
-        cells = [cell([figures[column] for figures in found if column in figures], COLUMNS[column]) for column in COLUMNS]
+        found = [figures_of(original, args, conditions, row, seed, references) for seed in args.seeds]
+        cells = [cell([figures[name] for figures in found if name in figures], form) for name, form in columns.items()]
         print(f"| {row} | {' | '.join(cells)} |", flush=True)
         name, bits = method_and_bits(row)
         means = {column: float(np.mean([figures[column] for figures in found])) for column in found[0]}
@@ -204,7 +217,7 @@ def cell(values: list[float], form: str) -> str:
 
 
 def figures_of(
-    original: Any, args: argparse.Namespace, row: str, seed: int, references: dict[int, np.ndarray]
+    original: Any, args: argparse.Namespace, conditions: Conditions, row: str, seed: int, references: dict[int, np.ndarray]
 ) -> dict[str, float]:
     """All figures of a row with one seed; kept in WORK. `references`: images of the original by seed, made when needed."""
     kept = args.work / f"{stem_of(row, seed)}-{args.images}-images.figures.json"
@@ -212,13 +225,14 @@ def figures_of(
         return json.loads(kept.read_text())
     name, bits = method_and_bits(row)
     if name in SCALAR:
-        pipeline, figures = scalar_pipeline(original, name, bits, seed)
+        pipeline, figures = scalar_pipeline(original, conditions, name, bits, seed)
     else:
         pipeline, figures = recipe_pipeline(original, args, row, seed)
-    labels = [i * num_classes(original) // args.images for i in range(args.images)]
+    drawn = conditions.drawn(original, args.images)
     if seed not in references:
-        references[seed] = sample(original, labels, [seed + i for i in range(args.images)])
-    figures |= measure(original, pipeline, references[seed], labels, seed)
+        call = drawing_call(conditions)
+        references[seed] = sample(original, drawn, [seed + i for i in range(args.images)], call=call)
+    figures |= measure(original, pipeline, conditions, references[seed], drawn, seed)
     write_atomically(kept, json.dumps(figures, indent=1).encode())
     return figures
 
@@ -230,11 +244,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    error = "nmse" if "nmse" in rows[0] else "nmse_1.5"
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for name in dict.fromkeys(row["name"] for row in rows):
-        points = sorted((row["megabytes"], row["nmse_1.5"]) for row in rows if row["name"] == name)
+        points = sorted((row["megabytes"], row[error]) for row in rows if row["name"] == name)
         axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "best" else 1.5)
-    axes.set(yscale="log", xlabel="transformer file, MB", ylabel="noise_nmse, guidance 1.5")
+    axes.set(yscale="log", xlabel="transformer file, MB", ylabel=error.replace("nmse_", "nmse, guidance "))
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
@@ -281,6 +296,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji-dit"))
     parser.add_argument("--work", type=Path, default=Path("fidelity-work"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the plot has means; other tasks take the first")
+    parser.add_argument("--prompts", type=Path, help="a model's own, a line each; by default those of the library")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS)
     parser.add_argument("--plot", type=Path, help="also draw error against bytes")

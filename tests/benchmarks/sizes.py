@@ -21,7 +21,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"sample_size": 128, "num_layers": 28, "cross_attention_dim": 1152, "caption_channels": 4096},
     ),
     "StableAudio Open": ("StableAudioDiTModel", {}),
-    "HunyuanDiT 1.2": ("HunyuanDiT2DModel", {"num_layers": 40, "in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408, "mlp_ratio": 4.3637}),
+    "HunyuanDiT 1.2": (
+        "HunyuanDiT2DModel",
+        {"num_layers": 40, "in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408} | {"mlp_ratio": 4.3637},
+    ),
     "Sana 1.6B": ("SanaTransformer2DModel", {}),
     "LTX-Video": ("LTXVideoTransformer3DModel", {}),
     "Lumina-Image 2.0": ("Lumina2Transformer2DModel", {}),
@@ -38,7 +41,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "AuraFlow": ("AuraFlowTransformer2DModel", {}),
     "SD3.5 large": (
         "SD3Transformer2DModel",
-        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+        | {"pos_embed_max_size": 192, "qk_norm": "rms_norm"},
     ),
     "Chroma": ("ChromaTransformer2DModel", {}),
     "Mochi 1": ("MochiTransformer3DModel", {}),
@@ -47,7 +51,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Wan 2.1 14B": ("WanTransformer3DModel", {}),
     "Qwen-Image": ("QwenImageTransformer2DModel", {}),
     "FLUX.2 dev": ("Flux2Transformer2DModel", {}),
-}  # fmt: skip
+}
 
 
 def row(name: str) -> str:

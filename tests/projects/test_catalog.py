@@ -7,10 +7,11 @@ import pytest
 from safetensors.torch import save
 
 import vq4dit
+from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, CALLS
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.call_lines import check_fitting
-from vq4dit.projects.catalog import BUNDLED, BUNDLED_FLUX, CALLS, Catalog
+from vq4dit.projects.catalog import Catalog
 
 HOME = Path(__file__).parents[2]
 
@@ -56,7 +57,7 @@ def test_what_is_suggested_for_a_bundled_model_fits_its_pipeline(catalog, name):
 def test_the_bundled_models_card_needs_no_network(catalog):
     card = catalog.card(BUNDLED)
     assert (card.pipeline, card.inspection.num_blocks, card.licence, card.gated) == ("DiTPipeline", 8, "apache-2.0", False)
-    assert (card.tokens, card.download_bytes) == (64, 0)
+    assert (card.inspection.positions.tokens, card.download_bytes) == (64, 0)
     assert [p.bits for p in card.inspection.predictions] == [2, 3, 4]
     assert card.labels["rocket"] == 112
 

@@ -11,7 +11,8 @@ import tiny_pipelines
 from starlette.requests import Request
 from tiny import new_pipeline
 
-from vq4dit.projects.catalog import BUNDLED, BUNDLED_FLUX, CALLS, Catalog
+from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, CALLS
+from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web import html, pictures

@@ -9,9 +9,10 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from vq4dit.bundled import BUNDLED
 from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.progress import Event
-from vq4dit.projects.catalog import BUNDLED, Catalog
+from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Status, Workspace
 from vq4dit.web import gpu, html, messages

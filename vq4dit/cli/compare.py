@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.decode_modes import decode_mode
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import load_pipeline
+from vq4dit.quiet import without_remarks
 
 
 def add_compare_arguments(sub: argparse.ArgumentParser) -> None:
@@ -46,7 +48,8 @@ def compare_command(args: argparse.Namespace) -> Report:
     files = 2 * len(KINDS) * len(conditions) * (2 if makes_films(type(original)) else 1)  # each alone, and all in one
     check_space(args.output, files * image_bytes(original, call))
     drawn: dict[str, Any] = {"call": call, "prompts": args.prompts or HELD_OUT, "seed": args.seed}
-    with progress_bars() as on_progress:
+    ours_are_silent = nullcontext() if args.prompts else without_remarks()  # who wrote a prompt wants to know what is cut off
+    with progress_bars() as on_progress, ours_are_silent:
         report, pairs = compare(
             original,
             quantized,

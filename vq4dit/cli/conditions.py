@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vq4dit.bundled import suggested_call
 from vq4dit.evaluation.images import label_ids, some_conditions
 from vq4dit.models.conditions import Condition, condition_kind
 from vq4dit.pipelines.decode_modes import packed_layers
@@ -38,6 +39,9 @@ def check_prompts(pipeline: Any, prompts: list[str] | None) -> None:
 
 
 def call_of(pipeline: Any, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline's call is told: what a packed model was calibrated with, unless --call or --guidance say otherwise."""
-    recorded = recorded_call(model) if packed_layers(pipeline.transformer) else {}
-    return {**recorded, **dict(args.call)}
+    """What the pipeline's call is told: what a packed model was calibrated with, unless --call or --guidance say otherwise.
+
+    An original is told those, or, without any, what is suggested for a bundled model.
+    """
+    given = dict(args.call)
+    return {**recorded_call(model), **given} if packed_layers(pipeline.transformer) else given or suggested_call(model)

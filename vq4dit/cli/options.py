@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vq4dit.bundled import suggested_call
 from vq4dit.cli.streams import standard_error
 from vq4dit.config import CallValue, call_items
 from vq4dit.devices import DEVICE, describe, resolve
@@ -164,8 +165,14 @@ def add_call(sub: argparse.ArgumentParser) -> None:
         default=[],
         type=call_argument,
         metavar="NAME=VALUE",
-        help="a further argument of the pipeline's own call, such as true_cfg_scale=3 or height=512; repeatable",
+        help="a further argument of the pipeline's own call, such as true_cfg_scale=3 or height=512; repeatable (default: the "
+        "pipeline's own; of a bundled model what it is made for)",
     )
+
+
+def call_for(args: argparse.Namespace) -> dict[str, CallValue]:
+    """What the pipeline's call is told: --call, or, without any, what is suggested for a bundled model."""
+    return dict(args.call) or suggested_call(args.model)
 
 
 def add_conditions(sub: argparse.ArgumentParser, required: bool) -> None:

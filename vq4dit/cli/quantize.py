@@ -19,6 +19,7 @@ from vq4dit.cli.options import (
     add_call,
     add_device,
     add_keep,
+    call_for,
     chosen_device,
     folder_path,
     model_name,
@@ -26,6 +27,7 @@ from vq4dit.cli.options import (
     prompts_file,
     seed,
 )
+from vq4dit.cli.streams import standard_error
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, EntropyCodingConfig, QuantizationSettings
 from vq4dit.disk.files import check_place
@@ -101,10 +103,13 @@ def quantize_command(args: argparse.Namespace) -> Report:
     check_place(args.output)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
-    found = inspect(args.model, args.keep, [args.bits], revision=revision)  # refuses what can't be done before weights are read
     settings = settings_of(args)
+    call = settings.call_arguments
+    tell_suggested(args, call)
+    # Refuses what can't be done before weights are read.
+    found = inspect(args.model, args.keep, [args.bits], recipe=args.recipe, call=call, revision=revision)
     kind: Device = "gpu" if device.type == "cuda" else "cpu"
-    cost = estimate(found.predictions[0], settings, parameters=found.parameters, tokens=found.tokens, device=kind)
+    cost = estimate(found, settings, kind)
     check_fits(cost, args.model, device)
     folder = args.output.with_name(f"{args.output.name}.job")
     seems_done = args.resume and is_result(args.output, settings)
@@ -117,8 +122,8 @@ def quantize_command(args: argparse.Namespace) -> Report:
     origin = origin_of(args.model, revision, settings)
     pipeline = load_pipeline(args.model, revision=revision).to(device)
     check_prompts(pipeline, args.prompts)
-    if args.call:  # whatever the recipe: it is what the model will be drawn with
-        check_sampling(pipeline, 1, settings.call_arguments)
+    if call:  # whatever the recipe: it is what the model will be drawn with
+        check_sampling(pipeline, 1, call)
     check(pipeline, settings)
     source = source_folder(args.model, revision)
     if seems_done and is_finished(args.output, settings, pipeline, source, args.overwrite):  # killed before it cleaned up
@@ -136,6 +141,12 @@ def quantize_command(args: argparse.Namespace) -> Report:
             save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
             job.remove()
     return partial(report_quantized, args, revision, pipeline, quantized, time.monotonic() - started)
+
+
+def tell_suggested(args: argparse.Namespace, call: dict[str, Any]) -> None:
+    if call and not args.call:
+        told = " ".join(f"{name}={json.dumps(value)}" for name, value in call.items())
+        standard_error().write(f"call: {told} (suggested for this model; --call NAME=VALUE takes its place)\n")
 
 
 def report_quantized(args: argparse.Namespace, revision: str | None, original: Any, quantized: Any, seconds: float) -> None:
@@ -182,7 +193,7 @@ def settings_of(args: argparse.Namespace) -> QuantizationSettings:
         recipe=args.recipe,
         seed=args.seed,
         keep=tuple(args.keep),
-        call=dict(args.call),
+        call=call_for(args),
         prompts=tuple(args.prompts or ()),
         calibration=CalibrationConfig(**chosen["paper"]),
         entropy_coding=EntropyCodingConfig(**chosen["best"]),

@@ -68,8 +68,8 @@ def _of_picture(pipeline: Any, told: Mapping[str, Any]) -> int:
 
 def _side_of_position(pipeline: Any) -> int:
     """Pixels: what height and width must be multiples of, if the pipeline says more than its patches do: it packs latents."""
-    processors = (getattr(pipeline, name, None) for name in ("image_processor", "video_processor"))
-    multiples = [_number(p.config.get("vae_scale_factor"), 1) for p in processors if hasattr(p, "config")]
+    configs = (getattr(getattr(pipeline, f"{kind}_processor", None), "config", {}) for kind in ("image", "video"))
+    multiples = [_number(config.get("vae_scale_factor"), 1) for config in configs]
     return max(spatial_scale(pipeline), *multiples, 1)
 
 

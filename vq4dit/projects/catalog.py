@@ -7,7 +7,7 @@ below it. Nothing else of what is typed is ever used as a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,16 +16,17 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
+from vq4dit.bundled import BUNDLED, BUNDLED_FLUX
 from vq4dit.config import CallValue, Recipe
 from vq4dit.disk.revisions import content_revision
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
+from vq4dit.models.trajectories import NO_CALL
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
 from vq4dit.pipelines.inspect import Inspection, inspect
 from vq4dit.pipelines.load import check_access
 from vq4dit.pipelines.repository import read_json
 from vq4dit.printable import printable
 
-BUNDLED, BUNDLED_FLUX = "assets/emoji-dit", "assets/emoji-flux"
 FOLDER = "folder:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
@@ -41,10 +42,6 @@ KNOWN = {
     "Alpha-VLLM/Lumina-Image-2.0": "Lumina 2, text to image, 2.6 B",
     "black-forest-labs/FLUX.1-schnell": "FLUX.1 schnell, text to image, 12 B",
 }
-# What the pipeline's call must be told of those that draw in one way only.
-CALLS: dict[str, dict[str, CallValue]] = {
-    BUNDLED_FLUX: {"height": 64, "width": 64, "true_cfg_scale": 3, "negative_prompt": "", "max_sequence_length": 12}
-}
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,6 @@ class ModelCard:
     licence: str  # "" if it says none
     gated: bool  # read with a login that has access
     download_bytes: int  # 0 for a folder
-    tokens: int  # positions of one image in the transformer
-    width: int  # pixels, 0 if unknown
     commit: str = ""  # of a folder: see `revisions.content_revision`
     labels: dict[str, int] = field(default_factory=dict)  # classes by their first name, if it has any
 
@@ -145,8 +140,18 @@ class Catalog:
             return content_revision(Path(model))
         return ask(f"look at {model}", lambda: HfApi(token=token).model_info(model), model).sha or ""
 
-    def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
+    def card(
+        self,
+        name: str,
+        keep: tuple[str, ...] = (),
+        recipe: Recipe = "best",
+        token: str | None = None,
+        call: Mapping[str, CallValue] = NO_CALL,
+    ) -> ModelCard:
         """Look at a model without its weights, with the login that `token` belongs to.
+
+        Args:
+            call: what the pipeline's call will be told.
 
         Raises:
             VQ4DiTError: if it cannot be opened here, is too large, gated, or not there; UnsupportedModelError if it is of a
@@ -154,7 +159,7 @@ class Catalog:
         """
         self.check_access(name, token)
         with self.named(name) as model:
-            return self._card(model, keep, recipe, token)
+            return self._card(model, keep, recipe, token, call)
 
     @contextmanager
     def named(self, name: str) -> Iterator[str]:
@@ -166,20 +171,20 @@ class Catalog:
             error.page = error.page.replace(model, name.strip().removeprefix(FOLDER))
             raise
 
-    def _card(self, model: str, keep: tuple[str, ...], recipe: Recipe, token: str | None) -> ModelCard:
+    def _card(
+        self, model: str, keep: tuple[str, ...], recipe: Recipe, token: str | None, call: Mapping[str, CallValue]
+    ) -> ModelCard:
         revision = content_revision(Path(model)) if Path(model).is_dir() else ""
         info = None if Path(model).is_dir() else self._info(model, token)
         commit = info.sha if info else None
         index = read_json(model, "model_index.json", commit, token)
-        inspection = inspect(model, keep, recipe=recipe, revision=commit, token=token)
+        inspection = inspect(model, keep, recipe=recipe, call=call, revision=commit, token=token)
         return ModelCard(
             inspection=inspection,
             pipeline=index.get("_class_name", ""),
             licence=_licence(info) if info else _licence_of_folder(Path(model)),
             gated=bool(info and info.gated),
             download_bytes=_download_bytes(info) if info else 0,
-            tokens=inspection.tokens,
-            width=inspection.width,
             commit=commit or revision,
             labels=_labels(index.get("id2label") or {}),
         )

@@ -94,8 +94,8 @@ def _of_paper(inspection: Inspection, prediction: SizePrediction, settings: Quan
     """What calibration adds to codebooks."""
     calibration, weights = settings.calibration, prediction.quantized_weights
     rows = calibration.num_trajectories * inspection.positions.rows
-    # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per weight: mixing about 40
-    per_step = weights * (8 * rows + 40)
+    # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per quantized weight: mixing about 40
+    per_step = inspection.parameters * 8 * rows + 40 * weights
     soft = weights // settings.subvector_dim * calibration.num_candidates
     return Estimate(
         {"calibrate": calibration.steps * per_step / (_cores(device) * OPERATIONS_PER_SECOND[device])},
@@ -112,12 +112,12 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
     calls = sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
     fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
-    of_all, of_quantized = (n / (cores * OPERATIONS_PER_SECOND[device]) for n in (inspection.parameters, weights))
+    per_operation = inspection.parameters / (cores * OPERATIONS_PER_SECOND[device])  # blocks run whether quantized or not
     stages = {
-        "sensitivity": of_all * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
-        "trajectories": of_all * SAMPLING_OPERATIONS * learned.rounds * learned.rows,
-        "bits": of_quantized * RATE_OPERATIONS * learned.rows,
-        "fit": of_quantized * FIT_OPERATIONS * learned.rows + fitted,
+        "sensitivity": per_operation * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
+        "trajectories": per_operation * SAMPLING_OPERATIONS * learned.rounds * learned.rows,
+        "bits": per_operation * RATE_OPERATIONS * learned.rows,
+        "fit": per_operation * FIT_OPERATIONS * learned.rows + fitted,
     }
     coupled = 0 if large else sum(layer.rows**2 for layer in layers)  # entries of output sensitivities
     together = min(probed.rows, Shown.of(inspection.positions, config.sensitivity_tokens_together).rows) / STEPS

@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
+from vq4dit.bundled import BUNDLED, suggested_call
 from vq4dit.projects.call_lines import written
-from vq4dit.projects.catalog import BUNDLED, CALLS
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.workspace import Project, Status
 from vq4dit.web import fields, html
@@ -203,7 +203,8 @@ class Answers:
             recipe: best, paper or kmeans.
         """
         try:
-            cost = self.studio.costs(self.studio.card(model), Choice(model, bits, recipe, 0, ""))[bits]
+            choice = Choice(model, bits, recipe, 0, "", suggested(model))
+            cost = self.studio.costs(self.studio.chosen(choice), choice)[bits]
         except Exception as error:
             raise gr.Error(on_page(error), print_exception=False) from error
         return {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "disk_bytes": cost.disk_bytes, "fits": cost.fits()}
@@ -254,7 +255,7 @@ def chosen(query: dict[str, str], last: Project | None) -> tuple:
 
 def suggested(model: str) -> str:
     """What the call of a bundled model's pipeline must be told, one NAME=VALUE a line; of others we do not know."""
-    return "\n".join(written(CALLS.get(model, {})))
+    return "\n".join(written(suggested_call(model)))
 
 
 def commands(choice: Choice) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
+from vq4dit.bundled import BUNDLED
 from vq4dit.config import RECIPES
-from vq4dit.projects.catalog import BUNDLED
 from vq4dit.web import fields, html
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings, Recipe
+from vq4dit.config import CODEBOOKS, RECIPES, CallValue, QuantizationSettings, Recipe
 from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.models.conditions import condition_kind
@@ -66,18 +66,25 @@ class Studio:
 
     # --- before the work ---
 
-    def card(self, name: str, keep: tuple[str, ...] = (), recipe: Recipe = "best", token: str | None = None) -> ModelCard:
+    def card(
+        self,
+        name: str,
+        keep: tuple[str, ...] = (),
+        recipe: Recipe = "best",
+        token: str | None = None,
+        call: tuple[tuple[str, CallValue], ...] = (),
+    ) -> ModelCard:
         """What is known of a model. Read once and kept for all, but shown only to those who may read it themselves.
 
         Raises:
             VQ4DiTError: as `Catalog.card`.
         """
         self.catalog.check_access(name, token)
-        key = name, self.catalog.revision(name, token), keep, recipe  # the same name may hold another model now
+        key = name, self.catalog.revision(name, token), keep, recipe, call  # the same name may hold another model now
         if key not in self._cards:
             if len(self._cards) >= CARDS_KEPT:
                 self._cards.clear()
-            self._cards[key] = self.catalog.card(name, keep, recipe, token)
+            self._cards[key] = self.catalog.card(name, keep, recipe, token, dict(call))
         return self._cards[key]
 
     def chosen(self, choice: Choice, token: str | None = None) -> ModelCard:
@@ -88,7 +95,8 @@ class Studio:
                 ValueError if the pipeline's call has no such argument.
         """
         settings = choice.settings()
-        card = self.card(choice.model or "", settings.keep, settings.recipe, token)
+        call = tuple(settings.call_arguments.items())
+        card = self.card(choice.model or "", settings.keep, settings.recipe, token, call)
         pipeline = pipeline_class(card.pipeline)
         if settings.recipe != "kmeans":
             condition_kind(pipeline)
@@ -100,10 +108,7 @@ class Studio:
         costs = {}
         for prediction in card.inspection.predictions:
             settings = replace(choice, bits=prediction.bits).settings()
-            parameters = card.inspection.parameters
-            costs[prediction.bits] = estimate(
-                prediction, settings, parameters=parameters, tokens=card.tokens, device=self.device
-            )
+            costs[prediction.bits] = estimate(card.inspection, settings, self.device)
         return costs
 
     def begin(self, visitor: str, choice: Choice, token: str | None = None) -> Project:
