@@ -197,7 +197,13 @@ def test_a_truncated_file_is_refused(broken):
 
 @pytest.mark.parametrize(
     "shape, message",
-    [((1024,), "a codebook is"), ((256, 3), "need 1408 bytes"), ((256, 65), "a codebook is"), ((16, 4), "need 512 bytes"), ((256, 2), "need 2048 bytes")],
+    [
+        ((1024,), "a codebook is"),
+        ((256, 3), "need 1408 bytes"),
+        ((256, 65), "a codebook is"),
+        ((16, 4), "need 512 bytes"),
+        ((256, 2), "need 2048 bytes"),
+    ],
     ids=["one-dimensional", "d-no-divisor", "d-larger-than-the-layer", "other-k", "other-d"],
 )
 def test_a_codebook_of_the_wrong_shape_is_refused(broken, shape, message):

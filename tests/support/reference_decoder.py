@@ -43,8 +43,8 @@ def read_model(folder: Path, linears: dict[str, tuple[int, ...]], blocks: list[s
     """The state dict of the ordinary model, floating-point tensors in fp32, from its `transformer` folder.
 
     Args:
-        linears: (rows, columns) of the linear layers in the blocks, and (rows, columns, 1, ...) of 1x1 convolutions, by name: they
-            follow from the architecture.
+        linears: (rows, columns) of the linear layers in the blocks, and (rows, columns, 1, ...) of 1x1 convolutions, by name:
+            they follow from the architecture.
         blocks: names of the transformer blocks in their order, which do so too.
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

@@ -62,15 +62,8 @@ def _of_picture(pipeline: Any, told: Mapping[str, Any]) -> int:
     for side in ("height", "width"):
         of_latents = _number(config.get(f"sample_{side}"), latents)
         pixels = _number(told.get(side), 0)
-        sides *= max(1, pixels // _side_of_position(pipeline) if pixels else of_latents // patch)
+        sides *= max(1, pixels // spatial_scale(pipeline) if pixels else of_latents // patch)
     return sides * latent_frames(pipeline, frames)
-
-
-def _side_of_position(pipeline: Any) -> int:
-    """Pixels: what height and width must be multiples of, if the pipeline says more than its patches do: it packs latents."""
-    configs = (getattr(getattr(pipeline, f"{kind}_processor", None), "config", {}) for kind in ("image", "video"))
-    multiples = [_number(config.get("vae_scale_factor"), 1) for config in configs]
-    return max(spatial_scale(pipeline), *multiples, 1)
 
 
 def _passes(pipeline: Any, told: Mapping[str, Any]) -> int:

@@ -156,10 +156,15 @@ def _pixels(pipeline: Any, side: str) -> int | None:
 
 
 def spatial_scale(pipeline: Any) -> int:
-    """Pixels of one position of the transformer, in height and in width."""
+    """Pixels of one position of the transformer, in height and in width.
+
+    A pipeline that packs latents says more than its patches do: of what height and width must be multiples.
+    """
     patch = getattr(pipeline.transformer.config, "patch_size", 1)
     patch = max(patch) if isinstance(patch, list | tuple) else patch
-    return _scale(pipeline, SPATIAL) * (patch if isinstance(patch, int) else 1)
+    configs = (getattr(getattr(pipeline, f"{kind}_processor", None), "config", {}) for kind in ("image", "video"))
+    multiples = [scale for config in configs if isinstance(scale := config.get("vae_scale_factor"), int)]
+    return max(_scale(pipeline, SPATIAL) * (patch if isinstance(patch, int) else 1), *multiples, 1)
 
 
 def _scale(pipeline: Any, names: Sequence[str]) -> int:
