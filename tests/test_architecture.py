@@ -1,7 +1,12 @@
 """The import graph points one way, from package to package and from module to module, and the library never prints."""
 
 import ast
+import builtins
+import dis
 import graphlib
+import importlib
+import inspect
+import types
 from pathlib import Path
 
 import pytest
@@ -75,6 +80,28 @@ def test_a_circle_is_noticed(graph):
 @every_module
 def test_the_package_imports_itself_in_one_form_only(source):
     assert forbidden_imports(source.read_text()) == []
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    """All that is looked up in the module or among the builtins, by functions in functions too."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
+def functions_of(module: types.ModuleType) -> list[types.CodeType]:
+    code = compile(Path(str(module.__file__)).read_text(), str(module.__file__), "exec", dont_inherit=True)
+    bodies = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return [f for f in bodies if f.co_flags & inspect.CO_OPTIMIZED] + [
+        f for body in bodies for f in body.co_consts if isinstance(f, types.CodeType) and f.co_flags & inspect.CO_OPTIMIZED
+    ]
+
+
+@every_module
+def test_functions_look_up_only_names_that_are_there(source):
+    """A linter cannot tell: the shapes in annotations are strings, which look to it like names that are missing."""
+    module = importlib.import_module(f"vq4dit.{module_name(source)}")
+    known = {*vars(module), *dir(builtins)}
+    assert {name for code in functions_of(module) for name in global_names(code)} <= known
 
 
 @pytest.mark.parametrize("source", [path for path in SOURCES if package(module_name(path)) != "cli"], ids=module_name)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.backends import cuda
 
+from vq4dit.denoisers import denoisers_of
+
 # One for all threads of a process: how to read it, how to set it, and what it is ordinarily.
 OF_THE_PROCESS: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = [
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
@@ -51,12 +53,14 @@ def ordinary_torch() -> Iterator[None]:
 
 
 def with_gradients(pipeline: Any) -> Any:
-    """The same pipeline, with a copy of its transformer if that was made in inference mode: no gradient can pass it."""
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module) or not any(p.is_inference() for p in _tensors(transformer)):
+    """The same pipeline, with copies of transformers that were made in inference mode: no gradient can pass those."""
+    if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
+        return pipeline
+    unable = {name: part for name, part in denoisers_of(pipeline).items() if any(p.is_inference() for p in _tensors(part))}
+    if not unable:
         return pipeline
     able = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
-    able.register_modules(transformer=copy.deepcopy(transformer))
+    able.register_modules(**{name: copy.deepcopy(part) for name, part in unable.items()})
     return able
 
 
@@ -75,3 +79,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def without_parameter_gradients(*models: nn.Module) -> Iterator[None]:
+    """For a while no parameter takes a gradient; afterwards those do that did."""
+    asked = [p for model in models for p in model.parameters() if p.requires_grad]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in asked:
+            with torch.inference_mode(p.is_inference()):
+                p.requires_grad_(True)

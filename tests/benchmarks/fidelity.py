@@ -34,6 +34,7 @@ from torch import Tensor
 from vq4dit.bundled import suggested_call
 from vq4dit.cli.options import prompts_file
 from vq4dit.config import CODEBOOKS, EntropyCodingConfig
+from vq4dit.denoisers import denoiser_of
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import fingerprint
 from vq4dit.evaluation.images import SamplePair, grid, label_ids, sample
@@ -147,7 +148,7 @@ def recipe_pipeline(original: Any, args: argparse.Namespace, row: str, seed: int
         made = run_vq4dit("quantize", args.model, "--output", str(output), *options)
         report.write_text(json.dumps({"seconds": made.seconds, "peak_gb": made.peak_bytes / 1e9}))
     pipeline = load_pipeline(str(output))
-    layers = layer_errors(original.transformer, pipeline.transformer)
+    layers = layer_errors(denoiser_of(original), denoiser_of(pipeline))
     weights = sum(layer.rows * layer.columns for layer in layers)
     used = sum(layer.bits_per_weight * layer.rows * layer.columns for layer in layers)
     figures = {"bits_per_weight": used / weights, "megabytes": tensor_bytes(str(output)) / 1e6}

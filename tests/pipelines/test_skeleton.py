@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import new_transformer
 
 from vq4dit.cli.main import main
-from vq4dit.errors import FormatError, UnsupportedModelError
+from vq4dit.errors import FormatError, UnsupportedModelError, VQ4DiTError
 from vq4dit.models.rehearsal import rehearse
 from vq4dit.pipelines.inspect import inspect
 from vq4dit.pipelines.load import load_pipeline
@@ -227,9 +227,20 @@ def test_settings_of_a_packed_model_are_of_their_kind(quantized_folder, tmp_path
         load_pipeline(str(folder))
 
 
-def test_a_second_transformer_is_told_before_anything_is_read(folder):
+def test_a_second_transformer_is_looked_at_like_the_first(folder):
+    alone = inspect(str(folder))
     change(folder, "model_index.json", transformer_2=["diffusers", "DiTTransformer2DModel"])
-    with pytest.raises(UnsupportedModelError, match="more than one transformer, .* transformer_2 would stay as large as it is"):
+    for look in looks(folder):
+        with pytest.raises(VQ4DiTError, match="transformer_2/config.json"):
+            look()
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    both = inspect(str(folder))
+    assert (both.num_blocks, both.file_bytes) == (2 * alone.num_blocks, 2 * alone.file_bytes)
+    (folder / "transformer_2" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel", "num_layers": 9}')
+    with pytest.raises(FormatError, match="transformer_2"):
         inspect(str(folder))
+
+
+def test_a_part_that_is_none_is_no_second_transformer(folder):
     change(folder, "model_index.json", transformer_2=[None, None])
     assert inspect(str(folder)).num_blocks == 2

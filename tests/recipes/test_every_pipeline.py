@@ -4,7 +4,6 @@ Of each, tiny and random, half a dozen layers are quantized and the others kept,
 """
 
 import random
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from tiny_pipelines import BUILDERS, CALLS, build
 from torch import Tensor, nn
 
 from vq4dit import CalibrationConfig, EntropyCodingConfig, QuantizationSettings, quantize
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.denoisers import denoiser_of
 from vq4dit.evaluation.metrics import noise_nmse
 from vq4dit.models.blocks import find_targets
 from vq4dit.models.trajectories import STEPS
@@ -27,7 +26,6 @@ from vq4dit.recipes.quantize import check
 LAYERS = 6
 TRAJECTORIES = 4  # side by side: with fewer, `best` shows as many prompts in more rounds, which takes longer
 RECIPES = ("kmeans", "paper", "best")
-REFUSED = {"wan22": "more than one transformer"}
 # Of the published pipeline of stable-audio the scheduler is another one, which needs the package torchsde.
 
 
@@ -155,11 +153,11 @@ def without_remarks() -> Iterator[None]:
     diffusers.utils.logging.set_verbosity(before)
 
 
-@pytest.fixture(scope="module", params=["own", *(name for name in BUILDERS if name not in REFUSED)])
+@pytest.fixture(scope="module", params=["own", *BUILDERS])
 def quantized(request: pytest.FixtureRequest, without_remarks: None) -> Quantized:
     pipeline = own_pipeline() if request.param == "own" else build(request.param)
     call = CALLS.get(request.param, {})
-    targets = list(find_targets(pipeline.transformer, 4, 256)[0])
+    targets = list(find_targets(denoiser_of(pipeline), 4, 256)[0])
     layers = set(random.Random(0).sample(targets, LAYERS))
     before = state_of(pipeline)
     few = {"keep": tuple(name for name in targets if name not in layers), "call": call}
@@ -170,7 +168,7 @@ def quantized(request: pytest.FixtureRequest, without_remarks: None) -> Quantize
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_packs_the_layers_of_every_pipeline(quantized, recipe):
-    assert set(packed_layers(quantized.by_recipe[recipe].transformer)) == quantized.layers
+    assert set(packed_layers(denoiser_of(quantized.by_recipe[recipe]))) == quantized.layers
 
 
 def test_best_errs_less_than_kmeans(quantized):
@@ -185,10 +183,3 @@ def test_best_errs_less_than_kmeans(quantized):
 
 def test_the_pipeline_stays_as_it_was(quantized):
     assert state_of(quantized.pipeline) == quantized.before
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_pipeline_that_cannot_be_quantized_is_refused_with_the_reason(name, recipe):
-    with pytest.raises(UnsupportedModelError, match=re.escape(REFUSED[name])):
-        quantize(build(name), settings(recipe, call=CALLS[name]))

@@ -113,7 +113,7 @@ def test_layers_without_tokens_see_every_class_and_as_often_none(pipeline):
     embedder = pipeline.transformer.transformer_blocks[1].norm1.emb
     labels = torch.tensor([0, 1, 2, NULL_CLASS, NULL_CLASS, NULL_CLASS])
     seen = []
-    for call in replays_of(pipeline).calls:
+    for call in replays_of(pipeline).transformers[0].calls:
         with torch.no_grad():
             seen.append(torch.nn.functional.silu(embedder(call.named["timestep"][:1].expand(6), labels)))
     assert len(seen) == STEPS
@@ -129,12 +129,12 @@ def test_the_teacher_may_be_gone_through_alone_and_by_some_of_the_steps(pipeline
     """As the bits of all layers are known, before there is a student."""
     replays, layer = replays_of(pipeline), "transformer_blocks.1.ff.net.0.proj"
     teacher, names = replays.of(pipeline.transformer, every), list(find_targets(pipeline.transformer, 4, 256)[0])
-    assert [call.step for call in teacher.calls] == list(range(0, STEPS, every))
+    assert [call.step for call in teacher[0].calls] == list(range(0, STEPS, every))
     alone = group_of(groups_in_turn(teacher, teacher, names), layer)
     seen = []
     hook = pipeline.transformer.get_submodule(layer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     with torch.no_grad():
-        for call in teacher.calls:
+        for call in teacher[0].calls:
             call.run(pipeline.transformer)
     hook.remove()
     inputs = torch.cat([x.flatten(0, -2) for x in seen])
@@ -151,7 +151,7 @@ def test_a_step_counts_for_layers_without_tokens_as_they_are_told(pipeline):
     found = group_of(groups_in_turn(*both, [layer], {layer: weights}, replays.num_classes), layer)
     labels = torch.tensor([0, 1, 2, NULL_CLASS])
     with torch.no_grad():
-        timestep = replays.calls[3].named["timestep"][:1].expand(4)
+        timestep = replays.transformers[0].calls[3].named["timestep"][:1].expand(4)
         inputs = torch.nn.functional.silu(model.transformer_blocks[1].norm1.emb(timestep, labels))
     shares = torch.tensor([3.0, 3.0, 3.0, 3.0]) / 12  # three times one class against none as often as all classes
     torch.testing.assert_close(found.student_mean, shares @ inputs)

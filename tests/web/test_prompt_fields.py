@@ -87,7 +87,7 @@ def test_what_is_drawn_is_of_the_jobs_model_whatever_is_picked_above(answers, vi
 def test_a_link_restores_prompts_and_arguments(answers, visitor):
     choice = Choice("folder:flux", 2, "kmeans", 0, "", 'negative_prompt="a & b"\nheight=32')
     read = chosen(dict(parse_qsl(html.link_of(choice.model, choice.settings()).removeprefix("?"))), None)
-    assert replace(choice, call=read[-1]).settings() == choice.settings()
+    assert replace(choice, call=read[5]).settings() == choice.settings()
     _, prompts, _, _ = fields(answers, "folder:flux", visitor, link={"model": "folder:flux", "prompts": "a fox\na car"})
     assert prompts.value == "a fox\na car"
     _, prompts, _, _ = fields(answers, "folder:flux", visitor, link={"model": "another", "prompts": "a fox\na car"})
@@ -99,7 +99,7 @@ def test_arguments_of_a_bundled_model_are_filled_in(answers):
     assert (
         Choice(BUNDLED_FLUX, 2, "best", 0, "", answers.suggest(BUNDLED_FLUX)).settings().call_arguments == CALLS[BUNDLED_FLUX]
     )
-    assert chosen({"model": BUNDLED_FLUX}, None)[-1] == suggested(BUNDLED_FLUX)
+    assert chosen({"model": BUNDLED_FLUX}, None)[5] == suggested(BUNDLED_FLUX)
 
 
 def test_the_command_says_the_arguments():

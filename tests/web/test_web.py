@@ -149,9 +149,9 @@ def test_the_command_says_what_the_page_would_do():
 
 def test_links_restore_settings_and_nonsense_in_them_is_harmless():
     link = {"model": "ann/x", "bits": "4", "recipe": "paper", "seed": "3", "keep": "*.ff.*"}
-    assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*", "")
-    assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "", "")
-    assert chosen(link | {"call": "a=1\nb=c"}, None)[-1] == "a=1\nb=c"
+    assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*", "", "copy")
+    assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "", "", "copy")
+    assert chosen(link | {"call": "a=1\nb=c"}, None)[5] == "a=1\nb=c"
 
 
 def test_settings_that_do_not_fit_are_told(answers, visitor):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from vq4dit.bundled import suggested_call
+from vq4dit.denoisers import denoiser_of
 from vq4dit.evaluation.images import label_ids, some_conditions
 from vq4dit.models.conditions import Condition, condition_kind
 from vq4dit.pipelines.decode_modes import packed_layers
@@ -44,4 +45,4 @@ def call_of(pipeline: Any, model: str, args: argparse.Namespace) -> dict[str, An
     An original is told those, or, without any, what is suggested for a bundled model.
     """
     given = dict(args.call)
-    return {**recorded_call(model), **given} if packed_layers(pipeline.transformer) else given or suggested_call(model)
+    return {**recorded_call(model), **given} if packed_layers(denoiser_of(pipeline)) else given or suggested_call(model)

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from vq4dit.cli.options import add_call, add_keep, call_for, model_name
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.config import RECIPES
+from vq4dit.disk.files import amount
 from vq4dit.pipelines.inspect import Inspection, inspect
 
 LEAST_SHARE = 1e-3  # of the parameters, that is worth naming
@@ -62,6 +63,9 @@ def report_inspected(args: argparse.Namespace, inspection: Inspection) -> None:
         table.add_row(kept.name, "", escape(f"16 bit: {kept.reason}"))
     console.print(table)
     console.print(escape(told_kept(inspection)))
+    if others := inspection.other_bytes:
+        told = ", ".join(f"{part} {amount(size)}" for part, size in others.items())
+        console.print(f"beside it, copied into a result unless it is quantized with --components reference: {escape(told)}")
     table = Table("bits", "layers quantized", "bits per weight", "transformer file", "against now")
     for p in inspection.predictions:
         ratio = f"{inspection.file_bytes / p.file_bytes:.2f} x smaller"

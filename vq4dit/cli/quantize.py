@@ -30,6 +30,7 @@ from vq4dit.cli.options import (
 from vq4dit.cli.streams import standard_error
 from vq4dit.cli.terminal import Console, Report
 from vq4dit.config import CODEBOOKS, RECIPES, CalibrationConfig, EntropyCodingConfig, QuantizationSettings
+from vq4dit.denoisers import denoiser_of
 from vq4dit.disk.files import check_place
 from vq4dit.disk.job import Job, check_job_folder
 from vq4dit.disk.space import check_space, folder_bytes
@@ -39,8 +40,9 @@ from vq4dit.evaluation.metrics import LayerError, layer_errors
 from vq4dit.pipelines.inspect import inspect, tensor_bytes
 from vq4dit.pipelines.load import load_pipeline, pinned, source_folder
 from vq4dit.pipelines.provenance import origin_of
+from vq4dit.pipelines.references import COMPONENTS, check_base
 from vq4dit.pipelines.repository import located
-from vq4dit.pipelines.save import check_output, is_finished, is_result, save
+from vq4dit.pipelines.save import check_output, is_finished, is_result, reference_of, save
 from vq4dit.recipes.estimate import Device, check_fits, estimate
 from vq4dit.recipes.quantize import check, run
 
@@ -68,6 +70,13 @@ def add_quantize_arguments(sub: argparse.ArgumentParser) -> None:
         type=prompts_file,
         metavar="FILE",
         help="prompts to calibrate on, one a line; those with # are left out (default: a neutral list)",
+    )
+    sub.add_argument(
+        "--components",
+        default="copy",
+        choices=COMPONENTS,
+        help="what becomes of text encoders, VAE and the like: copied into DIR, or fetched from MODEL's repository by whoever "
+        "loads DIR, at the commit that was quantized (default: copy)",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     sub.add_argument("--resume", action="store_true", help="go on with the unfinished job in DIR.job")
@@ -103,13 +112,15 @@ def quantize_command(args: argparse.Namespace) -> Report:
     check_place(args.output)
     check_not_inside(args.model, args.output)
     revision = pinned(args.model)
+    if args.components == "reference":
+        check_base(args.model, revision)
     settings = settings_of(args)
     call = settings.call_arguments
     tell_suggested(args, call)
     # Refuses what can't be done before weights are read.
     found = inspect(args.model, args.keep, [args.bits], recipe=args.recipe, call=call, revision=revision)
     kind: Device = "gpu" if device.type == "cuda" else "cpu"
-    cost = estimate(found, settings, kind)
+    cost = estimate(found, settings, kind, args.components)
     check_fits(cost, args.model, device)
     folder = args.output.with_name(f"{args.output.name}.job")
     seems_done = args.resume and is_result(args.output, settings)
@@ -126,7 +137,8 @@ def quantize_command(args: argparse.Namespace) -> Report:
         check_sampling(pipeline, 1, call)
     check(pipeline, settings)
     source = source_folder(args.model, revision)
-    if seems_done and is_finished(args.output, settings, pipeline, source, args.overwrite):  # killed before it cleaned up
+    reference = reference_of(pipeline, source, origin) if args.components == "reference" else None
+    if seems_done and is_finished(args.output, settings, pipeline, source, args.overwrite, reference):  # killed before cleaning
         quantized = load_pipeline(str(args.output)).to(device)
         if folder.exists():
             with Job.open(folder, settings, pipeline, resume=True) as job:
@@ -138,7 +150,8 @@ def quantize_command(args: argparse.Namespace) -> Report:
                 quantized = run(job, pipeline, on_progress=on_progress)
                 assert quantized is not None  # it had all the time it wanted
             origin = dataclasses.replace(origin, fingerprint=job.fingerprint)
-            save(quantized, args.output, overwrite=args.overwrite, source=source, origin=origin, scratch=folder)
+            where: dict[str, Any] = {"source": source, "scratch": folder, "components": args.components}
+            save(quantized, args.output, overwrite=args.overwrite, origin=origin, **where)
             job.remove()
     return partial(report_quantized, args, revision, pipeline, quantized, time.monotonic() - started)
 
@@ -150,7 +163,7 @@ def tell_suggested(args: argparse.Namespace, call: dict[str, Any]) -> None:
 
 
 def report_quantized(args: argparse.Namespace, revision: str | None, original: Any, quantized: Any, seconds: float) -> None:
-    layers = layer_errors(original.transformer, quantized.transformer)
+    layers = layer_errors(denoiser_of(original), denoiser_of(quantized))
     report = {
         "output": str(args.output),
         "transformer_bytes": tensor_bytes(str(args.output)),

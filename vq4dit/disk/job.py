@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vq4dit.config import QuantizationSettings, check_settings
+from vq4dit.denoisers import as_one, denoisers_of
 from vq4dit.disk.files import TEMPORARY, WINDOWS, listed, told, write_atomically
 from vq4dit.disk.folders import sweep, unknown_names
 from vq4dit.disk.json_files import read_object
@@ -43,12 +44,12 @@ MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
 
 
 def fingerprint(pipeline: Any) -> str:
-    """SHA-256 over all that a result depends on: the transformer's tensors and settings, the scheduler's, the labels."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    settings = [_settings(part) for part in (scheduler, pipeline.transformer)]
+    """SHA-256 over all that a result depends on: the transformers' tensors and settings, the scheduler's, the labels."""
+    scheduler, transformers = getattr(pipeline, "scheduler", None), denoisers_of(pipeline)
+    settings = [_settings(part) for part in (scheduler, *transformers.values())]
     described = [type(scheduler).__name__, *settings, getattr(pipeline, "labels", {})]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    _update(digest, pipeline.transformer.state_dict())
+    _update(digest, as_one(transformers).state_dict())
     return digest.hexdigest()
 
 

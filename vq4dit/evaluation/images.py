@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from vq4dit.denoisers import denoiser_of
 from vq4dit.errors import BROKEN, UnsupportedModelError, brief
 from vq4dit.memory import is_out_of_memory
 from vq4dit.models.blocks import parts_of
@@ -94,7 +95,7 @@ def sample(
     """
     check_sampling(pipeline, num_inference_steps, call)
     if batch_size is None:
-        batch_size = 1 if is_large(pipeline.transformer) and condition_kind(pipeline) == "prompt" else 16
+        batch_size = 1 if is_large(denoiser_of(pipeline)) and condition_kind(pipeline) == "prompt" else 16
     images: list[np.ndarray] = []
     for start in range(0, len(conditions), batch_size):
         part = slice(start, start + batch_size)

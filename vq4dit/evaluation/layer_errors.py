@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vq4dit.denoisers import denoiser_of
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.linear_maps import is_linear_map, matrix_of, matrix_shape
 from vq4dit.layers.packed import PackedLinear
@@ -35,8 +36,8 @@ TOKENS_TOGETHER = 2048  # whose activations are held for the backward pass
 
 def check_comparable(original: Any, quantized: Any) -> None:
     """Raise `UnsupportedModelError` unless the original has every quantized layer, in the same shape."""
-    for name, layer in packed_layers(quantized.transformer).items():
-        linear = dict(original.transformer.named_modules()).get(name)
+    for name, layer in packed_layers(denoiser_of(quantized)).items():
+        linear = dict(denoiser_of(original).named_modules()).get(name)
         wanted = (layer.out_features, layer.in_features)
         found = matrix_shape(linear) if linear is not None and is_linear_map(linear) else (None, None)
         if found != wanted:
@@ -102,7 +103,7 @@ class _Added:
     """What each layer adds to the squared relative error of the guided prediction, summed over what was heard of it."""
 
     def __init__(self, original: Any, quantized: Any):
-        self.changes = {name: _change(original, name, layer) for name, layer in packed_layers(quantized.transformer).items()}
+        self.changes = {name: _change(original, name, layer) for name, layer in packed_layers(denoiser_of(quantized)).items()}
         self.found = dict.fromkeys(self.changes, 0.0)
         self.samples = 0  # of all steps
         self._products: dict[str, list[Tensor]] = {}  # g·δ of this step, a number for each row of a batch
@@ -141,6 +142,6 @@ class _Steps:
 
 def _change(original: Any, name: str, layer: PackedLinear) -> tuple[Tensor, Tensor]:
     """W - Ŵ and b - b̂."""
-    linear = original.transformer.get_submodule(name)
+    linear: Any = denoiser_of(original).get_submodule(name)
     weight = matrix_of(linear).float() - layer.reconstruct(torch.float32)
     return weight, linear.bias.float() - layer.bias.float() if layer.bias is not None else weight.new_zeros(())

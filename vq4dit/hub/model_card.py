@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -23,22 +22,21 @@ import diffusers
 from huggingface_hub import ModelCardData, constants
 
 from vq4dit.config import CODEBOOKS, call_items
+from vq4dit.disk.files import amount
 from vq4dit.disk.json_files import read_object, shown
 from vq4dit.errors import FormatError, HubError
 from vq4dit.evaluation.images import makes_films
 from vq4dit.evaluation.metrics import Comparison
 from vq4dit.hub.base import Base, licence_of
+from vq4dit.hub.how_made import kept_layers, layer_codings, making
 from vq4dit.hub.markdown import plain
-from vq4dit.models.blocks import find_targets
 from vq4dit.models.conditions import undecorated_call
 from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.inspect import tensor_bytes
-from vq4dit.pipelines.load import check_pipeline
-from vq4dit.pipelines.provenance import REVISION, Origin, copied, is_hub_id, read_origin
-from vq4dit.pipelines.repository import read_json, weights_in
-from vq4dit.pipelines.skeleton import empty_transformer
-
-RECIPES = {"kmeans": "plain k-means", "paper": "VQ4DiT as in its paper", "best": "the one that measures best in vq4dit"}
+from vq4dit.pipelines.load import check_pipeline, denoiser_parts
+from vq4dit.pipelines.provenance import REVISION, copied, is_hub_id, read_origin
+from vq4dit.pipelines.references import read_reference
+from vq4dit.pipelines.repository import parts_of, read_json
 
 
 def read_report(folder: Path) -> Comparison:
@@ -85,14 +83,15 @@ def model_card(
     num_bytes = tensor_bytes(str(folder))
     _check_reports(num_bytes, report, kmeans)
     origin, codings = read_origin(folder), layer_codings(folder)
-    pipeline = getattr(diffusers, read_json(str(folder), "model_index.json")["_class_name"])
+    index = read_json(str(folder), "model_index.json")
+    pipeline = getattr(diffusers, index["_class_name"])
     parts = [
         f"---\n{_metadata(base, quantization['bits'], pipeline)}\n---",
         _introduction(repo_id, base, quantization),
-        _loading(repo_id, pipeline, origin.settings.get("call", {})),
+        _loading(repo_id, pipeline, index, origin.settings.get("call", {})),
         _measured(num_bytes, quantization, report, kmeans),
-        _making(quantization, origin, codings),
-        _kept(config, origin, codings),
+        making(quantization, origin, codings),
+        kept_layers(folder, quantization, origin, codings),
         _limits(base, report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -145,7 +144,7 @@ def _call_parameters(pipeline: type) -> Mapping[str, inspect.Parameter]:
 def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str:
     if base.model:
         at = f", commit `{base.revision}`" if base.revision else ", commit not recorded"
-        told = f"[{base.model}]({constants.ENDPOINT}/{base.model}){at}"
+        told = f"{_linked(base.model)}{at}"
     else:
         told = "a folder that is not on the Hub, so no id and no commit can be named"
     return (
@@ -155,13 +154,29 @@ def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str
     )
 
 
-def _loading(repo_id: str, pipeline: type, call: Mapping[str, Any]) -> str:
-    name = pipeline.__name__
+def _loading(repo_id: str, pipeline: type, index: dict[str, Any], call: Mapping[str, Any]) -> str:
+    name, reference = pipeline.__name__, read_reference(index, "model_index.json")
+    imported, loaded, told = name, f'pipeline = {name}.from_pretrained("{repo_id}")', ""
+    if reference:
+        kinds = {part: parts_of(index)[part][1] for part in denoiser_parts(index)}
+        imported = ", ".join(sorted({name, *kinds.values()}))
+        lines = [f'{part} = {kind}.from_pretrained("{repo_id}", subfolder="{part}")' for part, kind in kinds.items()]
+        given = "".join(f", {part}={part}" for part in kinds)
+        revision = f'revision="{reference.revision}"'
+        loaded = "\n".join([*lines, f'pipeline = {name}.from_pretrained("{reference.model}", {revision}{given})'])
+        told = (
+            f"This repository does not hold the rest of the pipeline. It is that of {_linked(reference.model)} at commit "
+            f"`{reference.revision}`: {', '.join(reference.parts)}, {amount(sum(reference.files.values()))}.\n\n"
+        )
     return (
-        f"## Load it\n\n```bash\npip install git+{source()}\n```\n\n```python\nimport vq4dit  # teaches diffusers to read "
-        f'packed models\nfrom diffusers import {name}\n\npipeline = {name}.from_pretrained("{repo_id}")'
+        f"## Load it\n\n```bash\npip install git+{source()}\n```\n\n{told}```python\n"
+        f"import vq4dit  # teaches diffusers to read packed models\nfrom diffusers import {imported}\n\n{loaded}"
         f'{_drawing(pipeline, call)}\n```\n\nWithout `import vq4dit`, diffusers says "Unknown quantization type".'
     )
+
+
+def _linked(model: str) -> str:
+    return f"[{model}]({constants.ENDPOINT}/{model})"
 
 
 def _drawing(pipeline: type, call: Mapping[str, Any]) -> str:
@@ -222,66 +237,6 @@ def _figures(name: str, num_bytes: int | None, report: Comparison | None) -> str
 
 def _row(name: str, num_bytes: int | None, *figures: str) -> str:
     return f"| {name} | {'not measured' if num_bytes is None else f'{num_bytes:,}'} | {' | '.join(figures)} |"
-
-
-def _making(quantization: dict[str, Any], origin: Origin, codings: dict[str, str]) -> str:
-    bits, recipe = quantization["bits"], quantization["recipe"]
-    told = "; ".join(f"{coding} in {count} layers" for coding, count in Counter(codings.values()).most_common())
-    lines = [
-        f"- bits per weight: {bits} ({told})",
-        f"- recipe: `{recipe}`, {RECIPES.get(recipe, 'unknown')}",
-        f"- seed: {quantization['seed']}",
-    ]
-    calibration = origin.settings.get("calibration", {})
-    shown = {key: value for key, value in calibration.items() if _belongs(key, recipe)}
-    if call := origin.settings.get("call"):
-        lines.append("- sampled with: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in call.items()))
-    if prompts := origin.settings.get("prompts"):
-        lines.append(f"- calibrated on {len(prompts)} prompts of its maker's choice")
-    if shown:
-        lines.append("- calibration: " + ", ".join(f"{plain(key)} {plain(value)}" for key, value in shown.items()))
-    if origin.versions:
-        lines.append("- versions: " + ", ".join(f"{plain(name)} {plain(value)}" for name, value in origin.versions.items()))
-    else:
-        lines.append("- versions and calibration settings: not recorded")
-    return "## How it was made\n\n" + "\n".join(lines)
-
-
-def _belongs(constant: str, recipe: str) -> bool:
-    """Whether a recipe reads this constant of `CalibrationConfig`."""
-    of_best = constant.startswith("tuning_")  # in models of earlier versions
-    return {"best": of_best or constant == "guidance_scale", "paper": not of_best}.get(recipe, False)
-
-
-def _kept(config: dict[str, Any], origin: Origin, quantized: dict[str, str]) -> str:
-    original = {key: value for key, value in config.items() if key != "quantization_config"}
-    num_codewords, dim = CODEBOOKS[config["quantization_config"]["bits"]]
-    targets, kept = find_targets(empty_transformer(original), dim, num_codewords, origin.settings.get("keep", ()))
-    reasons = {layer.name: layer.reason for layer in kept} | dict.fromkeys(targets, "not quantized")
-    groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), reasons[name]) for name in reasons if name not in quantized)
-    lines = [f"- `{name}` ({count} layers): {plain(reason)}" for (name, reason), count in groups.items()]
-    lines.append("- everything outside the transformer blocks, all biases and norms")
-    total = len(quantized)
-    return f"## Layers kept in 16 bit\n\n{total} linear layers are quantized. The rest is not:\n\n" + "\n".join(lines)
-
-
-def layer_codings(folder: Path) -> dict[str, str]:
-    """How the weights of each quantized layer are held, from the files' headers."""
-    found: dict[str, str] = {}
-    for key, tensor in weights_in(folder / "transformer").tensors.items():
-        layer, _, kind = key.rpartition(".")
-        if kind == "codebook":
-            k, d = _shape_of_codebook(folder, key, tensor.shape)
-            found[layer] = f"{k} codewords of {d} weights"
-        elif kind == "coded_integers":
-            found[layer] = "entropy-coded integers, with more bits where they matter,"
-    return found
-
-
-def _shape_of_codebook(folder: Path, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) != 2:
-        raise FormatError(f"{key} in {folder} must have 2 axes, and has {len(shape)}: quantize the original model again")
-    return shape[0], shape[1]
 
 
 def _limits(base: Base, report: Comparison | None) -> str:

@@ -30,6 +30,7 @@ from vq4dit.hub.account import Account
 from vq4dit.hub.staging import staged
 from vq4dit.hub.upload import WatchedFile, store
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained, listen, pause, watched
+from vq4dit.pipelines.inventory import part_classes
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.pipelines.provenance import recorded_call
 from vq4dit.progress import OnProgress, Progress, ignore
@@ -179,7 +180,7 @@ class _Attempt:
 
     def leftovers(self, names: list[str]) -> list[str]:
         """Of the names, those in the model's own folders that this push does not have: shards of an earlier one."""
-        folders = {name.split("/")[0] for name in self.files if "/" in name}
+        folders = part_classes(self.stage)  # those too that are referenced now, and were copied before
         return [name for name in names if name.split("/")[0] in folders and name not in self.files]
 
     def check_choice(self, state: ModelInfo | None) -> None:
@@ -291,9 +292,8 @@ def same_image(folder: Path, pushed: Pushed, account: Account) -> bool:
         HubError: if the download fails.
     """
     with tempfile.TemporaryDirectory() as copy, disable_progress_bars():
-        task, token = f"download {pushed.repo_id} again", account.token
+        task, token, call = f"download {pushed.repo_id} again", account.token, recorded_call(str(folder))
         ask(task, lambda: snapshot_download(pushed.repo_id, revision=pushed.revision, token=token, local_dir=copy))
-        call = recorded_call(str(folder))
-        pipelines = (load_pipeline(str(place)) for place in (folder, copy))  # one after the other
+        pipelines = (load_pipeline(str(place), token=token) for place in (folder, copy))  # one after the other
         local, remote = (sample(p, some_conditions(p, 1), [0], num_inference_steps=4, call=call) for p in pipelines)
     return np.array_equal(local, remote)

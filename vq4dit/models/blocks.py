@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vq4dit.denoisers import full_name, transformers_in
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.linear_maps import LinearMap, is_linear_map, matrix_shape
 from vq4dit.models.denoiser_calls import Tree, tensors_of
@@ -134,24 +135,35 @@ def _reason_to_keep(
     return None
 
 
-def kept_parameters(transformer: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, int]:
+def kept_parameters(denoiser: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, int]:
     """How many parameters stay in 16 bit beside the targets, by what they belong to, most first.
 
     Outside blocks that is an outermost module ("x_embedder"), in blocks a layer of all of them ("blocks.*.norm_q"). Embedders
     that every block has count once, as in the file.
     """
-    duplicates = duplicate_keys(transformer, block_embedders(transformer))
     quantized = {id(p) for linear in targets.values() for p in linear.parameters()}
-    in_blocks = {f"{name}.": f"{name.rpartition('.')[0]}.*." for name in named_blocks(transformer)}
     found: Counter[str] = Counter()
-    for name, p in transformer.named_parameters():
-        if id(p) in quantized or name in duplicates:
-            continue
-        block = next((prefix for prefix in in_blocks if name.startswith(prefix)), None)
-        layer = name.rpartition(".")[0] or name
-        place = layer.split(".")[0] if block is None else in_blocks[block] + layer.removeprefix(block)
-        found[place] += p.numel()
+    for part, transformer in transformers_in(denoiser).items():
+        duplicates = duplicate_keys(transformer, block_embedders(transformer))
+        in_blocks = {f"{name}.": f"{name.rpartition('.')[0]}.*." for name in named_blocks(transformer)}
+        for name, p in transformer.named_parameters():
+            if id(p) in quantized or name in duplicates:
+                continue
+            block = next((prefix for prefix in in_blocks if name.startswith(prefix)), None)
+            inside = name if block is None else name.removeprefix(block)
+            layer = inside.rpartition(".")[0] or inside
+            place = layer.split(".")[0] if block is None else in_blocks[block] + layer
+            found[full_name(part, place)] += p.numel()
     return dict(found.most_common())
+
+
+def repeated_embedders(denoiser: nn.Module) -> set[str]:
+    """State-dict keys of embedders that all blocks of a transformer have, in every block but its first."""
+    return {
+        full_name(part, key)
+        for part, transformer in transformers_in(denoiser).items()
+        for key in duplicate_keys(transformer, block_embedders(transformer))
+    }
 
 
 def block_embedders(transformer: nn.Module) -> list[str]:

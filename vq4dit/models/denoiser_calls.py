@@ -10,10 +10,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vq4dit.denoisers import transformers_in
 
 Tree = Any  # tensors in tuples, lists and dicts, with other values between them
 
@@ -49,6 +52,7 @@ class DenoiserCall:
         step: of the trajectory, from 0.
         index: of the calls in that step: guidance may take two.
         num_samples: side by side; their rows come in turn.
+        part: the name in the denoiser of the transformer that was called; of one that is alone, none.
     """
 
     step: int
@@ -56,10 +60,11 @@ class DenoiserCall:
     positional: tuple
     named: dict[str, Any]
     num_samples: int = 1
+    part: str = ""
 
-    def run(self, transformer: nn.Module) -> Tensor:
-        """What a transformer answers: its prediction, as a tensor."""
-        return prediction_of(transformer(*self.positional, **self.named))
+    def run(self, denoiser: nn.Module) -> Tensor:
+        """What it answers: its prediction, as a tensor."""
+        return prediction_of(denoiser.get_submodule(self.part)(*self.positional, **self.named))
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -70,7 +75,7 @@ def prediction_of(output: Any) -> Tensor:
 
 @dataclass
 class Recorder:
-    """Keeps the calls of a transformer since the last `take`. What comes again in the next step (prompts) is kept once."""
+    """Keeps the calls of a denoiser since the last `take`. What comes again in the next step (prompts) is kept once."""
 
     num_samples: int = 1
     step: int = 0
@@ -85,9 +90,9 @@ class Recorder:
         self.step += 1
         return calls
 
-    def note(self, _: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
+    def note(self, part: str, _: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
         positional, named = map_tensors(self._keep, (positional, named))
-        self.calls.append(DenoiserCall(self.step, len(self.calls), positional, named, self.num_samples))
+        self.calls.append(DenoiserCall(self.step, len(self.calls), positional, named, self.num_samples, part))
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if tensor.is_inference():
@@ -99,11 +104,15 @@ class Recorder:
 
 
 @contextmanager
-def recorded_calls(transformer: nn.Module, num_samples: int = 1) -> Iterator[Recorder]:
-    """Record for a while how a transformer is called to draw so many samples side by side."""
+def recorded_calls(denoiser: nn.Module, num_samples: int = 1) -> Iterator[Recorder]:
+    """Record for a while how its transformers are called to draw so many samples side by side."""
     recorder = Recorder(num_samples)
-    handle = transformer.register_forward_pre_hook(recorder.note, with_kwargs=True)
+    handles = [
+        transformer.register_forward_pre_hook(partial(recorder.note, part), with_kwargs=True)
+        for part, transformer in transformers_in(denoiser).items()
+    ]
     try:
         yield recorder
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -1,18 +1,19 @@
 """Whether a pipeline can be sampled, and how much one sample shows: found out before the work, by trying.
 
 The size is small: as large as the model is made for, but with no more than about a thousand positions, since what is learned
-from more of them in one image is much the same. Then the pipeline draws one sample whose first step is real; in all others the
+from more of them in one image is much the same. Then the pipeline draws one sample whose first step is real; in all others its
 transformer answers what it answered then, so that the scheduler's steps, the guidance and their ends are tried at no cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import nn
 
+from vq4dit.denoisers import denoiser_of, transformers_in
 from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.memory import is_out_of_memory
 from vq4dit.models.block_replay import replaced_forwards
@@ -83,20 +84,12 @@ def _check_labels(pipeline: Any) -> None:
 
 def _tokens(pipeline: Any, sampling: Sampling, num_inference_steps: int) -> int:
     """Rows of the layer that sees most of them, in the first step."""
-    transformer = pipeline.transformer
+    denoiser = denoiser_of(pipeline)
     rows: dict[nn.Module, int] = {}
-    answered: list[Any] = []
     of_step: list[int] = []
 
     def count(linear: nn.Module, arguments: tuple) -> None:
         rows[linear] = rows.get(linear, 0) + arguments[0].numel() // arguments[0].shape[-1]
-
-    def answer(*positional: Any, **named: Any) -> Any:
-        if not of_step:
-            answered.append(forward(*positional, **named))
-            return answered[-1]
-        answered.append(answered.pop(0))  # in turn, where a step takes several calls
-        return answered[-1]
 
     def watch(step: GuidedStep) -> None:
         of_step.append(max(rows.values(), default=1))
@@ -106,17 +99,33 @@ def _tokens(pipeline: Any, sampling: Sampling, num_inference_steps: int) -> int:
                 "weight or a setting of the model is damaged; download it again"
             )
 
-    forward = transformer.forward
-    linears = [m for block in named_blocks(transformer).values() for m in block.modules() if isinstance(m, nn.Linear)]
+    linears = [m for block in named_blocks(denoiser).values() for m in block.modules() if isinstance(m, nn.Linear)]
     handles = [linear.register_forward_pre_hook(count) for linear in linears]
+    answers = {transformer: _FirstAnswers(transformer.forward, of_step) for transformer in transformers_in(denoiser).values()}
     try:
-        with replaced_forwards({transformer: answer}):
+        with replaced_forwards(answers):
             generator = torch.Generator().manual_seed(0)
             random_trajectories(pipeline, sampling, 1, generator, watch, num_inference_steps=num_inference_steps)
     finally:
         for handle in handles:
             handle.remove()
     return of_step[0]
+
+
+class _FirstAnswers:
+    """In the place of a transformer: in the first step that asks it, it answers for real; in all others, the same again."""
+
+    def __init__(self, forward: Callable[..., Any], steps_before: Sized):
+        self.forward, self.steps_before = forward, steps_before
+        self.first: int | None = None
+        self.answered: list[Any] = []
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        if self.first is None:
+            self.first = len(self.steps_before)
+        is_first = self.first == len(self.steps_before)
+        self.answered.append(self.forward(*positional, **named) if is_first else self.answered.pop(0))  # in turn
+        return self.answered[-1]
 
 
 def small_size(pipeline: Any) -> dict[str, int]:

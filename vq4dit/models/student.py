@@ -9,28 +9,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from vq4dit.denoisers import transformers_in
 from vq4dit.layers.linear_maps import channel_dim
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.models.blocks import equal_embedders, share_embedders
 
 
-def student_with(transformer: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
-    """A copy of the transformer with the given layers in their places, and shared embedders.
+def student_with(denoiser: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
+    """A copy of a denoiser with the given layers in their places, and shared embedders.
 
     Everything that is not quantized is rounded to 16 bit now: what is measured is what the file will hold. It is frozen;
     only the given layers may learn.
     """
     for name, layer in layers.items():
-        layer.channel_dim = channel_dim(transformer.get_submodule(name))
-    student = copy.deepcopy(transformer, {id(transformer.get_submodule(name)): layer for name, layer in layers.items()})
-    share_embedders(student, equal_embedders(student))
-    dtype = rest_dtype(transformer)
+        layer.channel_dim = channel_dim(denoiser.get_submodule(name))
+    student = copy.deepcopy(denoiser, {id(denoiser.get_submodule(name)): layer for name, layer in layers.items()})
     packed = [*layers.values(), *(module for module in student.modules() if isinstance(module, PackedLinear))]
     quantized = {id(p) for layer in packed for p in layer.parameters()}
-    for p in student.parameters():
-        if id(p) not in quantized and p.is_floating_point():
-            p.requires_grad_(False)
-            p.data = p.data.to(dtype).to(p.dtype)
+    for part, transformer in transformers_in(student).items():
+        share_embedders(transformer, equal_embedders(transformer))
+        dtype = rest_dtype(denoiser.get_submodule(part))
+        for p in transformer.parameters():
+            if id(p) not in quantized and p.is_floating_point():
+                p.requires_grad_(False)
+                p.data = p.data.to(dtype).to(p.dtype)
     return student.eval()
 
 

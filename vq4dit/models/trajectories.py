@@ -1,7 +1,7 @@
 """Zero data: the teacher's own sampling trajectories.
 
 No images are needed to calibrate a diffusion model: it makes its inputs itself (section 3.3 of VQ4DiT). The *pipeline* samples,
-with its own conditioning, guidance and scheduler, and is watched in two places. Hooks on its transformer see every call. And
+with its own conditioning, guidance and scheduler, and is watched in two places. Hooks on its transformers see every call. And
 whatever guidance a pipeline does, in one batch, in two calls or by an embedded scale, it hands the prediction that it will
 follow to `scheduler.step`: that is the guided prediction, and there gradients start.
 
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vq4dit.denoisers import denoiser_of
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.models.blocks import parts_of
 from vq4dit.models.conditions import Condition, call_arguments, num_classes, random_conditions, undecorated_call
@@ -56,9 +57,9 @@ class GuidedStep(NamedTuple):
     num_samples: int  # side by side
 
 
-def is_large(transformer: nn.Module) -> bool:
+def is_large(denoiser: nn.Module) -> bool:
     """Whether the model has `LARGE` weights or more."""
-    return sum(p.numel() for p in transformer.parameters()) >= LARGE
+    return sum(p.numel() for p in denoiser.parameters()) >= LARGE
 
 
 def new_scheduler(pipeline: Any) -> Any:
@@ -98,7 +99,7 @@ def sample_trajectories(
     scheduler, step = watched.scheduler, watched.scheduler.step
     signature = inspect.signature(step)
 
-    with recorded_calls(watched.transformer, len(conditions)) as recorder:
+    with recorded_calls(denoiser_of(watched), len(conditions)) as recorder:
 
         @functools.wraps(step)
         def watched_step(*positional: Any, **named: Any) -> Any:

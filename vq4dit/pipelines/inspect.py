@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from vq4dit.config import CODEBOOKS, Recipe
+from vq4dit.denoisers import as_one, full_name, names_in_denoiser
 from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
 from vq4dit.layers.linear_maps import LinearMap, matrix_shape
-from vq4dit.models.blocks import Kept, block_embedders, duplicate_keys, find_targets, kept_parameters, named_blocks
+from vq4dit.models.blocks import Kept, find_targets, kept_parameters, named_blocks, repeated_embedders
 from vq4dit.models.conditions import check_call
 from vq4dit.models.positions import Positions, positions_of
 from vq4dit.models.trajectories import NO_CALL
-from vq4dit.pipelines.load import check_pipeline, other_transformers
-from vq4dit.pipelines.repository import TensorHeader, read_json, weights
+from vq4dit.pipelines.inventory import weight_bytes
+from vq4dit.pipelines.load import check_pipeline, denoiser_parts
+from vq4dit.pipelines.repository import TensorHeader, Weights, read_json, weights
 from vq4dit.pipelines.skeleton import check_tensors, empty_model, empty_pipeline, empty_transformer, model_class
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.quiet import without_remarks
@@ -92,14 +94,21 @@ class Inspection:
     class_name: str
     num_blocks: int
     parameters: int
+    num_transformers: int  # together with all these blocks and parameters; a pass is made through one of them
     file_bytes: int  # of the transformer now; 0 if unknown
     predictions: list[SizePrediction]
     kept_parameters: dict[str, int]  # that stay in 16 bit, by what they belong to, most first
     positions: Positions  # of a sample, as large as calibration takes it
 
+    @property
+    def parameters_of_a_pass(self) -> float:
+        return self.parameters / self.num_transformers
+
+    other_bytes: dict[str, int] = field(default_factory=dict)  # of what is not quantized, by parts: copied or referenced
+
 
 def predict_size(
-    transformer: nn.Module,
+    denoiser: nn.Module,
     bits: int,
     keep: Sequence[str] = (),
     recipe: Recipe = "best",
@@ -110,16 +119,16 @@ def predict_size(
     `best` shares the bits out among the layers as it goes, but takes about as many as the other recipes in all.
 
     Args:
-        tensors: of the transformer's files. Buffers that they hold in 16 bit take no more in the packed one.
+        tensors: of its files. Buffers that they hold in 16 bit take no more in the packed one.
     """
     num_codewords, dim = CODEBOOKS[bits]
-    targets, kept = find_targets(transformer, dim, num_codewords, keep)
+    targets, kept = find_targets(denoiser, dim, num_codewords, keep)
     layers = [layer_size(name, linear, bits, recipe) for name, linear in targets.items()]
-    duplicates = duplicate_keys(transformer, block_embedders(transformer))
+    duplicates = repeated_embedders(denoiser)
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
-    rest = {k: v for k, v in transformer.state_dict().items() if k not in duplicates and k not in quantized}
+    rest = {k: v for k, v in denoiser.state_dict().items() if k not in duplicates and k not in quantized}
     narrow = {name for name, tensor in tensors.items() if tensor.dtype in ("F16", "BF16")}
-    wide = {name for name, _ in transformer.named_buffers()} - narrow
+    wide = {name for name, _ in denoiser.named_buffers()} - narrow
     sizes = (v.nbytes if k in wide else v.numel() * min(v.element_size(), 2) for k, v in rest.items())
     return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
 
@@ -170,30 +179,56 @@ def inspect(
     """
     config = check_pipeline(model, revision, token)
     index = read_json(model, "model_index.json", revision, token)
-    check_one_transformer(index, model)
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
-    found = weights(model, "transformer", revision, token)
-    transformer = empty_transformer(config, found, f"{model}/transformer/config.json")
-    check_tensors(transformer, found.tensors, f"{model}/transformer")
-    targets, _ = find_targets(transformer, CODEBOOKS[widths[0]][1], CODEBOOKS[widths[0]][0], keep)
+    transformers: dict[str, nn.Module] = {}
+    tensors: dict[str, TensorHeader] = {}
+    num_bytes = 0
+    for part, name in names_in_denoiser(denoiser_parts(index)).items():
+        transformers[part], found = _empty_part(model, part, revision, token)
+        tensors |= {full_name(name, key): header for key, header in found.tensors.items()}
+        num_bytes += found.num_bytes
+    denoiser = as_one(transformers)
+    targets, _ = find_targets(denoiser, CODEBOOKS[widths[0]][1], CODEBOOKS[widths[0]][0], keep)
     return Inspection(
         model=model,
         class_name=config["_class_name"],
-        num_blocks=len(named_blocks(transformer)),
-        parameters=sum(math.prod(p.shape) for p in transformer.parameters()),
-        file_bytes=found.num_bytes,
-        kept_parameters=kept_parameters(transformer, targets),
-        predictions=[predict_size(transformer, bits, keep, recipe, found.tensors) for bits in widths],
-        positions=_positions(model, transformer, index, call, revision, token),
+        num_blocks=len(named_blocks(denoiser)),
+        parameters=sum(math.prod(p.shape) for p in denoiser.parameters()),
+        num_transformers=len(transformers),
+        file_bytes=num_bytes,
+        kept_parameters=kept_parameters(denoiser, targets),
+        predictions=[predict_size(denoiser, bits, keep, recipe, tensors) for bits in widths],
+        positions=_positions(model, transformers, index, call, revision, token),
+        other_bytes={
+            part: size for part, size in weight_bytes(model, index, revision, token).items() if part not in transformers
+        },
     )
 
 
+def _empty_part(model: str, part: str, revision: str | None, token: str | None) -> tuple[nn.Module, Weights]:
+    """A transformer without its weights, and what its files hold.
+
+    Raises:
+        UnsupportedModelError: if it is quantized already.
+    """
+    config = read_json(model, f"{part}/config.json", revision, token)
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise UnsupportedModelError(f"{model} is quantized already ({method}): start from the original model")
+    found = weights(model, part, revision, token)
+    transformer = empty_transformer(config, found, f"{model}/{part}/config.json")
+    check_tensors(transformer, found.tensors, f"{model}/{part}")
+    return transformer, found
+
+
 def _positions(
-    model: str, transformer: nn.Module, index: dict[str, Any], call: Mapping[str, Any], revision: str | None, token: str | None
+    model: str,
+    transformers: dict[str, nn.Module],
+    index: dict[str, Any],
+    call: Mapping[str, Any],
+    revision: str | None,
+    token: str | None,
 ) -> Positions:
     """Of a sample of the pipeline; the usual ones if its class makes nothing of its configs: whoever loads it is told why."""
-    kind, parts = pipeline_class(index["_class_name"]), {"transformer": transformer}
+    kind, parts = pipeline_class(index["_class_name"]), dict(transformers)
     if call:
         check_call(kind, call)
     try:
@@ -207,19 +242,11 @@ def _positions(
         return Positions()
 
 
-def check_one_transformer(index: dict[str, Any], model: str) -> None:
-    """Raise `UnsupportedModelError` if a pipeline has a second transformer, which would stay as large as it is."""
-    if others := other_transformers(index):
-        raise UnsupportedModelError(
-            f"{model} has more than one transformer, and only the first would be quantized: {', '.join(others)} would stay as "
-            "large as it is. Two-stage models are not supported yet: pick one with a single transformer"
-        )
-
-
 def tensor_bytes(model: str, revision: str | None = None, token: str | None = None) -> int:
-    """Bytes of the transformer's safetensors, those that are loaded.
+    """Bytes of the transformers' safetensors, those that are loaded.
 
     Raises:
         VQ4DiTError: if there are none; FormatError if one is damaged.
     """
-    return weights(model, "transformer", revision, token).num_bytes
+    index = read_json(model, "model_index.json", revision, token)
+    return sum(weights(model, name, revision, token).num_bytes for name in denoiser_parts(index))

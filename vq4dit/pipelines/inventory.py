@@ -9,6 +9,7 @@ but for the links by which the Hub's cache keeps its files: neither is copied or
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from vq4dit.disk.json_files import read_object
 from vq4dit.disk.record import is_own_file
 from vq4dit.errors import FormatError, VQ4DiTError
-from vq4dit.pipelines.repository import STEM, choose
+from vq4dit.pipelines.repository import STEM, choose, file_sizes, parts_of, read_json
 
 INDEX = "model_index.json"
 OF_TRANSFORMERS = "model"  # what it calls its weights; diffusers has another stem
@@ -57,14 +58,33 @@ def weight_files(part: Path) -> list[str]:
     is taken where there is nothing else.
     """
     names = [path.name for path in part.iterdir() if path.is_file()] if part.is_dir() else []
+    return weights_among(names, str(part), lambda name: read_object(part / name))
+
+
+def weights_among(names: list[str], where: str, read: Callable[[str], dict[str, Any]]) -> list[str]:
+    """The same, of these names of the files of a part. `where` and `read`: see `choose`."""
     if f"{OF_TRANSFORMERS}.safetensors" in names and not any(name.startswith(STEM) for name in names):
         return [f"{OF_TRANSFORMERS}.safetensors"]
     for stem in (STEM, OF_TRANSFORMERS):
         with suppress(VQ4DiTError):
-            files, variant = choose(names, str(part), lambda name: read_object(part / name), stem)
+            files, variant = choose(names, where, read, stem)
             index = ".".join(filter(None, (f"{stem}.safetensors.index", variant, "json")))
             return [index, *files] if index in names else list(files)
     return []
+
+
+def weight_bytes(model: str, index: dict[str, Any], revision: str | None = None, token: str | None = None) -> dict[str, int]:
+    """Bytes of the safetensors that a pipeline would load, by its parts; those that have none are left out.
+
+    Args:
+        index: its `model_index.json`, checked.
+    """
+    sizes, found = file_sizes(model, revision, token), {}
+    for part in parts_of(index):
+        names = [name.removeprefix(f"{part}/") for name in sizes if name.startswith(f"{part}/")]
+        chosen = weights_among(names, f"{model}/{part}", lambda name: read_json(model, f"{part}/{name}", revision, token))  # noqa: B023
+        found[part] = sum(sizes[f"{part}/{name}"] for name in chosen)
+    return {part: num_bytes for part, num_bytes in found.items() if num_bytes}
 
 
 def without_variant(name: str) -> str:

@@ -5,6 +5,7 @@ Only safetensors are ever loaded, and no code from the repository is run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vq4dit.config import QuantMethod, VQ4DiTConfig
+from vq4dit.denoisers import names_of_denoisers
 from vq4dit.disk.json_files import AGAIN, shown
 from vq4dit.errors import BROKEN, FormatError, UnsupportedModelError, VQ4DiTError, brief
 from vq4dit.memory import check_memory, is_out_of_memory, out_of_memory
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
-from vq4dit.pipelines.repository import STEM, SUPPORTED, located, read_header, read_json, snapshot, weights, weights_in
+from vq4dit.pipelines.references import Lent, borrowed, loaded, read_reference
+from vq4dit.pipelines.repository import (
+    STEM,
+    SUPPORTED,
+    located,
+    parts_of,
+    read_header,
+    read_json,
+    snapshot,
+    weights,
+    weights_in,
+)
 from vq4dit.pipelines.skeleton import (
     LARGEST_NUMBER_OF_A_SCHEDULER,
     check_numbers,
@@ -28,7 +41,7 @@ from vq4dit.pipelines.skeleton import (
     empty_transformer,
     model_class,
 )
-from vq4dit.pipelines.trust import CONVERT, check_classes, check_weights
+from vq4dit.pipelines.trust import CONVERT, check_classes, check_weights, part_class
 from vq4dit.quiet import quiet_loading
 
 
@@ -56,11 +69,12 @@ def check_access(model: str, token: str | None = None) -> None:
 
 
 def check_pipeline(model: str, revision: str | None = None, token: str | None = None) -> dict[str, Any]:
-    """Read `model_index.json` and the transformer's `config.json`; returns the latter.
+    """Read `model_index.json` and the transformers' `config.json`; returns that of one that is quantized, or else
+    of the first.
 
     Raises:
         UnsupportedModelError: if the pipeline has no transformer (it says what it has instead), or names code of its own.
-        FormatError: if one of the two is broken, or what is said in it of parts, classes or labels is.
+        FormatError: if one of the two is broken, or what is said in it of parts, classes, labels or another repository is.
     """
     index = read_json(model, "model_index.json", revision, token)
     check_index(index, f"{model}/model_index.json")
@@ -68,12 +82,17 @@ def check_pipeline(model: str, revision: str | None = None, token: str | None = 
         what = f"a {index['_class_name']} {'with a UNet' if 'unet' in index else 'without a transformer'}"
         raise UnsupportedModelError(f"{model} is {what}. {SUPPORTED}")
     check_classes(model, index)
-    config = read_json(model, "transformer/config.json", revision, token)
+    read_reference(index, f"{model}/model_index.json")
+    configs = [_transformer_config(model, name, revision, token) for name in denoiser_parts(index)]
+    return next((config for config in configs if config.get("quantization_config")), configs[0])
+
+
+def _transformer_config(model: str, part: str, revision: str | None, token: str | None) -> dict[str, Any]:
+    path = f"{part}/config.json"
+    config = read_json(model, path, revision, token)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict | None):
-        raise FormatError(
-            f"{model}/transformer/config.json: quantization_config must be an object, found {shown(quantization)}: {AGAIN}"
-        )
+        raise FormatError(f"{model}/{path}: quantization_config must be an object, found {shown(quantization)}: {AGAIN}")
     if quantization and quantization.get("quant_method") == QuantMethod.VQ4DIT:
         VQ4DiTConfig.from_dict(quantization)
     return config
@@ -105,17 +124,12 @@ def check_index(index: dict[str, Any], path: str) -> None:
             )
 
 
-def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The parts that a pipeline has, of a checked `model_index.json`: library and class by name."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    return {name: (value[0], value[1]) for name, value in pairs.items() if all(isinstance(word, str) for word in value)}
+def denoiser_parts(index: dict[str, Any]) -> list[str]:
+    """The names of the parts that are transformers to quantize: `transformer`, and others of its class."""
+    return names_of_denoisers(parts_of(index))
 
 
-def other_transformers(index: dict[str, Any]) -> list[str]:
-    """Parts of the transformer's kind besides `transformer`: the second stage of a model of two, say."""
-    parts = parts_of(index)
-    kind = parts.get("transformer")
-    return [name for name, part in parts.items() if name != "transformer" and part == kind]
+NONE_LENT: Mapping[str, Lent] = {}
 
 
 def check_files(folder: Path) -> None:
@@ -124,8 +138,11 @@ def check_files(folder: Path) -> None:
         read_header(path)
 
 
-def check_parts(folder: Path, dtype: torch.dtype) -> str | None:
+def check_parts(folder: Path, dtype: torch.dtype, lent: Mapping[str, Lent] = NONE_LENT) -> str | None:
     """Look at everything that a pipeline in a folder describes before any of it is built.
+
+    Args:
+        lent: parts that lie elsewhere.
 
     Returns:
         The variant of the transformer's weights, if there are no others.
@@ -134,27 +151,33 @@ def check_parts(folder: Path, dtype: torch.dtype) -> str | None:
         FormatError: if a description is broken, describes more than its files hold, or other tensors.
         VQ4DiTError: if the weights do not fit into memory.
     """
-    config = check_pipeline(str(folder))
+    check_pipeline(str(folder))
     check_files(folder)
-    found = weights_in(folder / "transformer")
-    path = f"{folder}/transformer/config.json"
-    transformer = empty_transformer(config, found, path)
-    if config.get("quantization_config"):  # its names and shapes are looked at by `VQ4DiTQuantizer`
-        needed = 2 * found.num_bytes
-    else:
-        check_tensors(transformer, found.tensors, f"{folder}/transformer")
-        needed = found.elements * dtype.itemsize
-    for name, (library, kind) in parts_of(read_json(str(folder), "model_index.json")).items():
-        if name != "transformer" and (of_part := model_class(library, kind)):
-            part = weights_in(folder / name, STEM if library == "diffusers" else "model")
-            path = f"{folder}/{name}/config.json"
-            empty_model(of_part, read_json(str(folder), f"{name}/config.json"), part, path)
+    index = read_json(str(folder), "model_index.json")
+    denoisers, needed = denoiser_parts(index), 0
+    for name in denoisers:
+        needed += _check_transformer(folder / name, dtype)
+    for name, (library, kind) in parts_of(index).items():
+        if name not in denoisers and (of_part := model_class(library, kind)):
+            place, among = lent.get(name, (folder / name, None))
+            part = weights_in(place, STEM if library == "diffusers" else "model", among)
+            empty_model(of_part, read_json(str(place), "config.json"), part, f"{place}/config.json")
             needed += part.elements * dtype.itemsize
         elif (folder / name / "scheduler_config.json").exists():
             path = f"{name}/scheduler_config.json"
             check_numbers(read_json(str(folder), path), LARGEST_NUMBER_OF_A_SCHEDULER, f"{folder}/{path}")
     check_memory(needed, f"loading {folder}")
-    return found.variant
+    return weights_in(folder / denoisers[0]).variant
+
+
+def _check_transformer(folder: Path, dtype: torch.dtype) -> int:
+    """The same of one transformer; returns how many bytes it takes."""
+    config, found = read_json(str(folder), "config.json"), weights_in(folder)
+    transformer = empty_transformer(config, found, f"{folder}/config.json")
+    if config.get("quantization_config"):  # its names and shapes are looked at by `VQ4DiTQuantizer`
+        return 2 * found.num_bytes
+    check_tensors(transformer, found.tensors, str(folder))
+    return found.elements * dtype.itemsize
 
 
 def _fetched(model: str, options: dict[str, Any]) -> Path:
@@ -185,18 +208,36 @@ def load_pipeline(
             options["variant"] = weights(model, revision=revision, token=token).variant
             folder = _fetched(model, options)
             options["revision"] = folder.name  # what is looked at now is what is loaded
-        check_weights(folder, read_json(str(folder), "model_index.json"))
-        options["variant"] = check_parts(folder, dtype)
+        index = read_json(str(folder), "model_index.json")
+        check_weights(folder, index)
+        lent = _borrowed(folder, index, token)
+        options["variant"] = check_parts(folder, dtype, lent)
         with quiet_loading():
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
+            parts = {name: loaded(part, part_class(*index[name]), dtype) for name, part in lent.items()}
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options, **parts)
     except (*FAILURES, *BROKEN, SafetensorError) as error:
         raise _explained_load(error, model) from error
     for name, part in pipeline.components.items():
         lacking = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, nn.Module) else []
         if lacking:
-            raise FormatError(f"{folder / name} lacks the tensor {lacking[0]}, which its config describes: {AGAIN}")
+            place = lent[name].folder if name in lent else folder / name
+            raise FormatError(f"{place} lacks the tensor {lacking[0]}, which its config describes: {AGAIN}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _borrowed(folder: Path, index: dict[str, Any], token: str | None) -> Mapping[str, Lent]:
+    """The parts that a pipeline refers to, looked at like its own."""
+    reference = read_reference(index, f"{folder}/model_index.json")
+    if reference is None:
+        return NONE_LENT
+    lent = borrowed(reference, folder, token)
+    for name, part in lent.items():
+        check_weights(part.folder.parent, {name: index[name]})
+        for file in part.names:
+            if file.endswith(".safetensors"):
+                read_header(part.folder / file)
+    return lent
 
 
 def _explained_load(error: BaseException, model: str) -> VQ4DiTError:

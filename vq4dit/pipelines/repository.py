@@ -91,6 +91,12 @@ def read_json(model: str, filename: str, revision: str | None = None, token: str
         ) from error
 
 
+def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts that a pipeline has, of a checked `model_index.json`: library and class by name."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return {name: (value[0], value[1]) for name, value in pairs.items() if all(isinstance(word, str) for word in value)}
+
+
 def download(model: str, filename: str, revision: str | None = None, token: str | None = None) -> str:
     """The path in the cache of a file of a repository; see `read_json` for what can go wrong."""
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
@@ -116,6 +122,25 @@ def snapshot(model: str, revision: str | None = None, token: str | None = None) 
     return Path(download(model, "model_index.json", revision, token)).parent  # .../snapshots/COMMIT/model_index.json
 
 
+def file_sizes(model: str, revision: str | None = None, token: str | None = None) -> dict[str, int]:
+    """The files in the folders of a pipeline's parts, and their bytes. Without a network, those of a copy in the cache.
+
+    Raises:
+        VQ4DiTError: as `read_json`.
+    """
+    folder = located(model)
+    if folder is None:
+        try:
+            info = HfApi(token=token).model_info(model, revision=revision, files_metadata=True)
+            return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        except FAILURES as error:
+            told = explained(error, f"look at the files of {model}", model)
+            if told.reason not in OFFLINE:
+                raise told from error
+            folder = snapshot(model, revision, token)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/*") if path.is_file()}
+
+
 def weights(model: str, part: str = "transformer", revision: str | None = None, token: str | None = None) -> Weights:
     """The safetensors of a part that are loaded, by their headers. Without a network, those of a copy in the cache.
 
@@ -136,10 +161,10 @@ def weights(model: str, part: str = "transformer", revision: str | None = None, 
     return weights_in(folder / part)
 
 
-def weights_in(folder: Path, stem: str = STEM) -> Weights:
-    """The same of a folder with the files of one part."""
+def weights_in(folder: Path, stem: str = STEM, among: Iterable[str] | None = None) -> Weights:
+    """The same of a folder with the files of one part, or of those `among` them."""
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = [path.name for path in folder.iterdir()] if among is None else list(among)
     except OSError as error:
         raise FormatError(f"{folder} cannot be read ({error.strerror}): check who may read it, or {AGAIN}") from error
     files, variant = choose(names, str(folder), lambda name: read_object(folder / name), stem)

@@ -1,7 +1,8 @@
 """Write a quantized pipeline to a folder: whole, or not at all, and never over something that is not ours.
 
 What is quantized is written from memory. The other parts of the pipeline are copied as files from where the original lies, byte
-for byte: in memory they may be in another type, and twice as large. `vq4dit.json` says how it was made.
+for byte: in memory they may be in another type, and twice as large. Or they are not copied but referenced, see
+`references.py`. `vq4dit.json` says how it was made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from vq4dit.config import QuantizationSettings, QuantMethod
+from vq4dit.denoisers import denoisers_of
 from vq4dit.disk.files import listed
 from vq4dit.disk.folders import check_free, whole_folder
 from vq4dit.disk.job import fingerprint
@@ -33,6 +35,7 @@ from vq4dit.pipelines.inventory import (
     without_variant,
 )
 from vq4dit.pipelines.provenance import Origin, read_origin, recorded_settings, versions, write_origin
+from vq4dit.pipelines.references import COMPONENTS, Components, Reference, read_reference, reference_to
 
 MAX_SHARD_SIZE = "5GB"
 NOTING_A_PATH = (INDEX, *CONFIGURATION, *SCHEDULER, *PROCESSOR)  # of where something was loaded from
@@ -47,6 +50,7 @@ def save(
     source: str | Path | None = None,
     origin: Origin | None = None,
     scratch: str | Path | None = None,
+    components: Components = "copy",
 ) -> None:
     """Write a quantized pipeline to `folder` (or where a link of that name leads): whole, or not at all.
 
@@ -57,9 +61,12 @@ def save(
         origin: what `vq4dit.json` shall say; without it, as much as the model knows of itself.
         scratch: a folder on the same disk where it is written first, such as a job's, which cleans up after a process that was
             killed; by default the one around `folder`.
+        components: "reference" does not copy the parts with weights, but says where they are: in the repository and commit that
+            `origin` names, of which `source` is the snapshot.
 
     Raises:
         ValueError: if the folder has no name, `source` is none, or this is no quantized pipeline.
+        VQ4DiTError: if parts shall be referenced, and `origin` names no repository and commit.
         JobError: if the folder is not empty and `overwrite` is false, it holds anything but a result of ours as it was written,
             or the disk is full.
     """
@@ -70,9 +77,10 @@ def save(
     copied, work = (Path(path).expanduser() if path else None for path in (source, scratch))
     if copied and not copied.is_dir():
         raise ValueError(f"source must be the folder of the original, got {copied}")
+    reference = _wanted_reference(pipeline, copied, origin, components)
     advice = "run the same command with --resume" if scratch else "save it again"  # whoever has a scratch folder has a job
     with whole_folder(target, overwrite, INDEX, advice, work) as partial:
-        _write_parts(pipeline, partial, max_shard_size, copied)
+        _write_parts(pipeline, partial, max_shard_size, copied, reference)
         write_origin(partial, origin or _origin_of(pipeline))
 
 
@@ -90,15 +98,43 @@ def _is_ours(part: Any) -> bool:
     return getattr(part, "is_quantized", False) and getattr(part, "quantization_method", None) == QuantMethod.VQ4DIT
 
 
-def _write_parts(pipeline: Any, folder: Path, max_shard_size: str, source: Path | None) -> None:
-    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+def _wanted_reference(pipeline: Any, source: Path | None, origin: Origin | None, components: str) -> Reference | None:
+    if components not in COMPONENTS:
+        raise ValueError(f"components must be one of {', '.join(COMPONENTS)}, got {components!r}")
+    if components == "copy":
+        return None
+    if source is None:
+        raise ValueError(
+            'components="reference" needs source, the snapshot of the original, to know what is referenced; got none'
+        )
+    return reference_of(pipeline, source, origin or Origin())
+
+
+def reference_of(pipeline: Any, source: Path, origin: Origin) -> Reference:
+    """The reference to the parts with weights that would else be copied from the original's snapshot.
+
+    Raises:
+        VQ4DiTError: see `check_base`.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    others = [name for name in parts if name not in denoisers_of(pipeline)]
+    lent = [name for name in others if _copied_names(parts[name], source / name, source)]
+    return reference_to(origin.model, origin.revision, source, {name: type(parts[name]).__name__ for name in lent})
+
+
+def _write_parts(
+    pipeline: Any, folder: Path, max_shard_size: str, source: Path | None, reference: Reference | None = None
+) -> None:
+    lent = reference.parts if reference else []
+    parts = {name: part for name, part in pipeline.components.items() if part is not None and name not in lent}
     copied = [name for name, part in parts.items() if source and _copy_part(part, source / name, folder / name, source)]
-    if copied:
+    if copied or lent:
         for name in parts.keys() - set(copied):
             _write_part(parts[name], folder / name, max_shard_size)
         pipeline.save_config(folder)
         named = read_object(Path(source or folder) / INDEX)
-        _change(folder / INDEX, lambda index: index | {name: named[name] for name in copied})
+        entry = reference.entry() if reference else {}
+        _change(folder / INDEX, lambda index: index | {name: named[name] for name in (*copied, *lent)} | entry)
     else:
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     _forget_local_paths(folder, copied)
@@ -151,10 +187,10 @@ def _without_local_path(values: dict[str, Any]) -> dict[str, Any]:
 
 def _origin_of(pipeline: Any) -> Origin:
     """What a quantized pipeline knows of how it was made, if nobody else says it."""
-    transformer = getattr(pipeline, "transformer", None)
-    if origin := getattr(transformer, "vq4dit_origin", None):  # it was made in this process
+    ours = next(part for part in pipeline.components.values() if _is_ours(part))
+    if origin := getattr(ours, "vq4dit_origin", None):  # it was made in this process
         return origin
-    made = dict(getattr(transformer, "config", {})).get("quantization_config") or {}
+    made = dict(ours.config).get("quantization_config") or {}
     values = made if isinstance(made, dict) else made.to_dict()
     return Origin(settings={name: values[name] for name in ("bits", "recipe", "seed") if name in values}, versions=versions())
 
@@ -181,13 +217,21 @@ def is_result(folder: Path, settings: QuantizationSettings, fingerprint: str = "
     return fingerprint in ("", origin.fingerprint) and (has_record(folder) or _is_packed(folder))
 
 
-def is_finished(folder: Path, settings: QuantizationSettings, pipeline: Any, source: Path, overwrite: bool) -> bool:
+def is_finished(
+    folder: Path,
+    settings: QuantizationSettings,
+    pipeline: Any,
+    source: Path,
+    overwrite: bool,
+    reference: Reference | None = None,
+) -> bool:
     """Whether `folder` already is, in every byte, what these settings make of a pipeline.
 
     A process may be killed between saving and cleaning up. Of what earlier versions made the bytes are not known.
 
     Args:
         source: the pipeline's folder, from which parts that are not quantized are copied.
+        reference: to the parts that would not be copied.
         overwrite: a result that is another one, or was changed, is none. Without it:
 
     Raises:
@@ -199,7 +243,7 @@ def is_finished(folder: Path, settings: QuantizationSettings, pipeline: Any, sou
         return True
     files = recorded(folder)
     changed = [RECORD] if files is None else sorted(files.keys() - intact(folder, files))
-    other = [] if files is None or changed else _other_parts(files, pipeline, source)
+    other = [] if files is None or changed else _other_parts(folder, files, pipeline, source, reference)
     if changed and not overwrite:
         raise JobError(
             f"{folder} is the finished result of this command, but not as it was written: {listed(changed)} changed or is "
@@ -207,31 +251,34 @@ def is_finished(folder: Path, settings: QuantizationSettings, pipeline: Any, sou
         )
     if other and not overwrite:
         raise JobError(
-            f"{folder} is finished, but of other parts than the model has now: {', '.join(other)} differs. Pass --overwrite to "
-            "replace it, or choose another output"
+            f"{folder} is finished, but of other parts than the model has now, or with other --components: {', '.join(other)} "
+            "differs. Pass --overwrite to replace it, or choose another output"
         )
     return not (changed or other)
 
 
-def _other_parts(files: Files, pipeline: Any, source: Path) -> list[str]:
+def _other_parts(folder: Path, files: Files, pipeline: Any, source: Path, reference: Reference | None) -> list[str]:
     """The parts, but for what is quantized, that saving the pipeline now would write otherwise than they are recorded."""
-    differing = []
-    parts = {name: part for name, part in pipeline.components.items() if part is not None and name != "transformer"}
-    gone = {name.split("/")[0] for name in files if "/" in name} - parts.keys() - {"transformer"}
+    quantized, lent = denoisers_of(pipeline), reference.parts if reference else []
+    elsewhere = quantized.keys() | set(lent)
+    parts = {name: part for name, part in pipeline.components.items() if part is not None and name not in elsewhere}
+    recorded_reference = read_reference(read_object(folder / INDEX), str(folder / INDEX))
+    differing = lent if reference and recorded_reference != reference else []
+    gone = {name.split("/")[0] for name in files if "/" in name} - parts.keys() - quantized.keys()
     for name, part in parts.items():
         there = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / name
+            work = Path(temporary) / name
             if copied := _copied_names(part, source / name, source):
                 now = {f"{name}/{without_variant(file)}": checksum((source / name / file).resolve()) for file in copied}
             else:
-                _write_part(part, folder, MAX_SHARD_SIZE)
-                _forget_local_paths(folder)
-                written = [path for path in folder.rglob("*") if path.is_file()]
+                _write_part(part, work, MAX_SHARD_SIZE)
+                _forget_local_paths(work)
+                written = [path for path in work.rglob("*") if path.is_file()]
                 now = {path.relative_to(temporary).as_posix(): checksum(path) for path in written}
         if now != there:
             differing.append(name)
-    return sorted([*differing, *gone])
+    return sorted({*differing, *gone})
 
 
 def _is_packed(folder: Path) -> bool:

@@ -52,7 +52,7 @@ def check_classes(model: str, index: dict[str, Any]) -> None:
             continue
         is_named = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
         if is_named:
-            _check_installed(f"the {part} of {model}", value[1], _found(*value))
+            _check_installed(f"the {part} of {model}", value[1], part_class(*value))
         if is_named and not _is_known(*value) or not is_named and part in required:
             raise UnsupportedModelError(
                 f"the {part} of {model} is said to be {shown(value)}, which neither diffusers nor transformers has, and "
@@ -74,7 +74,7 @@ def _check_installed(what: str, name: Any, found: Any) -> None:
         )
 
 
-def _found(library: str, name: str) -> Any:
+def part_class(library: str, name: str) -> Any:
     """What diffusers would take for this class, or None."""
     if not name.isidentifier() or name.startswith("_"):
         return None
@@ -90,7 +90,7 @@ def _found(library: str, name: str) -> Any:
 def _is_known(library: str, name: str) -> bool:
     """Whether this is a class of a model, scheduler, tokenizer or processor that diffusers would load, and no base of such."""
     kinds = [diffusers.ModelMixin, diffusers.SchedulerMixin]
-    return _is_class(_found(library, name), *kinds, *(_kinds_of_transformers() if library != "diffusers" else ()))
+    return _is_class(part_class(library, name), *kinds, *(_kinds_of_transformers() if library != "diffusers" else ()))
 
 
 def _kinds_of_transformers() -> list[type]:

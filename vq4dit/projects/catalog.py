@@ -89,6 +89,13 @@ class Catalog:
             "from the list, for example facebook/DiT-XL-2-256"
         )
 
+    def is_on_the_hub(self, name: str) -> bool:
+        """Whether a name is that of a repository, which others can fetch too."""
+        try:
+            return not Path(self.locate(name)).is_dir()
+        except VQ4DiTError:
+            return False
+
     def _folder(self, name: str) -> Path:
         if self.root is None:
             raise VQ4DiTError(

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vq4dit.denoisers import denoiser_of
 from vq4dit.disk.job import Job
 from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation.metrics import LayerError, layer_errors
@@ -147,7 +148,7 @@ def _quantize(
 ) -> None:
     pipeline = loader.original(project)
     settings = project.settings
-    targets, _ = find_targets(pipeline.transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
+    targets, _ = find_targets(denoiser_of(pipeline), settings.subvector_dim, settings.num_codewords, settings.keep)
     origin = origin_of(loader.catalog.locate(project.model), project.revision, project.settings)
     layers = project.layers()
     measured = {layer["name"] for layer in layers}
@@ -174,8 +175,9 @@ def _quantize(
             return
         origin = replace(origin, fingerprint=job.fingerprint)
         source = loader.source(project)
-        save(quantized, project.result, overwrite=True, source=source, origin=origin, scratch=project.work)
-        project.set_layers([asdict(layer) for layer in layer_errors(pipeline.transformer, quantized.transformer)])
+        where: dict[str, Any] = {"source": source, "scratch": project.work, "components": project.components}
+        save(quantized, project.result, overwrite=True, origin=origin, **where)
+        project.set_layers([asdict(layer) for layer in layer_errors(denoiser_of(pipeline), denoiser_of(quantized))])
         project.set_status(Status("done", seconds=spent()))
         job.remove()
 

@@ -3,7 +3,7 @@
 A project is one model with one choice of settings, and everything made from it. All that a page shows is read from its
 folder, so a reloaded page, a second tab or a restarted server shows the same.
 
-    ROOT/VISITOR/PROJECT/project.json     model, commit, settings
+    ROOT/VISITOR/PROJECT/project.json     model, commit, settings, and whether its other parts are referenced
     ROOT/VISITOR/PROJECT/forecast.json    what the work was expected to take
     ROOT/VISITOR/PROJECT/status.json      phase and what there is to say about it
     ROOT/VISITOR/PROJECT/events.jsonl     progress, one line each
@@ -39,6 +39,7 @@ from vq4dit.disk.files import write_atomically
 from vq4dit.disk.locks import locked
 from vq4dit.disk.space import folder_bytes, stat_of
 from vq4dit.errors import JobError
+from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 
 KEY = re.compile(r"[0-9a-f]{32}")
@@ -79,6 +80,7 @@ class Project:
         self.model: str = values["model"]
         self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
+        self.components: Components = values.get("components", "copy")
 
     @property
     def key(self) -> str:
@@ -220,9 +222,12 @@ class Workspace:
         folder = self.root / self._checked(visitor) / self._checked(key)
         return _opened(folder) if (folder / "project.json").exists() else None
 
-    def open(self, visitor: str, model: str, settings: QuantizationSettings, revision: str = "") -> Project:
+    def open(
+        self, visitor: str, model: str, settings: QuantizationSettings, revision: str = "", components: Components = "copy"
+    ) -> Project:
         """The visitor's project of this model and these settings; asking twice gives the same one."""
-        description = {"model": model, "revision": revision, "settings": settings.to_dict()}
+        description: dict[str, Any] = {"model": model, "revision": revision, "settings": settings.to_dict()}
+        description |= {"components": components} if components != "copy" else {}  # so that earlier projects keep their keys
         content = json.dumps(description, indent=1, sort_keys=True)
         key = hashlib.sha256(f"{visitor} {content}".encode()).hexdigest()[:32]
         folder = self.root / self._checked(visitor) / key

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vq4dit.config import CalibrationConfig
+from vq4dit.denoisers import denoiser_of, transformers_in
 from vq4dit.errors import CalibrationDivergedError
 from vq4dit.models.blocks import named_blocks, recorded_outputs
 from vq4dit.models.denoiser_calls import DenoiserCall
@@ -71,8 +72,8 @@ class Calibration:
         )
         start_state(self.optimizer, "square_avg")
         self.step = 0
-        self._blocks = list(named_blocks(student).values())
-        self._teacher_blocks = list(named_blocks(pipeline.transformer).values())
+        self.teacher = denoiser_of(pipeline)
+        self._blocks, self._teacher_blocks = _blocks_by_part(student), _blocks_by_part(self.teacher)
         self._start_trajectory()
 
     def advance(self) -> dict[str, float]:
@@ -84,9 +85,9 @@ class Calibration:
         calls = self._next_calls()
         block_mse = 0.0
         for call in calls:
-            with torch.no_grad(), evaluating(self.pipeline.transformer), recorded_outputs(self._teacher_blocks) as targets:
-                call.run(self.pipeline.transformer)
-            with recorded_outputs(self._blocks) as outputs:
+            with torch.no_grad(), evaluating(self.teacher), recorded_outputs(self._teacher_blocks[call.part]) as targets:
+                call.run(self.teacher)
+            with recorded_outputs(self._blocks[call.part]) as outputs:
                 call.run(self.student)
                 distillation = block_loss(outputs, targets) / len(calls)
             distillation.backward()
@@ -169,6 +170,10 @@ class Calibration:
             return self._next_calls()
         self._trajectory_step += 1
         return self._trajectory[self._trajectory_step - 1]
+
+
+def _blocks_by_part(denoiser: nn.Module) -> dict[str, list[nn.Module]]:
+    return {part: list(named_blocks(transformer).values()) for part, transformer in transformers_in(denoiser).items()}
 
 
 def start_state(optimizer: torch.optim.Optimizer, *moments: str) -> None:

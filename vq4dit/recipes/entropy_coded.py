@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vq4dit.config import EntropyCodingConfig, QuantizationSettings
+from vq4dit.denoisers import denoiser_of
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.layers.linear_maps import matrix_shape, put_layer
 from vq4dit.models.student import student_with
@@ -32,7 +33,7 @@ SENSITIVITIES = ("sensitivities", "sensitivities-of-steps")
 def entropy_coded_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
     """From output sensitivities to integers, layer by layer."""
     config = settings.entropy_coding
-    config = config.of_large() if is_large(pipeline.transformer) else config
+    config = config.of_large() if is_large(denoiser_of(pipeline)) else config
     fitting = Fitting(pipeline, plan, settings, config)
     targets, wanted = plan.targets, tuple(fitting.piece_names.values())
     of_all = Piece(fitting.measure, SENSITIVITIES, fitting.know, num_steps(fitting.sampling, config))
@@ -51,7 +52,8 @@ class Fitting:
         assert plan.sampling is not None  # `check` makes one for recipes that sample
         self.sampling = plan.sampling
         self.piece_names = {name: f"layers/{name}" for name in self.targets}
-        self.student = student_with(pipeline.transformer, {})
+        self.teacher = denoiser_of(pipeline)
+        self.student = student_with(self.teacher, {})
         self.sensitivities = Sensitivities({}, {})
         self.replays: Replays | None = None
         self.bits = BitBudget({})
@@ -74,7 +76,7 @@ class Fitting:
     def allocate(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
         """Share the bits of all integers out among the layers, by the teacher's own inputs in one round; one number each."""
         assert self.replays is not None
-        teacher = self.replays.of(self.pipeline.transformer, every=ROUNDS)
+        teacher = self.replays.of(self.teacher, every=ROUNDS)
         promised = sum(promised_bits(linear, self.settings.bits) for linear in self.targets.values())
         curves: dict[str, RateCurve] = {}
         names, classes = list(self.targets), self.replays.num_classes
@@ -96,7 +98,7 @@ class Fitting:
         if self.replays is None:  # all were fitted before the process ended
             yield from (Piece(lambda _: (), (self.piece_names[name],), self._put(name)) for name in self.targets)
             return
-        teacher, student = self.replays.of(self.pipeline.transformer), self.replays.of(self.student)
+        teacher, student = self.replays.of(self.teacher), self.replays.of(self.student)
         names, classes = list(self.targets), self.replays.num_classes
         groups = groups_in_turn(teacher, student, names, self.sensitivities.steps, classes)
         for group in groups:

@@ -18,6 +18,7 @@ from vq4dit.memory import check_memory
 from vq4dit.models.positions import Positions
 from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_trajectories_for
 from vq4dit.pipelines.inspect import Inspection, SizePrediction
+from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.recipes.gptq import block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
@@ -63,8 +64,14 @@ class Estimate:
         return {visitor: self.seconds <= limit for visitor, limit in DAILY_GPU_SECONDS.items()}
 
 
-def estimate(inspection: Inspection, settings: QuantizationSettings, device: Device) -> Estimate:
-    """The cost of quantizing a model at one of the widths that it was inspected for."""
+def estimate(
+    inspection: Inspection, settings: QuantizationSettings, device: Device, components: Components = "copy"
+) -> Estimate:
+    """The cost of quantizing a model at one of the widths that it was inspected for.
+
+    Args:
+        components: see `save`.
+    """
     prediction = next(p for p in inspection.predictions if p.bits == settings.bits)
     learning = {"kmeans": _nothing_learned, "paper": _of_paper, "best": _of_best}[settings.recipe]
     cost = learning(inspection, prediction, settings, device)
@@ -75,10 +82,11 @@ def estimate(inspection: Inspection, settings: QuantizationSettings, device: Dev
         clustered = [LLOYD_ITERATIONS * min(n, MAX_POINTS_PER_CODEWORD * codewords) + n for n in subvectors]
         seconds = sum(clustered) * codewords / (_cores(device) * DISTANCES_PER_SECOND[device])
         stages["cluster"] = seconds + 4 * inspection.parameters / LOAD_BYTES_PER_SECOND
+    copied = sum(inspection.other_bytes.values()) if components == "copy" else 0
     return Estimate(
         stages | cost.stages,
         BASE_BYTES + 8 * inspection.parameters + cost.memory_bytes,  # the original and the result, in fp32
-        prediction.file_bytes + 8 * sum(subvectors) + cost.disk_bytes,
+        prediction.file_bytes + 8 * sum(subvectors) + cost.disk_bytes + copied,
     )
 
 
@@ -95,7 +103,7 @@ def _of_paper(inspection: Inspection, prediction: SizePrediction, settings: Quan
     calibration, weights = settings.calibration, prediction.quantized_weights
     rows = calibration.num_trajectories * inspection.positions.rows
     # per weight and row: teacher forward 2 operations, student forward 2, backward 4; per quantized weight: mixing about 40
-    per_step = inspection.parameters * 8 * rows + 40 * weights
+    per_step = inspection.parameters_of_a_pass * 8 * rows + 40 * weights
     soft = weights // settings.subvector_dim * calibration.num_candidates
     return Estimate(
         {"calibrate": calibration.steps * per_step / (_cores(device) * OPERATIONS_PER_SECOND[device])},
@@ -112,7 +120,9 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
     calls = sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
     fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
-    per_operation = inspection.parameters / (cores * OPERATIONS_PER_SECOND[device])  # blocks run whether quantized or not
+    per_operation = inspection.parameters_of_a_pass / (
+        cores * OPERATIONS_PER_SECOND[device]
+    )  # blocks run whether quantized or not
     stages = {
         "sensitivity": per_operation * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
         "trajectories": per_operation * SAMPLING_OPERATIONS * learned.rounds * learned.rows,

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.config import EntropyCodingConfig
+from vq4dit.denoisers import denoiser_of, transformers_in
 from vq4dit.devices import exact
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.linear_maps import matrix_shape, tokens_of
@@ -45,6 +46,7 @@ from vq4dit.models.trajectories import (
     num_trajectories_for,
     random_trajectories,
 )
+from vq4dit.surroundings import without_parameter_gradients
 
 
 class Sensitivities(NamedTuple):
@@ -66,7 +68,8 @@ def output_sensitivities(
 
     Calls `on_step` after each of `num_steps` denoising steps.
     """
-    large = is_large(pipeline.transformer)
+    denoiser = denoiser_of(pipeline)
+    large = is_large(denoiser)
     found: dict[str, Tensor] = {}
     steps: dict[str, dict[tuple[int, int], Tensor]] = {}
 
@@ -96,7 +99,7 @@ def output_sensitivities(
         probes=config.probes,
         before_guidance=True,
     )
-    rows = {name: matrix_shape(pipeline.transformer.get_submodule(name))[0] for name in names}
+    rows = {name: matrix_shape(denoiser.get_submodule(name))[0] for name in names}
     return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()})
 
 
@@ -145,7 +148,7 @@ def probe_outputs(
         probes: how many v each step has; further steps have as many as the last one named.
         before_guidance: whether what the transformer predicts in each call is compared as well.
     """
-    teacher = pipeline.transformer
+    teacher = denoiser_of(pipeline)
     probing = _Probing(listen, Probe(0, 0, 1, 1.0))
     directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
@@ -169,7 +172,7 @@ def probe_outputs(
         probing.begin()
         on_step(step)
 
-    with probing.watching(teacher, names), _without_parameter_gradients(*parts_of(pipeline)), _checkpointed(teacher):
+    with probing.watching(teacher, names), without_parameter_gradients(*parts_of(pipeline)), _checkpointed(teacher):
         for shown, first in product(range(rounds), range(0, num_trajectories, together)):
 
             def is_shown(number: int, shown: int = shown) -> bool:
@@ -200,7 +203,7 @@ class _Probing:
     @contextmanager
     def watching(self, teacher: nn.Module, names: Sequence[str]) -> Iterator[None]:
         handles = [teacher.get_submodule(name).register_forward_hook(partial(self.follow, name)) for name in names]
-        handles.append(teacher.register_forward_hook(self.note))
+        handles += [transformer.register_forward_hook(self.note) for transformer in transformers_in(teacher).values()]
         try:
             yield
         finally:
@@ -247,31 +250,17 @@ def _halves(gradient: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _without_parameter_gradients(*models: nn.Module) -> Iterator[None]:
-    """For a while no parameter takes a gradient; afterwards those do that did."""
-    asked = [p for model in models for p in model.parameters() if p.requires_grad]
-    try:
-        for p in asked:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in asked:
-            with torch.inference_mode(p.is_inference()):
-                p.requires_grad_(True)
-
-
-@contextmanager
-def _checkpointed(transformer: Any) -> Iterator[None]:
+def _checkpointed(denoiser: nn.Module) -> Iterator[None]:
     """Gradient checkpointing: in large models activations inside a block are not held, but made again for the backward pass."""
-    able = getattr(transformer, "_supports_gradient_checkpointing", False) and not transformer.is_gradient_checkpointing
-    if not able or not is_large(transformer):
-        yield
-        return
-    transformer.enable_gradient_checkpointing()
+    models: list[Any] = list(transformers_in(denoiser).values()) if is_large(denoiser) else []
+    able = [m for m in models if getattr(m, "_supports_gradient_checkpointing", False) and not m.is_gradient_checkpointing]
+    for model in able:
+        model.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        transformer.disable_gradient_checkpointing()
+        for model in able:
+            model.disable_gradient_checkpointing()
 
 
 def _known(found: dict[str, Tensor], rows: dict[str, int]) -> dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]:

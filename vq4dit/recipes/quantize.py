@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.config import QuantizationSettings, Recipe, VQ4DiTConfig, check_settings
+from vq4dit.denoisers import denoiser_of, denoisers_of, transformers_in
 from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.schema import format_version
@@ -92,21 +93,17 @@ def check(pipeline: Any, settings: QuantizationSettings) -> Plan:
         ValueError: if these are no settings.
     """
     check_settings(settings)
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+    if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
         raise UnsupportedModelError(
             f"a {type(pipeline).__name__} has no transformer; vq4dit quantizes diffusion transformers such as "
             "facebook/DiT-XL-2-256"
         )
-    _check_original(transformer)
-    if others := [name for name, part in pipeline.components.items() if name != "transformer" and _is_like(part, transformer)]:
-        raise UnsupportedModelError(
-            f"this {type(pipeline).__name__} has more than one transformer, and {', '.join(others)} would stay as large as it "
-            "is: two-stage models are not supported yet, take one with a single transformer"
-        )
+    denoiser = denoiser_of(pipeline)
+    for transformer in transformers_in(denoiser).values():
+        _check_original(transformer)
     if settings.recipe != "kmeans":
         condition_kind(pipeline)
-    targets, kept = find_targets(transformer, settings.subvector_dim, settings.num_codewords, settings.keep)
+    targets, kept = find_targets(denoiser, settings.subvector_dim, settings.num_codewords, settings.keep)
     _check_finite(pipeline)
     for name, linear in targets.items():
         for p in linear.parameters():
@@ -165,29 +162,29 @@ def _is_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(piece.float()).all()) for piece in values.detach().flatten().split(FINITE_CHUNK))
 
 
-def _is_like(part: Any, transformer: nn.Module) -> bool:
-    """Whether another part is a transformer as well, of the same class: the second stage of a model of two, say."""
-    return isinstance(part, nn.Module) and type(part) is type(transformer)
-
-
-def _finish(pipeline: Any, student: Any, job: Job) -> Any:
-    """The pipeline with the student in place of the transformer, which knows how it was made."""
-    settings = job.settings
-    shared = equal_embedders(student)
-    dtype = str(rest_dtype(pipeline.transformer)).removeprefix("torch.")
-    config = VQ4DiTConfig(
-        format_version=format_version(packed_layers(student).values()),
-        bits=settings.bits,
-        recipe=settings.recipe,
-        seed=settings.seed,
-        dtype=dtype,
-        shared_embedders=shared,
-    )
-    attach(student, config)
-    student.vq4dit_origin = made_by(settings, job.fingerprint)
+def _finish(pipeline: Any, student: nn.Module, job: Job) -> Any:
+    """The pipeline with what was quantized in place of its transformers; these know how they were made."""
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
-    quantized.register_modules(transformer=student)
+    originals = denoisers_of(pipeline)
+    made: Any
+    for (name, original), made in zip(originals.items(), transformers_in(student).values(), strict=True):
+        if packed_layers(made):  # otherwise all of its layers are kept, and it stays what it is
+            attach(made, _config_of(original, made, job.settings))
+            made.vq4dit_origin = made_by(job.settings, job.fingerprint)
+            quantized.register_modules(**{name: made})
     if labels := getattr(pipeline, "labels", None):  # DiTPipeline reads them from model_index.json but does not write them
         names = {str(index): [name for name, i in labels.items() if i == index] for index in sorted(set(labels.values()))}
         quantized.register_to_config(id2label={index: ", ".join(words) for index, words in names.items()})
     return quantized
+
+
+def _config_of(original: nn.Module, made: nn.Module, settings: QuantizationSettings) -> VQ4DiTConfig:
+    """What the file of a quantized transformer says of it."""
+    return VQ4DiTConfig(
+        format_version=format_version(packed_layers(made).values()),
+        bits=settings.bits,
+        recipe=settings.recipe,
+        seed=settings.seed,
+        dtype=str(rest_dtype(original)).removeprefix("torch."),
+        shared_embedders=equal_embedders(made),
+    )

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vq4dit.config import QuantizationSettings
+from vq4dit.denoisers import denoiser_of
 from vq4dit.layers.codebook import nearest_codewords, split_subvectors
 from vq4dit.layers.linear_maps import LinearMap, matrix_of, matrix_shape, put_layer
 from vq4dit.layers.vector import VQLinear
@@ -39,7 +40,7 @@ def kmeans_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> 
         layers[name] = VQLinear.from_assignments(codebook, candidates[:, 0], shape, linear.bias, dtype=dtype)
 
     yield clustering(plan.targets, settings, 1, put)
-    return student_with(pipeline.transformer, layers)
+    return student_with(denoiser_of(pipeline), layers)
 
 
 def paper_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
@@ -53,7 +54,7 @@ def paper_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> S
         soft[name] = SoftVQLinear(codebook, candidates, logits, matrix_shape(linear), linear.bias)
 
     yield clustering(plan.targets, settings, config.num_candidates, put)
-    student = student_with(pipeline.transformer, soft)
+    student = student_with(denoiser_of(pipeline), soft)
     assert plan.sampling is not None  # `check` makes one for recipes that sample
     generator = named_generator(settings.seed, "zero data")
     calibration = Calibration(pipeline, student, plan.sampling, config, generator)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from vq4dit.bundled import BUNDLED, suggested_call
+from vq4dit.pipelines.references import Components
 from vq4dit.projects.call_lines import written
+from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.workspace import Project, Status
 from vq4dit.web import fields, html
@@ -36,6 +39,8 @@ class Answers:
         last = projects[0] if projects else None
         query = dict(request.query_params)
         choice = chosen(query, last)
+        if choice[-1] == "reference" and not self.studio.catalog.is_on_the_hub(choice[0]):
+            choice = *choice[:-1], "copy"
         seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
         welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
         # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
@@ -86,6 +91,11 @@ class Answers:
         query = dict(request.query_params)
         link = query if query.get("model") == model else {}
         return fields.classes(card, link), fields.prompts(card, link), guidance, model
+
+    def offer(self, model: str, components: Components) -> gr.Radio:
+        """Parts can be fetched from the original only where it is a repository on the Hub."""
+        is_there = self.studio.catalog.is_on_the_hub(model or "")
+        return gr.Radio(value=components if is_there else "copy", interactive=is_there)
 
     def suggest(self, model: str) -> str:
         """Arguments of the call for a model that somebody picked."""
@@ -175,11 +185,12 @@ class Answers:
 
     def download(self, key: str, project_key: str) -> tuple:
         try:
-            path = self.studio.download(self.studio.project(key, project_key))
+            project = self.studio.project(key, project_key)
+            path = self.studio.download(project)
         except Exception as error:
             return gr.skip(), html.trouble(explain(error))
         label = f"Download {path.name} ({size(path.stat().st_size)})"
-        return gr.DownloadButton(label, value=str(path), visible=True), html.load_snippet(path.stem)
+        return gr.DownloadButton(label, value=str(path), visible=True), html.load_snippet(path.stem, project.components)
 
     # --- what programs may ask ---
 
@@ -190,7 +201,7 @@ class Answers:
             model: a Hub id such as facebook/DiT-XL-2-256, or assets/emoji-dit, the bundled one.
         """
         try:
-            return html.inspection_values(self.studio.card(model))
+            return inspection_values(self.studio.card(model))
         except Exception as error:
             raise gr.Error(on_page(error), print_exception=False) from error
 
@@ -211,7 +222,7 @@ class Answers:
 
 
 UNCHANGED = (gr.skip(),) * 3
-AT_FIRST = (BUNDLED, 2, "best", 0, "", "")
+AT_FIRST = (BUNDLED, 2, "best", 0, "", "", "copy")
 CHOICES = 100  # as many as Gradio shows
 PAUSES = {"paused": "The job is paused", "failed": "The job could not go on"}
 RESUME = "Press Resume to go on; it ends in the same bytes."
@@ -240,17 +251,18 @@ def greeting(last: Project) -> str:
 
 
 def chosen(query: dict[str, str], last: Project | None) -> tuple:
-    """Model, bits, recipe, seed, keep, call: from the link, else from the last job, else as the page has them."""
+    """Model, bits, recipe, seed, keep, call, components: from the link, else from the last job, else as the page has them."""
     if "model" in query:
         bits, seed = query.get("bits", "2"), query.get("seed", "0")
         whole = int(bits) if bits.isdecimal() else 2, int(seed) if seed.isdecimal() else 0
         model, call = query["model"][:200], query.get("call")
         further = query.get("keep", "")[:500], suggested(model) if call is None else call[:2000]
-        return model, whole[0], query.get("recipe", "best"), whole[1], *further
+        components = "reference" if query.get("components") == "reference" else "copy"
+        return model, whole[0], query.get("recipe", "best"), whole[1], *further, components
     if last is None:
-        return (gr.skip(),) * 6
+        return (gr.skip(),) * 7
     s = last.settings
-    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep), "\n".join(written(s.call_arguments))
+    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep), "\n".join(written(s.call_arguments)), last.components
 
 
 def suggested(model: str) -> str:
@@ -258,8 +270,25 @@ def suggested(model: str) -> str:
     return "\n".join(written(suggested_call(model)))
 
 
+def inspection_values(found: ModelCard) -> dict[str, Any]:
+    """A card for programs."""
+    inspection = found.inspection
+    return {
+        "model": inspection.model if "/" not in inspection.model[:1] else Path(inspection.model).name,
+        "pipeline": found.pipeline,
+        "transformer": inspection.class_name,
+        "blocks": inspection.num_blocks,
+        "parameters": inspection.parameters,
+        "licence": found.licence,
+        "gated": found.gated,
+        "bytes": inspection.file_bytes,
+        "predicted_bytes": {str(p.bits): p.file_bytes for p in inspection.predictions},
+    }
+
+
 def commands(choice: Choice) -> str:
     settings = choice.settings()
     output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
-    link = html.copyable("Link to these settings", html.link_of(choice.model, settings), "link")
-    return html.copyable("The same in a terminal", html.command_of(choice.model, settings, output), "command") + link
+    link = html.copyable("Link to these settings", html.link_of(choice.model, settings, choice.components), "link")
+    command = html.command_of(choice.model, settings, output, choice.components)
+    return html.copyable("The same in a terminal", command, "command") + link

@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from vq4dit.config import QuantizationSettings
+from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
 from vq4dit.projects.catalog import ModelCard
@@ -116,11 +118,12 @@ def quota(cost: Estimate) -> str:
     return f'<ul class="quota">{fits}</ul>'
 
 
-def command_of(model: str, settings: QuantizationSettings, output: str) -> str:
+def command_of(model: str, settings: QuantizationSettings, output: str, components: Components = "copy") -> str:
     """The same thing in a terminal."""
     words = ["python -m vq4dit quantize", _quoted(model), f"--bits {settings.bits}", f"--recipe {settings.recipe}"]
     words += [f"--seed {settings.seed}"] + [f"--keep {_quoted(pattern)}" for pattern in settings.keep]
     words += [f"--call {_quoted(line)}" for line in written(settings.call_arguments)]
+    words += [f"--components {components}"] if components != "copy" else []
     return " ".join([*words, f"--output {_quoted(output)}"])
 
 
@@ -141,12 +144,11 @@ def copyable(label: str, text: str, element: str) -> str:
     )
 
 
-def link_of(model: str, settings: QuantizationSettings) -> str:
+def link_of(model: str, settings: QuantizationSettings, components: Components = "copy") -> str:
     """Query parameters that restore these settings, made absolute by the page that shows them."""
-    from urllib.parse import urlencode
-
     values = {"model": model, "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
     further = {"keep": " ".join(settings.keep), "call": "\n".join(written(settings.call_arguments))}
+    further["components"] = components if components != "copy" else ""
     return "?" + urlencode(values | {name: text for name, text in further.items() if text})
 
 
@@ -276,23 +278,9 @@ def score(game: dict[str, Any]) -> str:
     return f'<p class="score" role="status">{told}{so_far}</p>'
 
 
-def load_snippet(name: str) -> str:
-    """The three lines that load what was downloaded."""
+def load_snippet(name: str, components: Components = "copy") -> str:
+    """The lines that load what was downloaded."""
     code = f'import vq4dit\nfrom diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained("{name}")'
+    if components == "reference":
+        code = f'from vq4dit.pipelines.load import load_pipeline\npipeline = load_pipeline("{name}")'
     return f'<p class="note">Unpack it, then:</p><pre class="snippet" tabindex="0">{escape(code)}</pre>'
-
-
-def inspection_values(found: ModelCard) -> dict[str, Any]:
-    """A card for programs."""
-    inspection = found.inspection
-    return {
-        "model": inspection.model if "/" not in inspection.model[:1] else Path(inspection.model).name,
-        "pipeline": found.pipeline,
-        "transformer": inspection.class_name,
-        "blocks": inspection.num_blocks,
-        "parameters": inspection.parameters,
-        "licence": found.licence,
-        "gated": found.gated,
-        "bytes": inspection.file_bytes,
-        "predicted_bytes": {str(p.bits): p.file_bytes for p in inspection.predictions},
-    }

@@ -20,6 +20,7 @@ QUEUE_LENGTH = 24
 # A dropdown's value changes only when something is chosen; who comes to type replaces what stands there.
 TYPED = "(_, seen) => [document.querySelector('#model input').value, seen]"
 SELECT = "() => document.querySelector('#model input').select()"
+WAYS = [("copied into the result", "copy"), ("fetched from the original by whoever loads it", "reference")]
 RECIPE_WORDS = {"best": "best measured", "paper": "as VQ4DiT published it", "kmeans": "codebooks only, fastest"}
 
 
@@ -81,6 +82,14 @@ class Page:
                             lines=3,
                             max_lines=8,
                             elem_id="call",
+                        )
+                        self.components = gr.Radio(
+                            WAYS,
+                            value="copy",
+                            interactive=False,  # until the model is one of the Hub
+                            label="Text encoders, VAE and the like",
+                            info="Of models on the Hub, a small result can fetch them from the original, at this commit.",
+                            elem_id="components",
                         )
             self.command = gr.HTML(elem_id="command-box")
 
@@ -146,7 +155,7 @@ class Page:
     # --- wiring ---
 
     def _wire(self) -> None:
-        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call]
+        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call, self.components]
         looked = [self.card, self.command]
         run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
         drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths]
@@ -170,6 +179,7 @@ class Page:
         changes = partial(gr.on, [control.change for control in choice])
         self.on(changes, answers.look, choice, looked, **one_by_one)
         self.on(self.model.change, answers.conditions, asked, conditions, **one_by_one)
+        self.on(self.model.change, answers.offer, [self.model, self.components], [self.components], **one_by_one)
         self.on(self.model.input, answers.suggest, [self.model], [self.call], **one_by_one)
 
         begun = [*run_view, self.visitor, self.project, self.turn]
@@ -193,7 +203,7 @@ class Page:
         self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
-        names = ("model", "bits", "recipe", "seed", "keep", "call", "classes", "prompts", "seeds")
+        names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds")
         settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds), strict=True))
         self.push.wire(job, settings, arrived, [started, turned])
 

@@ -16,6 +16,7 @@ from vq4dit.config import CODEBOOKS, RECIPES, CallValue, QuantizationSettings, R
 from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.models.conditions import condition_kind
+from vq4dit.pipelines.references import Components, check_base
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
 from vq4dit.projects.call_lines import check_fitting, read_call
@@ -43,6 +44,7 @@ class Choice:
     seed: int | float | None  # an emptied number field holds nothing
     keep: str
     call: str = ""  # NAME=VALUE, one a line
+    components: Components = "copy"
 
     def settings(self) -> QuantizationSettings:
         seed = int(self.seed or 0)
@@ -92,7 +94,7 @@ class Studio:
 
         Raises:
             VQ4DiTError: as `Catalog.card`; UnsupportedModelError if the recipe needs samples that this pipeline cannot make;
-                ValueError if the pipeline's call has no such argument.
+                ValueError if the pipeline's call has no such argument. VQ4DiTError if there is nothing to refer to.
         """
         settings = choice.settings()
         call = tuple(settings.call_arguments.items())
@@ -101,6 +103,8 @@ class Studio:
         if settings.recipe != "kmeans":
             condition_kind(pipeline)
         check_fitting(pipeline, settings.call_arguments)
+        if choice.components == "reference":
+            check_base(choice.model, card.commit if self.catalog.is_on_the_hub(choice.model) else None)
         return card
 
     def costs(self, card: ModelCard, choice: Choice) -> dict[int, Estimate]:
@@ -108,7 +112,7 @@ class Studio:
         costs = {}
         for prediction in card.inspection.predictions:
             settings = replace(choice, bits=prediction.bits).settings()
-            costs[prediction.bits] = estimate(card.inspection, settings, self.device)
+            costs[prediction.bits] = estimate(card.inspection, settings, self.device, choice.components)
         return costs
 
     def begin(self, visitor: str, choice: Choice, token: str | None = None) -> Project:
@@ -123,7 +127,7 @@ class Studio:
         self.check_memory(cost, choice.model)
         self.workspace.sweep(max_age_seconds=MAX_AGE_SECONDS, max_bytes=MAX_TOTAL_BYTES)
         check_space(self.workspace.root, cost.disk_bytes + card.download_bytes)
-        project = self.workspace.open(visitor, choice.model, settings, card.commit)
+        project = self.workspace.open(visitor, choice.model, settings, card.commit, choice.components)
         project.set_forecast(Forecast(card.inspection.num_blocks, cost.stages))
         project.forget_stop()
         return project
