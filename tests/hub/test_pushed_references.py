@@ -30,7 +30,8 @@ def snippet(card: str) -> str:
 
 
 def images(pipeline, **call: object) -> np.ndarray:
-    return np.asarray(pipeline(**call, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images)
+    result = pipeline(**call, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np")
+    return np.asarray(result.frames if "frames" in result else result.images)
 
 
 def test_what_was_pushed_holds_no_part_of_the_base_and_loads_from_the_hub(hub, base, ann, tmp_path):
@@ -44,7 +45,7 @@ def test_what_was_pushed_holds_no_part_of_the_base_and_loads_from_the_hub(hub, b
     assert np.array_equal(*(images(p, class_labels=[0]) for p in (there, load_pipeline(str(folder)))))
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", ["dit", "flux", "wan22"])
 def test_the_cards_code_gives_the_same_pipeline(hub, base, ann, tmp_path, name):
     if name != "dit":
         tiny_pipelines.build(name).save_pretrained(tmp_path / "original")
@@ -53,9 +54,9 @@ def test_the_cards_code_gives_the_same_pipeline(hub, base, ann, tmp_path, name):
     publish(folder, ann)
     code = snippet(hub.repos["ann/tiny"].head["README.md"].decode())
     commit = hub.repos[base].refs["main"]
-    assert f'.from_pretrained("ann/base", revision="{commit}", transformer=transformer)' in code
+    assert f'.from_pretrained("ann/base", revision="{commit}", transformer=transformer' in code
     told: dict = {}
-    exec(code.partition("\nimage = ")[0], told)
+    exec(re.split("\n(image|video) = ", code)[0], told)
     call = {"class_labels": [0]} if name == "dit" else {"prompt": "a cat", **tiny_pipelines.CALLS[name]}
     assert np.array_equal(*(images(p, **call) for p in (told["pipeline"], load_pipeline(str(folder)))))
 

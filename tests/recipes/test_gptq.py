@@ -10,7 +10,16 @@ from vq4dit.config import EntropyCodingConfig
 from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
 from vq4dit.recipes import gptq
-from vq4dit.recipes.gptq import Correction, ErrorFeedback, damp, damp_coupling, quantize_weight
+from vq4dit.recipes.gptq import (
+    Correction,
+    ErrorFeedback,
+    QuantizedWeight,
+    damp,
+    damp_coupling,
+    of_inputs,
+    quantize_weights,
+    round_together,
+)
 
 CONFIG = EntropyCodingConfig()
 SEEDS = pytest.mark.parametrize("seed", range(4))
@@ -43,13 +52,31 @@ def taken(integers: torch.Tensor) -> float:
     return coded_bits(integers, *estimate_levels(integers)).sum().item()
 
 
+def quantize_weight(weight, moments, sensitivity, bits, config) -> QuantizedWeight:
+    """One alone."""
+    return quantize_weights([weight], moments, [sensitivity], [bits], config)[0]
+
+
+def feedback_of(moments, sensitivity) -> ErrorFeedback:
+    return ErrorFeedback(of_inputs(moments, CONFIG), sensitivity, CONFIG)
+
+
+def scales_of(feedback, weight, log_t) -> tuple[torch.Tensor, torch.Tensor]:
+    column_scale = feedback.column_scale(balance := feedback.balance(log_t))
+    return feedback.row_scale(weight, column_scale, log_t, balance), column_scale
+
+
+def rounded(feedback, weight, row_scale, column_scale, beam) -> torch.Tensor:
+    return round_together([feedback], [weight], [row_scale], column_scale, beam)[0]
+
+
 def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
     weight, _, _ = problem(0)
-    feedback = ErrorFeedback(torch.eye(32), torch.ones(48), CONFIG)
-    scales = feedback.scales(weight, log_t=-3.0)
+    feedback = feedback_of(torch.eye(32), torch.ones(48))
+    scales = scales_of(feedback, weight, -3.0)
     steps = torch.outer(*scales)
     assert steps.std() / steps.mean() < 1e-3
-    assert torch.equal(feedback.round(weight, *scales, beam=1), (weight / steps).round().short())
+    assert torch.equal(rounded(feedback, weight, *scales, beam=1), (weight / steps).round().short())
 
 
 @SEEDS
@@ -58,13 +85,13 @@ def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
 def test_feedback_keeps_what_matters_better_than_rounding(seed, beam, coupled):
     weight, moments, coupling = problem(seed)
     sensitivity = coupling if coupled else coupling.diagonal()
-    feedback = ErrorFeedback(moments, sensitivity, CONFIG)
-    row_scale, column_scale = feedback.scales(weight, feedback_t(feedback, weight))
+    feedback = feedback_of(moments, sensitivity)
+    row_scale, column_scale = scales_of(feedback, weight, feedback_t(feedback, weight))
     steps = torch.outer(row_scale, column_scale)
-    found = feedback.round(weight, row_scale, column_scale, beam)
+    found = rounded(feedback, weight, row_scale, column_scale, beam)
     metric = coupling if coupled else torch.diag(coupling.diagonal())
-    rounded = joint_error(weight - (weight / steps).round() * steps, moments, metric)
-    assert joint_error(weight - found * steps, moments, metric) < 0.7 * rounded
+    nearest = joint_error(weight - (weight / steps).round() * steps, moments, metric)
+    assert joint_error(weight - found * steps, moments, metric) < 0.7 * nearest
 
 
 def feedback_t(feedback: ErrorFeedback, weight: torch.Tensor) -> float:
@@ -95,9 +122,9 @@ def test_a_wide_beam_is_better_and_costs_no_bits():
 def test_a_beam_that_holds_all_roundings_finds_the_best_of_them():
     generator = seeded(1)
     weight, moments = torch.randn(3, 5, generator=generator), correlated(200, 5, generator)
-    feedback = ErrorFeedback(moments, torch.ones(3), CONFIG)
-    scales = feedback.scales(weight, -1.0)
-    found = feedback.round(weight, *scales, beam=4**5)
+    feedback = feedback_of(moments, torch.ones(3))
+    scales = scales_of(feedback, weight, -1.0)
+    found = rounded(feedback, weight, *scales, beam=4**5)
     steps = torch.outer(*scales)
     near = (weight / steps).floor()
     for row in range(3):
@@ -218,3 +245,36 @@ def test_more_bits_are_better_for_weights_with_heavy_tails(seed, coupled):
         assert taken(quantized.integers) < 1.03 * bits * weight.numel()
         errors.append(joint_error(quantized.weight() - weight, moments, metric))
     assert all(more < less / 2.5 for less, more in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("beam", [1, 8])
+@pytest.mark.parametrize("coupled", [False, True], ids=["rows apart", "rows coupled"])
+def test_layers_of_one_input_are_rounded_side_by_side_as_each_would_be_alone(beam, coupled):
+    """They have different numbers of rows, so some are done before others."""
+    moments = problem(0)[1]
+    layers, weights, row_scales = [], [], []
+    for seed, rows in enumerate((48, 8, 100)):
+        weight, _, coupling = problem(seed, rows)
+        layers.append(feedback := feedback_of(moments, coupling if coupled else coupling.diagonal()))
+        weights.append(weight)
+        row_scales.append(scales_of(feedback, weight, -2.0)[0])
+    column_scale = layers[0].column_scale(0.0)
+    together = round_together(layers, weights, row_scales, column_scale, beam)
+    for found, layer, weight, row_scale in zip(together, layers, weights, row_scales, strict=True):
+        alone = rounded(layer, weight, row_scale, column_scale, beam)
+        assert found.shape == weight.shape and (found != alone).float().mean() < 0.01  # sums in another order
+
+
+@SEEDS
+def test_layers_of_one_input_share_their_column_scale_and_lose_nothing_by_it(seed):
+    moments = problem(seed)[1]
+    problems = [problem(seed + 10 * number, rows) for number, rows in enumerate((48, 24, 96))]
+    weights, couplings = [weight * 4.0**n for n, (weight, *_) in enumerate(problems)], [coupling for *_, coupling in problems]
+    bits = [b * weight.numel() for b, weight in zip((2.0, 3.0, 1.5), weights, strict=True)]
+    together = quantize_weights(weights, moments, couplings, bits, CONFIG)
+    assert all(torch.equal(quantized.column_scale, together[0].column_scale) for quantized in together)
+    for quantized, weight, coupling, promised in zip(together, weights, couplings, bits, strict=True):
+        assert taken(quantized.integers) / weight.numel() == pytest.approx(promised / weight.numel(), abs=0.1)
+        alone = quantize_weight(weight, moments, coupling, promised, CONFIG)
+        errors = [joint_error(weight - q.weight(), moments, coupling) for q in (quantized, alone)]
+        assert errors[0] < 1.15 * errors[1]

@@ -16,7 +16,7 @@ from vq4dit.models.conditions import NULL_CLASS
 from vq4dit.models.denoiser_calls import tensors_of
 from vq4dit.models.trajectories import ROUNDS, STEPS, Sampling, random_trajectories
 from vq4dit.recipes.hessian import InputStatistics, input_statistics
-from vq4dit.recipes.layerwise import Replays, fit_layer, groups_in_turn, record_replays
+from vq4dit.recipes.layerwise import Replays, fit_layers, groups_in_turn, record_replays
 
 BITS = 2.0 * 32 * 48
 CONFIG = EntropyCodingConfig()
@@ -189,6 +189,11 @@ def test_training_mode_and_gradients_change_nothing(pipeline):
     assert all(module.training for module in pipeline.transformer.modules())
 
 
+def fit_layer(linear, statistics, sensitivity, bits, config):
+    """One alone."""
+    return fit_layers([linear], statistics, [sensitivity], [bits], config)[0]
+
+
 @pytest.mark.parametrize("drift", [0.0, 0.3], ids=["inputs as in the teacher", "inputs that drifted"])
 def test_a_fitted_bias_keeps_the_mean_output(drift, generator):
     linear = nn.Linear(32, 48)
@@ -286,3 +291,29 @@ def test_a_weight_far_above_all_others_does_not_spoil_the_model(pipeline):
 
 def test_a_model_of_few_classes_needs_no_thousand():
     assert noise_error(new_pipeline(num_embeds_ada_norm=3), recipe="best") < 0.01
+
+
+def test_layers_of_one_input_are_fitted_together_as_well_as_alone(generator):
+    linears = [nn.Linear(32, rows) for rows in (48, 24, 96)]
+    teacher = torch.randn(400, 32, generator=generator) + 1
+    student = teacher @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator))
+    statistics = statistics_of(teacher, student)
+    sensitivities = [torch.ones(linear.out_features) for linear in linears]
+    bits = [2.0 * linear.weight.numel() for linear in linears]
+    together = fit_layers(linears, statistics, sensitivities, bits, CONFIG)
+    for linear, sensitivity, promised, found in zip(linears, sensitivities, bits, together, strict=True):
+        alone = fit_layer(linear, statistics, sensitivity, promised, CONFIG)
+        errors = [
+            (linear(teacher) - student @ quantized.weight().T - bias).square().mean().item()
+            for quantized, bias in (found, alone)
+        ]
+        assert errors[0] < 1.1 * errors[1]
+
+
+def test_linears_with_and_without_a_bias_are_not_fitted_together(pipeline):
+    """Their second moments are others: about the mean, which a bias makes good, and about zero."""
+    attention = pipeline.transformer.transformer_blocks[0].attn1
+    attention.to_k.bias = None
+    teacher = replays_of(pipeline).of(pipeline.transformer)
+    names = [f"transformer_blocks.0.attn1.to_{kind}" for kind in "qkv"]
+    assert [group.names for group in groups_in_turn(teacher, teacher, names)] == [[name] for name in names]

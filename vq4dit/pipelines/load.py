@@ -44,6 +44,8 @@ from vq4dit.pipelines.skeleton import (
 from vq4dit.pipelines.trust import CONVERT, check_classes, check_weights, part_class
 from vq4dit.quiet import quiet_loading
 
+NONE_LENT: Mapping[str, Lent] = {}  # of a pipeline that holds all its parts
+
 
 def pinned(model: str, revision: str | None = None, token: str | None = None) -> str | None:
     """The commit that a Hub id stands for now, so that all files come from one state of it; None for a folder.
@@ -127,9 +129,6 @@ def check_index(index: dict[str, Any], path: str) -> None:
 def denoiser_parts(index: dict[str, Any]) -> list[str]:
     """The names of the parts that are transformers to quantize: `transformer`, and others of its class."""
     return names_of_denoisers(parts_of(index))
-
-
-NONE_LENT: Mapping[str, Lent] = {}
 
 
 def check_files(folder: Path) -> None:

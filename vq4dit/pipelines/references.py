@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from torch import nn
 
 from vq4dit.disk.json_files import AGAIN, read_object, shown
@@ -59,8 +59,8 @@ class Reference:
         return [name.removeprefix(f"{part}/") for name in self.files if name.startswith(f"{part}/")]
 
     def entry(self) -> dict[str, Any]:
-        """What it adds to a `model_index.json`."""
-        return {KEY: asdict(self)}
+        """What it adds to a `model_index.json`: nothing, if there was nothing to refer to."""
+        return {KEY: asdict(self)} if self.files else {}
 
     def __str__(self) -> str:
         return f"{', '.join(self.parts)} of {self.model} at commit {self.revision}"
@@ -152,30 +152,31 @@ def borrowed(reference: Reference, folder: Path, token: str | None = None) -> di
     """
     if own := [part for part in reference.parts if (folder / part).exists()]:
         raise FormatError(f"{folder} holds {own[0]}/, and says that it is {reference}: delete the one or the other")
-    check_space(Path(constants.HF_HUB_CACHE), _bytes_to_fetch(reference))
+    model, revision = reference.model, reference.revision
+    wanted = {n: size for n, size in reference.files.items() if not try_to_load_from_cache(model, n, revision=revision)}
+    check_space(Path(constants.HF_HUB_CACHE), sum(wanted.values()))
     try:
-        paths = [Path(_fetched(reference, name, token)) for name in reference.files]
+        if wanted:  # sizes are known before anything is fetched that nobody promised
+            info = HfApi(token=token).model_info(model, revision=revision, files_metadata=True)
+            _check_sizes(reference, {file.rfilename: file.size or 0 for file in info.siblings or ()})
+        paths = {name: Path(hf_hub_download(model, name, revision=revision, token=token)) for name in reference.files}
     except FAILURES as error:
-        told = explained(error, f"fetch {reference}", reference.model)
+        told = explained(error, f"fetch {reference}", model)
         raise HubError(f"{told}; {COPY}", told.reason, float(told.seconds), page=str(told)) from error
-    for (name, size), path in zip(reference.files.items(), paths, strict=True):
-        if (now := path.stat().st_size) != size:
-            raise FormatError(
-                f"{reference.model} has {now} bytes in {name} at commit {reference.revision}, and had {size} when it was "
-                f"quantized: quantize it again; {COPY}"
-            )
-    snapshot = paths[0].parents[1]
+    _check_sizes(reference, {name: path.stat().st_size for name, path in paths.items()})
+    snapshot = next(iter(paths.values())).parents[1]
+    if snapshot.name != revision:
+        raise FormatError(f"{model} has a branch or tag called {revision}, and no commit: do not trust this model")
     return {part: Lent(snapshot / part, reference.names(part)) for part in reference.parts}
 
 
-def _fetched(reference: Reference, name: str, token: str | None) -> str:
-    return hf_hub_download(reference.model, name, revision=reference.revision, token=token)
-
-
-def _bytes_to_fetch(reference: Reference) -> int:
-    """Of what is not in the cache."""
-    cached = {n for n in reference.files if try_to_load_from_cache(reference.model, n, revision=reference.revision)}
-    return sum(size for name, size in reference.files.items() if name not in cached)
+def _check_sizes(reference: Reference, sizes: Mapping[str, int]) -> None:
+    """Raise `FormatError` unless files that are there have the bytes that they had. What is missing, the Hub says."""
+    model, revision = reference.model, reference.revision
+    for name, size in reference.files.items():
+        if (now := sizes.get(name, size)) != size:
+            told = f"{model} has {now} bytes in {name} at commit {revision}, not the {size} that were quantized"
+            raise FormatError(f"{told}: quantize it again; {COPY}", page=f"{told}: quantize it again")
 
 
 def loaded(lent: Lent, kind: Any, dtype: torch.dtype) -> Any:

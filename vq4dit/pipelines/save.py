@@ -133,8 +133,8 @@ def _write_parts(
             _write_part(parts[name], folder / name, max_shard_size)
         pipeline.save_config(folder)
         named = read_object(Path(source or folder) / INDEX)
-        entry = reference.entry() if reference else {}
-        _change(folder / INDEX, lambda index: index | {name: named[name] for name in (*copied, *lent)} | entry)
+        referenced = reference.entry() if reference else {}
+        _change(folder / INDEX, lambda index: index | {name: named[name] for name in (*copied, *lent)} | referenced)
     else:
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     _forget_local_paths(folder, copied)
@@ -251,8 +251,8 @@ def is_finished(
         )
     if other and not overwrite:
         raise JobError(
-            f"{folder} is finished, but of other parts than the model has now, or with other --components: {', '.join(other)} "
-            "differs. Pass --overwrite to replace it, or choose another output"
+            f"{folder} is finished, but of other parts than the model has now: {', '.join(other)} differs. Pass --overwrite to "
+            "replace it, choose another output, or repeat the --components that it was made with"
         )
     return not (changed or other)
 

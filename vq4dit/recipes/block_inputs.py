@@ -59,6 +59,9 @@ class ReplayedBlock:
             found.append(_together(seen))
         return found
 
+    def has_bias(self, name: str) -> bool:
+        return getattr(self.module.get_submodule(name), "bias", None) is not None
+
     def of_every_class(self, num_classes: int) -> list[BlockArguments] | None:
         """The same calls with one token, once for every class and as often for none; None if the block is told no class."""
         return [_every_class(arguments, num_classes) for arguments in self.arguments] if self._is_told_classes else None
@@ -102,10 +105,11 @@ def _watched(block: nn.Module, names: Sequence[str], note: Callable[[str, Tensor
             handle.remove()
 
 
-def sharing_an_input(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
+def sharing_an_input(inputs: dict[str, list[Tensor]], kind: Callable[[str], bool]) -> list[list[str]]:
+    """Linears one after the other that read the same, and are of one kind."""
     groups: list[list[str]] = []
     for name, seen in inputs.items():
-        if groups and inputs[groups[-1][0]][0] is seen[0]:
+        if groups and inputs[groups[-1][0]][0] is seen[0] and kind(groups[-1][0]) == kind(name):
             groups[-1].append(name)
         else:
             groups.append([name])

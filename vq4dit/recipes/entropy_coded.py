@@ -7,7 +7,7 @@ then one layer after the other (`layerwise.py`, `gptq.py`). README.md beside thi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ from vq4dit.pipelines.inspect import promised_bits
 from vq4dit.randomness import named_generator
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
 from vq4dit.recipes.fisher import Sensitivities, num_steps, output_sensitivities
-from vq4dit.recipes.hessian import InputStatistics
-from vq4dit.recipes.layerwise import Replays, fit_layer, groups_in_turn, rate_curve, record_replays
+from vq4dit.recipes.layerwise import LayerGroup, Replays, fit_layers, groups_in_turn, rate_curves, record_replays
 from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.stages import Piece, Stage, Stages, Tensors, Tick
 
@@ -81,10 +80,11 @@ class Fitting:
         curves: dict[str, RateCurve] = {}
         names, classes = list(self.targets), self.replays.num_classes
         for group in groups_in_turn(teacher, teacher, names, self.sensitivities.steps, classes):
-            statistics = group.statistics()
-            for name in group.names:
-                sensitivity = self.sensitivities.outputs[name].to(statistics.covariance.device)
-                curves[name] = rate_curve(self.targets[name], statistics, sensitivity, self.config)
+            linears = [self.targets[name] for name in group.names]
+            sensitivities = [self.sensitivities.outputs[name] for name in group.names]
+            found = rate_curves(linears, group.statistics(), sensitivities, self.config)
+            for name, curve in zip(group.names, found, strict=True):
+                curves[name] = curve
                 tick()
         log_t = log_t_for(curves.values(), promised)
         bits = {name: torch.tensor(curve.bits(log_t), dtype=torch.float64) for name, curve in curves.items()}
@@ -102,20 +102,27 @@ class Fitting:
         names, classes = list(self.targets), self.replays.num_classes
         groups = groups_in_turn(teacher, student, names, self.sensitivities.steps, classes)
         for group in groups:
-            statistics = cache(group.statistics)
-            for name in group.names:
-                yield Piece(partial(self._fit, name, statistics), (self.piece_names[name],), self._put(name))
+            files = tuple(self.piece_names[name] for name in group.names)
+            yield Piece(partial(self._fit, group), files, self._put(*group.names), len(group.names))
 
-    def _fit(self, name: str, statistics: Callable[[], InputStatistics], _: Tick) -> Iterable[tuple[str, Tensors]]:
-        linear = self.targets[name]
-        sensitivity = self.sensitivities.outputs[name].to(linear.weight.device)
-        quantized, bias = fit_layer(linear, statistics(), sensitivity, self.bits.share(name), self.config)
-        return [(self.piece_names[name], EntropyCodedLinear.from_integers(*quantized, bias).state_dict())]
+    def _fit(self, group: LayerGroup, tick: Tick) -> Iterator[tuple[str, Tensors]]:
+        """Layers that read the same input, together."""
+        linears = [self.targets[name] for name in group.names]
+        sensitivities = [self.sensitivities.outputs[name] for name in group.names]
+        bits = [self.bits.share(name) for name in group.names]
+        fitted = fit_layers(linears, group.statistics(), sensitivities, bits, self.config)
+        for name, (quantized, bias) in zip(group.names, fitted, strict=True):
+            yield self.piece_names[name], EntropyCodedLinear.from_integers(*quantized, bias).state_dict()
+            tick()
 
-    def _put(self, name: str) -> Callable[[Mapping[str, Tensors]], None]:
-        """Let a layer, as it is on disk, take its place in the student."""
+    def _put(self, *names: str) -> Callable[[Mapping[str, Tensors]], None]:
+        """Let layers, as they are on disk, take their places in the student."""
 
         def put(pieces: Mapping[str, Tensors]) -> None:
+            for name in names:
+                put_one(name, pieces)
+
+        def put_one(name: str, pieces: Mapping[str, Tensors]) -> None:
             linear = self.targets[name]
             piece = {key: tensor.to(linear.weight.device) for key, tensor in pieces[self.piece_names[name]].items()}
             layer = EntropyCodedLinear.from_tensors(piece, matrix_shape(linear), linear.weight.dtype)

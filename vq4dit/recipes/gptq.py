@@ -16,6 +16,7 @@ roundings so far, as decoders of lattices do; of a layer's error that takes an e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -85,20 +86,20 @@ class ErrorFeedback:
     """Both sides of a layer's error: what corrects what, and what is left to cost something.
 
     Args:
-        second_moments: H of the inputs.
+        columns: how an error in one input's weights is corrected in those of others (`of_inputs`); layers that read the same
+            input share it.
         sensitivity: B of the outputs, or its diagonal: then no row corrects another.
-        config: how much both are damped, and how many roundings are kept.
+        config: how much both are damped.
     """
 
     def __init__(
         self,
-        second_moments: Float[Tensor, "columns columns"],
+        columns: Correction,
         sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
         config: EntropyCodingConfig,
     ):
-        self.beam = config.beam
-        self.columns = Correction(damp(second_moments, config.damping))
-        self.column_cost = self.columns.costs()
+        self.columns = columns
+        self.column_cost = columns.costs()
         self.rows: Correction | None = None
         self.block_rows = len(sensitivity)
         if sensitivity.ndim == 2:
@@ -112,45 +113,93 @@ class ErrorFeedback:
         """Bits that this weight takes at each cost of an error."""
         return RateCurve((weight.square().mean(1) * self.row_cost).sqrt(), self.column_cost.sqrt())
 
-    def scales(
-        self, weight: Float[Tensor, "rows columns"], log_t: float
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
-        """Row and column scales, of the sizes that a file can tell, whose products are the steps t / sqrt(w_i d_j).
+    def balance(self, log_t: float) -> float:
+        """What has to go from row scales to column scales, as a logarithm, for both to lie around 1."""
+        row, column = (cost.double().log2().mean().item() / -2 for cost in (self.row_cost, self.column_cost))
+        return (column - row - log_t) / 2
 
-        A row whose largest weight would be too many of them has larger ones.
-        """
-        row, column = self.row_cost.double().rsqrt(), self.column_cost.double().rsqrt()
-        balance = (column.log2().mean() - row.log2().mean() - log_t) / 2  # so that both lie around 1
-        column_scale = step_size(nearest_step(column * 2**-balance))
+    def column_scale(self, balance: float) -> Float[Tensor, " columns"]:
+        """Of a size that a file can tell, for steps t / sqrt(w_i d_j)."""
+        return step_size(nearest_step(self.column_cost.double().rsqrt() * 2**-balance))
+
+    def row_scale(
+        self, weight: Float[Tensor, "rows columns"], column_scale: Float[Tensor, " columns"], log_t: float, balance: float
+    ) -> Float[Tensor, " rows"]:
+        """The same of rows; larger where the largest weight of a row would be too many steps."""
         least = (weight.abs() / column_scale).amax(1).double() / (FILLED * LARGEST)
-        return step_size(nearest_step(torch.maximum(row * 2 ** (log_t + balance), least))), column_scale
+        return step_size(nearest_step(torch.maximum(self.row_cost.double().rsqrt() * 2 ** (log_t + balance), least)))
 
-    def round(
-        self,
-        weight: Float[Tensor, "rows columns"],
-        row_scale: Float[Tensor, " rows"],
-        column_scale: Float[Tensor, " columns"],
-        beam: int | None = None,
-    ) -> Integer[Tensor, "rows columns"]:
-        """The integers, by feedback over both sides; of `beam` roundings of a row, or as many as the config says."""
-        beam = self.beam if beam is None else beam
-        column_order = self.columns.order
-        row_order = self.rows.order if self.rows else torch.arange(len(weight), device=weight.device)
-        remaining = weight.float()[row_order][:, column_order]
-        row_scale, column_scale = row_scale[row_order], column_scale[column_order]
-        found = torch.empty(remaining.shape, dtype=torch.int16, device=weight.device)
-        size = column_scale / self.columns.factor.diagonal().float()
-        factor = self.columns.factor.float() * size.unsqueeze(1) / column_scale
-        for start in range(0, len(weight), self.block_rows):
-            stop = start + self.block_rows
-            rows = slice(start, stop)
-            step = row_scale[rows].unsqueeze(1) * column_scale
-            found[rows] = round_rows(remaining[rows] / step, factor, size.square(), beam)
-            if self.rows and stop < len(weight):
-                correction = self.rows.factor[rows]
-                error = remaining[rows] - found[rows] * step
-                remaining[stop:] -= (correction[:, stop:].T @ torch.linalg.solve(correction[:, rows].T, error.double())).float()
-        return found[row_order.argsort()][:, column_order.argsort()]
+
+def of_inputs(second_moments: Float[Tensor, "columns columns"], config: EntropyCodingConfig) -> Correction:
+    """The side of the columns, of H of their inputs."""
+    return Correction(damp(second_moments, config.damping))
+
+
+class _Rows:
+    """A weight on its way to integers, a block of rows after another; rows and columns are in their orders."""
+
+    def __init__(self, feedback: ErrorFeedback, weight: Tensor, row_scale: Tensor, column_scale: Tensor):
+        self.correction, self.block_rows = feedback.rows, feedback.block_rows
+        device, self.column_order = weight.device, feedback.columns.order
+        self.order = self.correction.order if self.correction else torch.arange(len(weight), device=device)
+        self.remaining = weight.float()[self.order][:, self.column_order]
+        self.row_scale, self.column_scale = row_scale[self.order], column_scale[self.column_order]
+        self.found = torch.empty(self.remaining.shape, dtype=torch.int16, device=device)
+        self.done = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == len(self.found)
+
+    @property
+    def block(self) -> slice:
+        return slice(self.done, min(self.done + self.block_rows, len(self.found)))
+
+    def wanted(self) -> Float[Tensor, "rows columns"]:
+        """What the next block shall be, in steps."""
+        return self.remaining[self.block] / self._step
+
+    def take(self, integers: Integer[Tensor, "rows columns"]) -> None:
+        """What the next block has become; the rows after it make good what that got wrong."""
+        rows, stop = self.block, self.block.stop
+        self.found[rows] = integers
+        if self.correction and stop < len(self.found):
+            factor = self.correction.factor[rows]
+            error = self.remaining[rows] - integers * self._step
+            self.remaining[stop:] -= (factor[:, stop:].T @ torch.linalg.solve(factor[:, rows].T, error.double())).float()
+        self.done = stop
+
+    @property
+    def _step(self) -> Float[Tensor, "rows columns"]:
+        return self.row_scale[self.block].unsqueeze(1) * self.column_scale
+
+    def integers(self) -> Integer[Tensor, "rows columns"]:
+        """In the weight's own order."""
+        return self.found[self.order.argsort()][:, self.column_order.argsort()]
+
+
+def round_together(
+    layers: Sequence[ErrorFeedback],
+    weights: Sequence[Float[Tensor, "_ columns"]],
+    row_scales: Sequence[Float[Tensor, " _"]],
+    column_scale: Float[Tensor, " columns"],
+    beam: int,
+) -> list[Integer[Tensor, "_ columns"]]:
+    """The integers of layers that read the same input, by feedback over both sides; of `beam` roundings of a row.
+
+    Columns correct each other in all of them alike, so a block of rows of each is rounded side by side.
+    """
+    columns = layers[0].columns
+    ordered = column_scale[columns.order]
+    size = ordered / columns.factor.diagonal().float()
+    factor = columns.factor.float() * size.unsqueeze(1) / ordered
+    rounding = [_Rows(layer, w, r, column_scale) for layer, w, r in zip(layers, weights, row_scales, strict=True)]
+    while left := [rows for rows in rounding if not rows.is_done]:
+        wanted = [rows.wanted() for rows in left]
+        found = round_rows(torch.cat(wanted), factor, size.square(), beam)
+        for rows, integers in zip(left, found.split([len(block) for block in wanted]), strict=True):
+            rows.take(integers)
+    return [rows.integers() for rows in rounding]
 
 
 def round_rows(
@@ -192,26 +241,38 @@ def round_rows(
     return left[row.squeeze(1), total.argmin(1)].short()
 
 
-def quantize_weight(
-    weight: Float[Tensor, "rows columns"],
+def quantize_weights(
+    weights: Sequence[Float[Tensor, "_ columns"]],
     second_moments: Float[Tensor, "columns columns"],
-    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
-    bits: float,
+    sensitivities: Sequence[Float[Tensor, " _"] | Float[Tensor, "_ _"]],
+    bits: Sequence[float],
     config: EntropyCodingConfig,
-) -> QuantizedWeight:
-    """Round a weight to integers that take about `bits` bits together, so that tr(B E H Eᵀ) is small.
+) -> list[QuantizedWeight]:
+    """Round weights that multiply the same inputs to integers that take about so many bits, so that tr(B E H Eᵀ) is small.
 
     The step that the rate curve asks for is tried by rounding to the nearest; the curve is then off by a factor that is known.
     """
-    weight = weight.float()
-    feedback = ErrorFeedback(second_moments, sensitivity, config)
-    curve = feedback.rate_curve(weight)
-    bits = max(bits, 0.0)
-    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits))
-    tried = feedback.round(weight, row_scale, column_scale, beam=1)
-    taken = coded_bits(tried, *estimate_levels(tried)).sum(dtype=torch.float64).item()
-    row_scale, column_scale = feedback.scales(weight, log_t_for([curve], bits * bits / max(taken, 1e-9)))
-    return QuantizedWeight(feedback.round(weight, row_scale, column_scale), row_scale, column_scale)
+    weights = [weight.float() for weight in weights]
+    columns = of_inputs(second_moments, config)
+    layers = [ErrorFeedback(columns, sensitivity, config) for sensitivity in sensitivities]
+    curves = [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]
+    bits = [max(promised, 0.0) for promised in bits]
+    tried = _round_at(layers, weights, [log_t_for([curve], b) for curve, b in zip(curves, bits, strict=True)], beam=1)
+    taken = [coded_bits(z, *estimate_levels(z)).sum(dtype=torch.float64).item() for z, _, _ in tried]
+    asked = [log_t_for([curve], b * b / max(t, 1e-9)) for curve, b, t in zip(curves, bits, taken, strict=True)]
+    return _round_at(layers, weights, asked, config.beam)
+
+
+def _round_at(
+    layers: Sequence[ErrorFeedback], weights: Sequence[Tensor], log_t: Sequence[float], beam: int
+) -> list[QuantizedWeight]:
+    """With steps that cost t each; one column scale serves all."""
+    balance = sum(layer.balance(t) for layer, t in zip(layers, log_t, strict=True)) / len(layers)
+    column_scale = layers[0].column_scale(balance)
+    told = zip(layers, weights, log_t, strict=True)
+    row_scales = [layer.row_scale(weight, column_scale, t, balance) for layer, weight, t in told]
+    found = round_together(layers, weights, row_scales, column_scale, beam)
+    return [QuantizedWeight(*both, column_scale) for both in zip(found, row_scales, strict=True)]
 
 
 def damp(second_moments: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:

@@ -37,7 +37,7 @@ from vq4dit.models.denoiser_calls import DenoiserCall
 from vq4dit.models.trajectories import STEPS, Sampling, num_trajectories_for, record_calls
 from vq4dit.recipes.bit_allocation import RateCurve
 from vq4dit.recipes.block_inputs import ReplayedBlock, sharing_an_input
-from vq4dit.recipes.gptq import ErrorFeedback, QuantizedWeight, damp, quantize_weight
+from vq4dit.recipes.gptq import ErrorFeedback, QuantizedWeight, damp, of_inputs, quantize_weights
 from vq4dit.recipes.hessian import (
     InputStatistics,
     by_halves,
@@ -49,7 +49,7 @@ from vq4dit.recipes.hessian import (
 
 
 class LayerGroup(NamedTuple):
-    """Linears that read the same input (q, k, v), and how to get its statistics when they are wanted."""
+    """Linears that read the same input (q, k, v), all with a bias or all without; its statistics are made when wanted."""
 
     names: list[str]
     statistics: Callable[[], InputStatistics]
@@ -135,7 +135,7 @@ def _groups_of_transformer(
         block = ReplayedBlock(teacher, index)
         student_block = block if student is teacher else ReplayedBlock(student, index)
         inputs, outputs = block.inputs_of(wanted)
-        for group in sharing_an_input(inputs):
+        for group in sharing_an_input(inputs, block.has_bias):
             full_names = [f"{block_name}.{name}" for name in group]
             weights = step_weights.get(full_names[0])
             statistics = partial(_group_statistics, group[0], block, student_block, inputs[group[0]], weights, num_classes)
@@ -170,40 +170,58 @@ def _damped(config: EntropyCodingConfig, statistics: InputStatistics) -> Entropy
     return replace(config, damping=max(config.damping, statistics.damping))
 
 
-def rate_curve(
-    linear: LinearMap,
+def rate_curves(
+    linears: Sequence[LinearMap],
     statistics: InputStatistics,
-    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
+    sensitivities: Sequence[Float[Tensor, " _"] | Float[Tensor, "_ _"]],
     config: EntropyCodingConfig,
-) -> RateCurve:
-    """How many bits this linear takes at each cost of an error."""
-    device = exact_device(linear.weight.device)  # that of all error feedback
-    statistics, weight = statistics.to(device), matrix_of(linear).float().to(device)
-    moments = statistics.about_zero()[0] if linear.bias is None else statistics.covariance
-    return ErrorFeedback(moments, sensitivity.to(device), _damped(config, statistics)).rate_curve(weight)
+) -> list[RateCurve]:
+    """How many bits each of these linears, which read the same input, takes at each cost of an error."""
+    device = exact_device(linears[0].weight.device)  # that of all error feedback
+    statistics, config = statistics.to(device), _damped(config, statistics)
+    columns = of_inputs(_moments(linears, statistics)[0], config)
+    layers = [ErrorFeedback(columns, sensitivity.to(device), config) for sensitivity in sensitivities]
+    weights = [matrix_of(linear).float().to(device) for linear in linears]
+    return [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]
 
 
-def fit_layer(
-    linear: LinearMap,
+def _moments(linears: Sequence[LinearMap], statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+    """Second moments and mismatch of the inputs: about their means, where biases make good what those get wrong."""
+    return statistics.about_zero() if linears[0].bias is None else statistics[:2]
+
+
+def fit_layers(
+    linears: Sequence[LinearMap],
     statistics: InputStatistics,
-    sensitivity: Float[Tensor, " rows"] | Float[Tensor, "rows rows"],
-    bits: float,
+    sensitivities: Sequence[Float[Tensor, " _"] | Float[Tensor, "_ _"]],
+    bits: Sequence[float],
     config: EntropyCodingConfig,
-) -> tuple[QuantizedWeight, Float[Tensor, " rows"] | None]:
-    """Quantize one linear for the inputs it will see; returns the weight and the bias (None if it has none).
+) -> list[tuple[QuantizedWeight, Float[Tensor, " _"] | None]]:
+    """Quantize linears for the one input that all will see; returns of each the weight and the bias (None if it has none).
 
     Args:
-        sensitivity: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
-        bits: what its integers may take, all together.
+        linears: of one group: all with a bias, or all without.
+        sensitivities: how much an error in each output counts, or in each two of them together (`output_sensitivities`).
+        bits: what the integers of each may take, all together.
     """
-    device = exact_device(linear.weight.device)
-    statistics, weight = statistics.to(device), matrix_of(linear).float().to(device)
-    config = _damped(config, statistics)
-    moments, mismatch = statistics.about_zero() if linear.bias is None else statistics[:2]
-    correction = torch.linalg.solve(damp(moments, config.damping), (weight @ mismatch).T).T
-    corrected = weight + config.input_correction * correction
-    quantized = quantize_weight(corrected, moments, sensitivity.to(device), bits, config)
+    device = exact_device(linears[0].weight.device)
+    statistics, config = statistics.to(device), _damped(config, statistics)
+    weights = [matrix_of(linear).float().to(device) for linear in linears]
+    moments, mismatch = _moments(linears, statistics)
+    correction = torch.linalg.solve(damp(moments, config.damping), (torch.cat(weights) @ mismatch).T).T
+    corrections = correction.split([len(weight) for weight in weights])
+    corrected = [weight + config.input_correction * c for weight, c in zip(weights, corrections, strict=True)]
+    on_device = [sensitivity.to(device) for sensitivity in sensitivities]
+    quantized = quantize_weights(corrected, moments, on_device, bits, config)
+    biases = [_fitted_bias(*of_one, statistics) for of_one in zip(linears, weights, quantized, strict=True)]
+    return list(zip(quantized, biases, strict=True))
+
+
+def _fitted_bias(
+    linear: LinearMap, weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics
+) -> Float[Tensor, " rows"] | None:
+    """The bias, with what errors make of the mean input."""
     if linear.bias is None:
-        return quantized, None
+        return None
     mean_error = weight @ statistics.teacher_mean - quantized.weight() @ statistics.student_mean
-    return quantized, linear.bias.detach().float().to(device) + mean_error
+    return linear.bias.detach().float().to(weight.device) + mean_error
