@@ -7,9 +7,10 @@ from pathlib import Path
 
 from vq4dit.config import CallValue
 
-BUNDLED, BUNDLED_FLUX = "assets/emoji-dit", "assets/emoji-flux"
+BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO = "assets/emoji-dit", "assets/emoji-flux", "assets/emoji-video"
 CALLS: dict[str, dict[str, CallValue]] = {
-    BUNDLED_FLUX: {"height": 64, "width": 64, "true_cfg_scale": 3, "negative_prompt": "", "max_sequence_length": 12}
+    BUNDLED_FLUX: {"height": 64, "width": 64, "true_cfg_scale": 3, "negative_prompt": "", "max_sequence_length": 12},
+    BUNDLED_VIDEO: {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3, "max_sequence_length": 12},
 }
 
 

@@ -62,7 +62,7 @@ def test_an_access_withdrawn_between_two_turns_pauses_the_job_in_words_until_it_
     *_, last = answers.quantize(visitor, key, turn, login)
     assert "is packed" in last[0]
     *_, drawn = CompareAnswers(studio).draw(visitor, key, 1, [0], 1, login)
-    assert "1 pairs" in drawn[0]
+    assert "1 pair<" in drawn[0]
     hub.repos[GATED].readers.clear()
     *_, refused = CompareAnswers(studio).draw(visitor, key, 2, [1], 1, login)
     assert "is gated, and this login has no access" in refused[0]

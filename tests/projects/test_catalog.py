@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save
 
 import vq4dit
-from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, CALLS
+from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO, CALLS
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.call_lines import check_fitting
@@ -43,7 +43,7 @@ def offered(hub, model_folder):
     return hub
 
 
-@pytest.mark.parametrize("name", [BUNDLED, BUNDLED_FLUX])
+@pytest.mark.parametrize("name", [BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO])
 def test_the_picker_and_the_card_of_a_bundled_model_say_the_same(catalog, name):
     parameters = catalog.card(name).inspection.parameters
     assert f" {parameters / 1e6:.1f} M parameters" in dict((name, shown) for shown, name in catalog.offered())[name]

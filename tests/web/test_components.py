@@ -39,7 +39,7 @@ def test_a_job_by_reference_is_packed_drawn_and_taken_home(hub, studio):
     assert (reference.model, reference.revision) == ("ann/base", hub.repos["ann/base"].refs["main"])
     assert reference.parts == ["vae"] and not (project.result / "vae").exists()
     *_, drawn = CompareAnswers(studio).draw(visitor, key, 1, [0], 1, None)
-    assert "1 pairs" in drawn[0]
+    assert "1 pair<" in drawn[0]
     assert "load_pipeline(" in answers.download(visitor, key)[1]
 
 

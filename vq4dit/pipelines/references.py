@@ -77,9 +77,9 @@ def check_base(model: str, revision: str | None) -> None:
     """Raise `VQ4DiTError` unless the parts of this model can be referenced: it must be a repository, at a commit."""
     if is_hub_id(model) and COMMIT.fullmatch(revision or ""):
         return
-    at = f"at revision {shown(revision)}" if is_hub_id(model) else "which is none"
+    at = f"at revision {shown(revision)}" if revision else "without a commit, which folders do not have"
     raise VQ4DiTError(
-        f"components can be referenced only of a repository on the Hub (owner/name) at a commit, got {shown(model)}, {at}: "
+        f"components can be referenced only of a repository on the Hub (owner/name) at a commit, got {shown(model)} {at}: "
         "take --components copy, or quantize the repository that the model comes from",
         page="parts can be fetched from the original only where it is a repository on the Hub: choose to copy them",
     )

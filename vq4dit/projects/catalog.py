@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
-from vq4dit.bundled import BUNDLED, BUNDLED_FLUX
+from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO
 from vq4dit.config import CallValue, Recipe
 from vq4dit.disk.revisions import content_revision
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
@@ -28,19 +28,33 @@ from vq4dit.pipelines.repository import read_json
 from vq4dit.printable import printable
 
 FOLDER = "folder:"
+COME_WITH_IT = (BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
 
-# Diffusion transformers of the Hub that are known to be in diffusers' format, with a word on each.
+# Diffusion transformers that come with vq4dit, and those of the Hub that people use, all in diffusers' format: with a word on
+# each, and the transformer's bytes at 2 bits by any recipe (`python tests/benchmarks/sizes.py`).
 KNOWN = {
     BUNDLED: "emoji-dit: bundled, 12.7 M parameters, no download",
     BUNDLED_FLUX: "emoji-flux: bundled, text to image, 12.1 M parameters, no download",
-    "facebook/DiT-XL-2-256": "DiT-XL/2 at 256 px: the paper's model",
-    "facebook/DiT-XL-2-512": "DiT-XL/2 at 512 px",
-    "PixArt-alpha/PixArt-XL-2-512x512": "PixArt-α, text to image, 0.6 B",
-    "Efficient-Large-Model/Sana_600M_1024px_diffusers": "Sana, text to image, 0.6 B",
-    "Alpha-VLLM/Lumina-Image-2.0": "Lumina 2, text to image, 2.6 B",
-    "black-forest-labs/FLUX.1-schnell": "FLUX.1 schnell, text to image, 12 B",
+    BUNDLED_VIDEO: "emoji-video: bundled, text to video, 10.2 M parameters, no download",
+    "facebook/DiT-XL-2-256": "DiT-XL/2 at 256 px: the paper's model, 0.18 GB at 2 bits",
+    "facebook/DiT-XL-2-512": "DiT-XL/2 at 512 px, 0.18 GB",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "PixArt-Σ, text to image, 0.6 B, 0.18 GB",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "Sana, text to image, 1.6 B, 0.49 GB",
+    "Alpha-VLLM/Lumina-Image-2.0": "Lumina 2, text to image, 2.6 B, 0.66 GB",
+    "black-forest-labs/FLUX.2-klein-4B": "FLUX.2 klein, text to image, 4 B, 1.3 GB",
+    "Tongyi-MAI/Z-Image-Turbo": "Z-Image Turbo, text to image, 6 B, 1.6 GB",
+    "stabilityai/stable-diffusion-3.5-large": "SD 3.5 large, text to image, 8 B, 2.5 GB",
+    "black-forest-labs/FLUX.1-schnell": "FLUX.1 schnell, text to image, 12 B, 3.1 GB",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 dev, text to image, 12 B, 3.1 GB",
+    "Qwen/Qwen-Image": "Qwen-Image, text to image, 20 B, 5.2 GB",
+    "black-forest-labs/FLUX.2-dev": "FLUX.2 dev, text to image, 32 B, 9.5 GB",
+    "Lightricks/LTX-Video": "LTX-Video, text to video, 1.9 B, 0.56 GB",
+    "zai-org/CogVideoX-5b": "CogVideoX, text to video, 5.6 B, 1.4 GB",
+    "hunyuanvideo-community/HunyuanVideo": "HunyuanVideo, text to video, 13 B, 3.4 GB",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "Wan 2.1, text to video, 14 B, 4.0 GB",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "Wan 2.2, text to video, two of 14 B, 8.0 GB",
 }
 
 
@@ -78,7 +92,7 @@ class Catalog:
             VQ4DiTError: if it is no name of a model that may be opened here.
         """
         name = name.strip()
-        if name in (BUNDLED, BUNDLED_FLUX):
+        if name in COME_WITH_IT:
             return str(self.home / name)
         if name.startswith(FOLDER):
             return str(self._folder(name.removeprefix(FOLDER)))
@@ -116,7 +130,7 @@ class Catalog:
 
     def offered(self) -> list[tuple[str, str]]:
         """(what is shown, name) of everything that needs no search."""
-        known = [(words if name in (BUNDLED, BUNDLED_FLUX) else f"{name} · {words}", name) for name, words in KNOWN.items()]
+        known = [(words if name in COME_WITH_IT else f"{name} · {words}", name) for name, words in KNOWN.items()]
         return known + [(printable(name), name) for name in self.folders()]
 
     def search(self, text: str) -> list[tuple[str, str]]:

@@ -87,7 +87,7 @@ class CompareAnswers:
         except Exception:
             return (gr.skip(),) * 6
         pairs = drawn_pairs(project)
-        return html.note(f"{len(pairs)} pairs") if pairs else gr.skip(), *self.shown(key, project, pairs)
+        return html.note(_counted(len(pairs))) if pairs else gr.skip(), *self.shown(key, project, pairs)
 
     def shown(self, key: str, project: Project, pairs: list[Pair], on_page: Sequence[Pair] = ()) -> tuple:
         """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
@@ -141,10 +141,14 @@ def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
     wanted = settings.wanted()
     done = sum(pair.key in wanted for pair in drawn_pairs(project))
     stopped = project.is_asked_to_stop() and report(project) is None
-    told = f"{done} of {len(wanted)} pairs" if done < len(wanted) else f"{done} pairs"
+    told = f"{done} of {_counted(len(wanted))}" if done < len(wanted) else _counted(done)
     if stopped and not working:
         return html.note(f"You stopped it: {told}. Press Draw pairs to go on.")
     if working:
         told = f"Drawing: {told}" if done < len(wanted) else f"{told}, measuring the noise"
         return html.note(f"{told}, stopping …" if stopped else f"{told} …")
     return html.note(told)
+
+
+def _counted(pairs: int) -> str:
+    return f"{pairs} pair" if pairs == 1 else f"{pairs} pairs"
