@@ -38,7 +38,8 @@ def names_of_denoisers(kinds: Mapping[str, Any]) -> list[str]:
 def denoisers_of(pipeline: Any) -> dict[str, Any]:
     """The transformers of a pipeline by the names of their parts."""
     parts = {FIRST: pipeline.transformer} | {name: part for name, part in pipeline.components.items() if part is not None}
-    return {name: parts[name] for name in names_of_denoisers({name: type(part) for name, part in parts.items()})}
+    kinds = {name: type(getattr(part, "_orig_mod", part)) for name, part in parts.items()}  # of what torch.compile wraps
+    return {name: parts[name] for name in names_of_denoisers(kinds)}
 
 
 def as_one(parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -59,6 +60,11 @@ def names_in_denoiser(parts: Collection[str]) -> dict[str, str]:
 def transformers_in(denoiser: nn.Module) -> dict[str, nn.Module]:
     """The transformers by their names in a denoiser: one alone is called ""."""
     return dict(denoiser.named_children()) if isinstance(denoiser, Denoisers) else {"": denoiser}
+
+
+def kind_of(denoiser: nn.Module) -> str:
+    """The class of its transformers, for messages."""
+    return type(next(iter(transformers_in(denoiser).values()))).__name__
 
 
 def full_name(part: str, name: str) -> str:

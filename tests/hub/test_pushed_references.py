@@ -10,8 +10,10 @@ import tiny_pipelines
 import torch
 from hub_fixtures import publish
 from referring import contents, index_of, made
+from tiny import new_pipeline
 
 from vq4dit.cli.main import main
+from vq4dit.errors import HubError
 from vq4dit.hub.base import Base
 from vq4dit.hub.model_card import model_card
 from vq4dit.hub.push import same_image
@@ -92,3 +94,20 @@ def test_push_in_a_terminal_verifies_a_reference(hub, base, tmp_path, monkeypatc
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     assert main(["push", str(made(base, tmp_path / "q")), "tiny", "--verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["same_image"] is True
+
+
+def test_the_cards_code_names_the_variant_where_the_base_has_no_other(hub, ann, tmp_path):
+    new_pipeline().save_pretrained(tmp_path / "original", variant="fp16")
+    hub.add_repo("ann/base", contents(tmp_path / "original"))
+    folder = made("ann/base", tmp_path / "q")
+    publish(folder, ann)
+    code = snippet(hub.repos["ann/tiny"].head["README.md"].decode())
+    assert 'variant="fp16", transformer=transformer' in code
+    told: dict = {}
+    exec(re.split("\n(image|video) = ", code)[0], told)
+    assert np.array_equal(*(images(p, class_labels=[0]) for p in (told["pipeline"], load_pipeline(str(folder)))))
+
+
+def test_a_push_to_the_base_itself_would_take_away_what_is_referred_to_and_is_refused(hub, base, tmp_path):
+    with pytest.raises(HubError, match="ann/base has the parts that this model refers to"):
+        model_card(made(base, tmp_path / "q"), "ann/base", Base(model=base, revision=hub.repos[base].refs["main"]))

@@ -16,7 +16,7 @@ from tiny import new_pipeline
 import vq4dit
 from vq4dit.cli.main import main
 from vq4dit.disk import space
-from vq4dit.errors import FormatError, HubError, JobError, VQ4DiTError
+from vq4dit.errors import FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.pipelines.inspect import inspect
 from vq4dit.pipelines.load import load_pipeline, source_folder
 from vq4dit.pipelines.provenance import Origin
@@ -369,3 +369,24 @@ def test_an_origin_without_a_commit_is_no_base(tmp_path, base):
             source=source_folder(base),
             origin=Origin(model=base, revision="main"),
         )
+
+
+def test_an_original_with_a_reference_is_refused_since_nobody_may_read_by_it_what_others_fetched(base, result, hub, tmp_path):
+    """Its text encoder, say, would be a gated repository's, out of a cache that many logins fill, and then in a result."""
+    folder = Path(shutil.copytree(source_folder(base), tmp_path / "original", symlinks=False))
+    shutil.rmtree(folder / "vae")
+    entry = {KEY: index_of(result)[KEY]}
+    (folder / "model_index.json").write_text(json.dumps(index_of(folder) | entry))
+    hub.add_repo("ann/sly", contents(folder))
+    for model in (str(folder), "ann/sly"):
+        with pytest.raises(UnsupportedModelError, match="parts that are another repository's"):
+            inspect(model)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc", "a/b", "a b", ""])
+def test_a_part_has_the_name_of_a_folder_of_the_pipeline(model_folder, tmp_path, name):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "model_index.json").write_text(json.dumps(index_of(folder) | {name: ["diffusers", "DiTTransformer2DModel"]}))
+    for look in (inspect, load_pipeline):
+        with pytest.raises(FormatError, match="cannot be the name of a part"):
+            look(str(folder))

@@ -173,3 +173,23 @@ def test_its_card_names_the_layers_of_both(packed):
     card = model_card(packed, "me/wan22-2bit", Base())
     assert "256 codewords of 4 weights in 40 layers" in card
     assert f"{tensor_bytes(str(packed)):,}" in card
+
+
+def test_the_same_transformer_in_both_places_stays_so(original):
+    twice = copy.copy(original)
+    twice.register_modules(transformer_2=original.transformer)
+    quantized = vq4dit.quantize(twice, KMEANS)
+    assert quantized.transformer is quantized.transformer_2 and len(packed_layers(quantized.transformer)) == 20
+
+
+def test_compiled_parts_are_what_they_were(original):
+    compiled = copy.copy(original)
+    compiled.transformer, compiled.vae = torch.compile(original.transformer), torch.compile(original.vae)
+    assert list(denoisers_of(compiled)) == BOTH
+
+
+def test_one_that_is_kept_whole_is_predicted_as_it_is_copied(folder, tmp_path):
+    found = inspect(str(folder), ["transformer_2.*"], recipe="kmeans")
+    settings = QuantizationSettings(recipe="kmeans", keep=("transformer_2.*",), call=CALL)
+    vq4dit.save(vq4dit.quantize(load_pipeline(str(folder)), settings), tmp_path / "kept", source=folder)
+    assert tensor_bytes(str(tmp_path / "kept")) == pytest.approx(found.predictions[0].file_bytes, rel=0.01)

@@ -278,3 +278,18 @@ def test_layers_of_one_input_share_their_column_scale_and_lose_nothing_by_it(see
         alone = quantize_weight(weight, moments, coupling, promised, CONFIG)
         errors = [joint_error(weight - q.weight(), moments, coupling) for q in (quantized, alone)]
         assert errors[0] < 1.15 * errors[1]
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-8, 1e-4])
+@pytest.mark.parametrize("bits", [0.0, 2.0])
+def test_a_layer_of_zeros_or_far_smaller_than_the_others_costs_them_nothing(factor, bits):
+    moments = problem(0)[1]
+    problems = [problem(seed) for seed in range(3)]
+    weights, couplings = [weight for weight, *_ in problems], [coupling for *_, coupling in problems]
+    weights[1] = weights[1] * factor
+    promised = [b * weight.numel() for b, weight in zip((2.0, bits, 2.0), weights, strict=True)]
+    together = quantize_weights(weights, moments, couplings, promised, CONFIG)
+    for quantized, weight, coupling, wanted in zip(together, weights, couplings, promised, strict=True):
+        alone = quantize_weight(weight, moments, coupling, wanted, CONFIG)
+        errors = [joint_error(weight - q.weight(), moments, coupling) for q in (quantized, alone)]
+        assert errors[0] <= 1.15 * errors[1]

@@ -35,7 +35,7 @@ from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import check_pipeline, denoiser_parts
 from vq4dit.pipelines.provenance import REVISION, copied, is_hub_id, read_origin
-from vq4dit.pipelines.references import read_reference
+from vq4dit.pipelines.references import Reference, read_reference
 from vq4dit.pipelines.repository import parts_of, read_json
 
 
@@ -84,11 +84,16 @@ def model_card(
     _check_reports(num_bytes, report, kmeans)
     origin, codings = read_origin(folder), layer_codings(folder)
     index = read_json(str(folder), "model_index.json")
+    reference = read_reference(index, "model_index.json")
+    if reference and reference.model == repo_id:
+        raise HubError(
+            f"{repo_id} has the parts that this model refers to, and a push would remove them: choose another name", "name"
+        )
     pipeline = getattr(diffusers, index["_class_name"])
     parts = [
         f"---\n{_metadata(base, quantization['bits'], pipeline)}\n---",
         _introduction(repo_id, base, quantization),
-        _loading(repo_id, pipeline, index, origin.settings.get("call", {})),
+        _loading(repo_id, pipeline, index, reference, origin.settings.get("call", {})),
         _measured(num_bytes, quantization, report, kmeans),
         making(quantization, origin, codings),
         kept_layers(folder, quantization, origin, codings),
@@ -154,15 +159,15 @@ def _introduction(repo_id: str, base: Base, quantization: dict[str, Any]) -> str
     )
 
 
-def _loading(repo_id: str, pipeline: type, index: dict[str, Any], call: Mapping[str, Any]) -> str:
-    name, reference = pipeline.__name__, read_reference(index, "model_index.json")
+def _loading(repo_id: str, pipeline: type, index: dict[str, Any], reference: Reference | None, call: Mapping[str, Any]) -> str:
+    name = pipeline.__name__
     imported, loaded, told = name, f'pipeline = {name}.from_pretrained("{repo_id}")', ""
     if reference:
         kinds = {part: parts_of(index)[part][1] for part in denoiser_parts(index)}
         imported = ", ".join(sorted({name, *kinds.values()}))
         lines = [f'{part} = {kind}.from_pretrained("{repo_id}", subfolder="{part}")' for part, kind in kinds.items()]
         given = "".join(f", {part}={part}" for part in kinds)
-        revision = f'revision="{reference.revision}"'
+        revision = f'revision="{reference.revision}"' + (f', variant="{reference.variant}"' if reference.variant else "")
         loaded = "\n".join([*lines, f'pipeline = {name}.from_pretrained("{reference.model}", {revision}{given})'])
         told = (
             f"This repository does not hold the rest of the pipeline. It is that of {_linked(reference.model)} at commit "

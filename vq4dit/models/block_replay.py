@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vq4dit.denoisers import kind_of
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.models.blocks import named_blocks
 from vq4dit.models.denoiser_calls import DenoiserCall, Tree, map_tensors, tensors_of
@@ -72,7 +73,7 @@ def executed_blocks(transformer: nn.Module, call: DenoiserCall) -> list[str]:
             handle.remove()
     if twice := [name for name in order if order.count(name) > 1]:
         raise UnsupportedModelError(
-            f"{twice[0]} runs more than once in a pass of this {type(transformer).__name__}, so what enters it is not one "
+            f"{twice[0]} runs more than once in a pass of this {kind_of(transformer)}, so what enters it is not one "
             "thing; only quantizing with --recipe kmeans needs no inputs"
         )
     return order
@@ -165,7 +166,7 @@ def _arguments(
         call.run(transformer)
     if not reached:
         raise UnsupportedModelError(
-            f"{order[index]} does not run in every call of this {type(transformer).__name__}, so layers cannot be fitted one "
+            f"{order[index]} does not run in every call of this {kind_of(transformer)}, so layers cannot be fitted one "
             "after the other; only quantizing with --recipe kmeans needs no inputs"
         )
     return reached[0]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vq4dit.denoisers import full_name, transformers_in
+from vq4dit.denoisers import full_name, kind_of, transformers_in
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.linear_maps import LinearMap, is_linear_map, matrix_shape
 from vq4dit.models.denoiser_calls import Tree, tensors_of
@@ -114,7 +114,7 @@ def find_targets(
         raise ValueError(f"no linear layer of a block matches {unmatched[0]!r}; names look like {example!r}")
     if not targets:
         raise UnsupportedModelError(
-            f"no layer of this {type(transformer).__name__} is large enough to quantize with {num_codewords} codewords "
+            f"no layer of this {kind_of(transformer)} is large enough to quantize with {num_codewords} codewords "
             f"of {subvector_dim} weights (or all are kept by a pattern)"
         )
     return targets, kept

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vq4dit.config import CODEBOOKS, Recipe
-from vq4dit.denoisers import as_one, full_name, names_in_denoiser
+from vq4dit.denoisers import as_one, full_name, names_in_denoiser, transformers_in
 from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
@@ -21,6 +21,7 @@ from vq4dit.models.positions import Positions, positions_of
 from vq4dit.models.trajectories import NO_CALL
 from vq4dit.pipelines.inventory import weight_bytes
 from vq4dit.pipelines.load import check_pipeline, denoiser_parts
+from vq4dit.pipelines.references import read_reference
 from vq4dit.pipelines.repository import TensorHeader, Weights, read_json, weights
 from vq4dit.pipelines.skeleton import check_tensors, empty_model, empty_pipeline, empty_transformer, model_class
 from vq4dit.pipelines.trust import pipeline_class
@@ -100,11 +101,11 @@ class Inspection:
     kept_parameters: dict[str, int]  # that stay in 16 bit, by what they belong to, most first
     positions: Positions  # of a sample, as large as calibration takes it
 
+    other_bytes: dict[str, int] = field(default_factory=dict)  # of what is not quantized, by parts: copied or referenced
+
     @property
     def parameters_of_a_pass(self) -> float:
         return self.parameters / self.num_transformers
-
-    other_bytes: dict[str, int] = field(default_factory=dict)  # of what is not quantized, by parts: copied or referenced
 
 
 def predict_size(
@@ -125,12 +126,23 @@ def predict_size(
     targets, kept = find_targets(denoiser, dim, num_codewords, keep)
     layers = [layer_size(name, linear, bits, recipe) for name, linear in targets.items()]
     duplicates = repeated_embedders(denoiser)
+    whole = tuple(
+        f"{part}." for part in transformers_in(denoiser) if part and not any(t.startswith(f"{part}.") for t in targets)
+    )
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in denoiser.state_dict().items() if k not in duplicates and k not in quantized}
     narrow = {name for name, tensor in tensors.items() if tensor.dtype in ("F16", "BF16")}
     wide = {name for name, _ in denoiser.named_buffers()} - narrow
-    sizes = (v.nbytes if k in wide else v.numel() * min(v.element_size(), 2) for k, v in rest.items())
+    as_they_are = {k for k in rest if k in wide or k.startswith(whole)}  # a transformer of kept layers only is copied
+    bytes_of = {k: _stored_bytes(tensors.get(k), v) for k, v in rest.items() if k in as_they_are}
+    sizes = (bytes_of.get(k, v.numel() * min(v.element_size(), 2)) for k, v in rest.items())
     return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
+
+
+def _stored_bytes(header: TensorHeader | None, tensor: Tensor) -> int:
+    """What a tensor takes in its file, or in memory where that is not known."""
+    narrow = header is not None and header.dtype in ("F16", "BF16")
+    return tensor.numel() * 2 if narrow else tensor.nbytes
 
 
 def _header_bytes(rest: Iterable[str], layers: Iterable[LayerSize]) -> int:
@@ -175,10 +187,15 @@ def inspect(
         revision, token: see `loading.read_json`.
 
     Raises:
-        UnsupportedModelError: if it is quantized already or has no transformer; VQ4DiTError if it cannot be found.
+        UnsupportedModelError: if it is quantized already, refers to parts of others or has no transformer; VQ4DiTError if it
+            cannot be found.
     """
     config = check_pipeline(model, revision, token)
     index = read_json(model, "model_index.json", revision, token)
+    if read_reference(index, f"{model}/model_index.json"):  # to what somebody else's login may have fetched
+        raise UnsupportedModelError(
+            f"{model} has parts that are another repository's, as only quantized models have: start from the original model"
+        )
     transformers: dict[str, nn.Module] = {}
     tensors: dict[str, TensorHeader] = {}
     num_bytes = 0

@@ -112,6 +112,8 @@ def check_index(index: dict[str, Any], path: str) -> None:
         is_part = name in ("transformer", "vae", "scheduler") or (
             isinstance(value, list) and {str, type(None)} & {*map(type, value)}
         )
+        if is_part and not (name.isascii() and name.isidentifier()):  # it is the name of a folder
+            raise FormatError(f"{path}: {shown(name)} cannot be the name of a part: {AGAIN}")
         is_pair = isinstance(value, list) and len(value) == 2 and (value == [None] * 2 or {*map(type, value)} == {str})
         if is_part and not is_pair:
             raise FormatError(f"{path}: {name} must be a library and a class of it, found {shown(value)}: {AGAIN}")

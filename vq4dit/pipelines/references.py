@@ -38,6 +38,7 @@ Components = Literal["copy", "reference"]
 COMPONENTS: tuple[Components, ...] = ("copy", "reference")  # what becomes of the parts that are not quantized
 KEY = "_vq4dit_reference"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+VARIANT = re.compile(r"\.(fp32|bf16|fp16)[.-]")
 INDEX_OF_SHARDS = re.compile(rf"({STEM}|{OF_TRANSFORMERS})\.safetensors\.index(\.\w+)?\.json", re.ASCII)
 COPY = "a result with --components copy needs no other repository"
 
@@ -57,6 +58,11 @@ class Reference:
     def names(self, part: str) -> list[str]:
         """Of the files of a part."""
         return [name.removeprefix(f"{part}/") for name in self.files if name.startswith(f"{part}/")]
+
+    @property
+    def variant(self) -> str | None:
+        """Of the weights, as diffusers calls it ("fp16"), where there are no others."""
+        return next((found[1] for name in self.files if (found := VARIANT.search(name))), None)
 
     def entry(self) -> dict[str, Any]:
         """What it adds to a `model_index.json`: nothing, if there was nothing to refer to."""

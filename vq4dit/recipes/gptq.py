@@ -34,6 +34,7 @@ LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
 BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
 FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
+APART = 8.0  # octaves between column scales that each of some layers would have alone: up to here they share one
 FILLED = 0.9  # of what a file's integers can be, by weights as they are: corrections need the rest
 
 
@@ -266,8 +267,11 @@ def quantize_weights(
 def _round_at(
     layers: Sequence[ErrorFeedback], weights: Sequence[Tensor], log_t: Sequence[float], beam: int
 ) -> list[QuantizedWeight]:
-    """With steps that cost t each; one column scale serves all."""
-    balance = sum(layer.balance(t) for layer, t in zip(layers, log_t, strict=True)) / len(layers)
+    """With steps that cost t each; one column scale serves all, unless they are so far apart that a file could not tell it."""
+    balances = [layer.balance(t) for layer, t in zip(layers, log_t, strict=True)]
+    if max(balances) - min(balances) > APART:  # a layer of zeros, say
+        return [_round_at([layer], [w], [t], beam)[0] for layer, w, t in zip(layers, weights, log_t, strict=True)]
+    balance = sum(balances) / len(balances)
     column_scale = layers[0].column_scale(balance)
     told = zip(layers, weights, log_t, strict=True)
     row_scales = [layer.row_scale(weight, column_scale, t, balance) for layer, weight, t in told]

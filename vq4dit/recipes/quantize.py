@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vq4dit.config import QuantizationSettings, Recipe, VQ4DiTConfig, check_settings
-from vq4dit.denoisers import denoiser_of, denoisers_of, transformers_in
+from vq4dit.denoisers import denoiser_of, denoisers_of, names_in_denoiser, transformers_in
 from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.schema import format_version
@@ -166,8 +166,9 @@ def _finish(pipeline: Any, student: nn.Module, job: Job) -> Any:
     """The pipeline with what was quantized in place of its transformers; these know how they were made."""
     quantized = copy.copy(pipeline)  # `type(pipeline)(**components)` would lose the class labels
     originals = denoisers_of(pipeline)
-    made: Any
-    for (name, original), made in zip(originals.items(), transformers_in(student).values(), strict=True):
+    for name, inside in names_in_denoiser(originals).items():
+        original: nn.Module = originals[name]
+        made: Any = student.get_submodule(inside)
         if packed_layers(made):  # otherwise all of its layers are kept, and it stays what it is
             attach(made, _config_of(original, made, job.settings))
             made.vq4dit_origin = made_by(job.settings, job.fingerprint)
