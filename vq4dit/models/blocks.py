@@ -143,11 +143,11 @@ def kept_parameters(denoiser: nn.Module, targets: Mapping[str, nn.Module]) -> di
     """
     quantized = {id(p) for linear in targets.values() for p in linear.parameters()}
     found: Counter[str] = Counter()
+    duplicates = repeated_embedders(denoiser)
     for part, transformer in transformers_in(denoiser).items():
-        duplicates = duplicate_keys(transformer, block_embedders(transformer))
         in_blocks = {f"{name}.": f"{name.rpartition('.')[0]}.*." for name in named_blocks(transformer)}
         for name, p in transformer.named_parameters():
-            if id(p) in quantized or name in duplicates:
+            if id(p) in quantized or full_name(part, name) in duplicates:
                 continue
             block = next((prefix for prefix in in_blocks if name.startswith(prefix)), None)
             inside = name if block is None else name.removeprefix(block)

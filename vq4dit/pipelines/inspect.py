@@ -131,11 +131,11 @@ def predict_size(
     )
     quantized = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     rest = {k: v for k, v in denoiser.state_dict().items() if k not in duplicates and k not in quantized}
-    narrow = {name for name, tensor in tensors.items() if tensor.dtype in ("F16", "BF16")}
-    wide = {name for name, _ in denoiser.named_buffers()} - narrow
-    as_they_are = {k for k in rest if k in wide or k.startswith(whole)}  # a transformer of kept layers only is copied
-    bytes_of = {k: _stored_bytes(tensors.get(k), v) for k, v in rest.items() if k in as_they_are}
-    sizes = (bytes_of.get(k, v.numel() * min(v.element_size(), 2)) for k, v in rest.items())
+    buffers = {name for name, _ in denoiser.named_buffers()}
+    as_they_are = {k for k in rest if k in buffers or k.startswith(whole)}  # a transformer of kept layers only is copied
+    sizes = (
+        _stored_bytes(tensors.get(k), v) if k in as_they_are else v.numel() * min(v.element_size(), 2) for k, v in rest.items()
+    )
     return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
 
 

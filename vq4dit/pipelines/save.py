@@ -117,7 +117,7 @@ def reference_of(pipeline: Any, source: Path, origin: Origin) -> Reference:
         VQ4DiTError: see `check_base`.
     """
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    others = [name for name in parts if name not in denoisers_of(pipeline)]
+    others = parts.keys() - denoisers_of(pipeline).keys()
     lent = [name for name in others if _copied_names(parts[name], source / name, source)]
     return reference_to(origin.model, origin.revision, source, {name: type(parts[name]).__name__ for name in lent})
 

@@ -120,9 +120,8 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
     calls = sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
     fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
-    per_operation = inspection.parameters_of_a_pass / (
-        cores * OPERATIONS_PER_SECOND[device]
-    )  # blocks run whether quantized or not
+    speed = cores * OPERATIONS_PER_SECOND[device]
+    per_operation = inspection.parameters_of_a_pass / speed  # blocks run whether quantized or not
     stages = {
         "sensitivity": per_operation * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
         "trajectories": per_operation * SAMPLING_OPERATIONS * learned.rounds * learned.rows,
