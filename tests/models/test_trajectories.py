@@ -11,12 +11,15 @@ from vq4dit.errors import UnsupportedModelError
 from vq4dit.models.denoiser_calls import recorded_calls, tensors_of
 from vq4dit.models.trajectories import (
     ROUNDS,
+    STEPS,
     Sampling,
     new_scheduler,
     num_trajectories_for,
     random_trajectories,
     record_calls,
     sample_trajectories,
+    shown_in,
+    steps_sampled,
 )
 
 UNSCALED = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
@@ -231,6 +234,20 @@ def test_every_step_is_recorded_and_each_round_shows_some(pipeline):
         random_trajectories(pipeline, Sampling(), 3, generator, steps.append, num_inference_steps=6)
         for call, step in zip(calls[shown::ROUNDS], steps[shown::ROUNDS], strict=True):
             assert same(call, step.calls[0])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 10])
+def test_a_round_ends_with_the_last_step_that_it_shows(pipeline, rounds):
+    shown, made = [], []
+    handle = pipeline.transformer.register_forward_pre_hook(lambda *_: made.append(1))
+    for number in range(rounds):
+        random_trajectories(
+            pipeline, Sampling(), 1, seeded(), lambda step: shown.append(step.number),
+            num_inference_steps=STEPS, is_shown=shown_in(number, rounds),
+        )  # fmt: skip
+    handle.remove()
+    assert sorted(shown) == list(range(STEPS))
+    assert len(made) == steps_sampled(rounds) == {1: 10, 2: 19, 3: 27, 10: 55}[rounds]
 
 
 def test_what_comes_again_in_every_step_is_kept_once(pipeline):

@@ -55,8 +55,8 @@ def test_what_a_model_will_draw_is_what_it_costs():
 def test_fewer_trajectories_of_prompts_are_sampled_in_more_rounds():
     """So that there are prompts enough; classes always are."""
     few, many = (Shown.of(Positions(64, 12, has_prompts=True), tokens) for tokens in (3040, 61440))
-    assert few == Shown(3040, 8) and many.rounds == 2
-    assert Shown.of(Positions(64), 2560) == Shown(2560, 2)
+    assert few == Shown(3040, 5.2) and many.passes == 1.9
+    assert Shown.of(Positions(64), 2560) == Shown(2560, 1.9)
     assert Shown.of(Positions(10_000), 2560).rows == 10 * 20_000  # one trajectory at least
 
 

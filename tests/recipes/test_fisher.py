@@ -8,7 +8,7 @@ import torch
 from tiny import QUICK, guided_in_turn
 
 from vq4dit.errors import UnsupportedModelError
-from vq4dit.models.trajectories import ROUNDS, Sampling
+from vq4dit.models.trajectories import ROUNDS, Sampling, steps_sampled
 from vq4dit.recipes import fisher
 from vq4dit.recipes.fisher import num_steps, output_sensitivities
 
@@ -62,7 +62,7 @@ def test_layers_without_tokens_know_how_much_each_step_counts(pipeline):
 def test_a_step_counts_by_what_it_does_to_the_image(pipeline, monkeypatch):
     of_all = output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), QUICK)
     numbers = count()
-    weight = lambda *_: 7.0 * (next(numbers) % fisher.STEPS == 2)  # noqa: E731
+    weight = lambda *_: 7.0 * (next(numbers) == 2)  # noqa: E731 - in the first round, which shows it
     monkeypatch.setattr("vq4dit.models.trajectories.step_weight", weight)
     of_one = output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), QUICK)
     steps = of_one.steps[LAYERS[0]]
@@ -91,7 +91,7 @@ def test_large_models_run_their_blocks_again_on_the_way_back(pipeline, monkeypat
     passes = []
     pipeline.transformer.transformer_blocks[1].ff.register_forward_hook(lambda *_: passes.append(1))
     output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), replace(QUICK, probes=(1,)))
-    assert len(passes) == (ROUNDS + 1) * fisher.STEPS  # in every round each step once, and where it is shown once more
+    assert len(passes) == steps_sampled(ROUNDS) + fisher.STEPS  # once to sample it, and where it is shown once more
     assert pipeline.transformer.is_gradient_checkpointing is asked_before
 
 
@@ -100,7 +100,7 @@ def test_trajectories_are_walked_as_few_at_a_time_as_the_memory_asks_for(pipelin
     rows = []
     pipeline.transformer.register_forward_pre_hook(lambda *call: rows.append(len(call[1][0])))
     found = output_sensitivities(pipeline, LAYERS, SAMPLING, seeded(), config)
-    assert rows == [2] * 2 * ROUNDS * fisher.STEPS  # one trajectory, with a class and with none
+    assert rows == [2] * 2 * steps_sampled(ROUNDS)  # one trajectory, with a class and with none
     assert found.steps[LAYERS[0]].shape == (fisher.STEPS, 1, 2)
 
 

@@ -68,7 +68,12 @@ def new_scheduler(pipeline: Any) -> Any:
 
 
 class _Finished(Exception):
-    """The last step was made: what follows (decoding) need not run."""
+    """The last step that is looked at was made: what follows (further steps, decoding) need not run."""
+
+
+def every_step(number: int) -> bool:
+    """All steps of a trajectory are looked at."""
+    return True
 
 
 def sample_trajectories(
@@ -79,14 +84,16 @@ def sample_trajectories(
     *,
     num_inference_steps: int,
     call: Mapping[str, Any] = NO_CALL,
+    is_shown: Callable[[int], bool] = every_step,
     has_gradients: Callable[[int], bool] = lambda number: False,
 ) -> None:
-    """Let the pipeline sample these conditions side by side, up to the last step, and tell `on_step` each of its steps.
+    """Let the pipeline sample these conditions side by side, up to the last step that is shown, and tell `on_step` of those.
 
     Args:
         generator: draws the noise on its own device, so trajectories do not depend on the model's.
         on_step: may return the next latents, which then take the place of those the scheduler found.
         call: further arguments of the pipeline's call.
+        is_shown: which steps `on_step` is told.
         has_gradients: of which steps the prediction has a graph. No parameter takes part in it: whoever wants gradients lets
             the outputs of layers require them.
 
@@ -110,8 +117,9 @@ def sample_trajectories(
             _forget_graphs(scheduler)
             weight = step_weight(gain, prediction, sample)
             latents = _sample_of(result).detach()
-            replaced = on_step(GuidedStep(number, prediction, sample, latents, weight, recorder.take(), len(conditions)))
-            if recorder.step >= len(scheduler.timesteps):
+            made = GuidedStep(number, prediction, sample, latents, weight, recorder.take(), len(conditions))
+            replaced = on_step(made) if is_shown(number) else None
+            if not any(map(is_shown, range(recorder.step, len(scheduler.timesteps)))):
                 raise _Finished
             torch.set_grad_enabled(has_gradients(recorder.step))
             return _with_sample(result, replaced)
@@ -191,6 +199,7 @@ def random_trajectories(
     on_step: Callable[[GuidedStep], Tensor | None],
     *,
     num_inference_steps: int,
+    is_shown: Callable[[int], bool] = every_step,
     has_gradients: Callable[[int], bool] = lambda number: False,
 ) -> None:
     """`sample_trajectories` of `count` random conditions, drawn by the same generator."""
@@ -201,6 +210,7 @@ def random_trajectories(
         on_step,
         num_inference_steps=num_inference_steps,
         call=sampling.call,
+        is_shown=is_shown,
         has_gradients=has_gradients,
     )
 
@@ -220,6 +230,16 @@ def num_rounds(count: int, *, has_prompts: bool) -> int:
     return min(STEPS, max(ROUNDS, -(-FEWEST_PROMPTS // count))) if has_prompts else ROUNDS
 
 
+def shown_in(shown: int, rounds: int) -> Callable[[int], bool]:
+    """Which steps round number `shown` of some rounds shows: every `rounds`-th one."""
+    return lambda number: number % rounds == shown
+
+
+def steps_sampled(rounds: int) -> int:
+    """Steps of all rounds together, of trajectories of `STEPS`: a round ends with the last step that it shows."""
+    return sum(max(filter(shown_in(shown, rounds), range(STEPS))) + 1 for shown in range(rounds))
+
+
 def record_calls(
     pipeline: Any,
     sampling: Sampling,
@@ -231,13 +251,20 @@ def record_calls(
 ) -> list[DenoiserCall]:
     """Calls of every step, in order, those of several rounds of `count` trajectories in turn."""
     calls: list[DenoiserCall] = []
+
+    def keep(step: GuidedStep) -> None:
+        calls.extend(step.calls)
+        on_step()
+
     rounds = num_rounds_for(pipeline, count)
     for shown in range(rounds):
-
-        def keep(step: GuidedStep, shown: int = shown) -> None:
-            if step.number % rounds == shown:
-                calls.extend(step.calls)
-                on_step()
-
-        random_trajectories(pipeline, sampling, count, generator, keep, num_inference_steps=num_inference_steps)
+        random_trajectories(
+            pipeline,
+            sampling,
+            count,
+            generator,
+            keep,
+            num_inference_steps=num_inference_steps,
+            is_shown=shown_in(shown, rounds),
+        )
     return sorted(calls, key=lambda call: (call.step, call.index))

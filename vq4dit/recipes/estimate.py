@@ -16,7 +16,7 @@ import torch
 from vq4dit.config import QuantizationSettings
 from vq4dit.memory import check_memory
 from vq4dit.models.positions import Positions
-from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_trajectories_for
+from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_trajectories_for, steps_sampled
 from vq4dit.pipelines.inspect import Inspection, SizePrediction
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
@@ -123,8 +123,8 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     speed = cores * OPERATIONS_PER_SECOND[device]
     per_operation = inspection.parameters_of_a_pass / speed  # blocks run whether quantized or not
     stages = {
-        "sensitivity": per_operation * (SAMPLING_OPERATIONS * probed.rounds + PROBING_OPERATIONS) * probed.rows,
-        "trajectories": per_operation * SAMPLING_OPERATIONS * learned.rounds * learned.rows,
+        "sensitivity": per_operation * (SAMPLING_OPERATIONS * probed.passes + PROBING_OPERATIONS) * probed.rows,
+        "trajectories": per_operation * SAMPLING_OPERATIONS * learned.passes * learned.rows,
         "bits": per_operation * RATE_OPERATIONS * learned.rows,
         "fit": per_operation * FIT_OPERATIONS * learned.rows + fitted,
     }
@@ -139,12 +139,13 @@ class Shown(NamedTuple):
     """What trajectories of about so many tokens come to."""
 
     rows: int  # in all steps that are looked at
-    rounds: int  # in which every step is sampled
+    passes: float  # of sampling for each row: trajectories end with the last step that they show
 
     @classmethod
     def of(cls, positions: Positions, tokens: int) -> Shown:
         count = num_trajectories_for(Sampling(tokens=positions.rows), tokens, STEPS)
-        return cls(count * STEPS * positions.rows, num_rounds(count, has_prompts=positions.has_prompts))
+        rounds = num_rounds(count, has_prompts=positions.has_prompts)
+        return cls(count * STEPS * positions.rows, steps_sampled(rounds) / STEPS)
 
 
 def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -> None:

@@ -45,6 +45,7 @@ from vq4dit.models.trajectories import (
     num_rounds_for,
     num_trajectories_for,
     random_trajectories,
+    shown_in,
 )
 from vq4dit.surroundings import without_parameter_gradients
 
@@ -153,9 +154,6 @@ def probe_outputs(
     directions = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
     def backward(step: GuidedStep) -> None:
-        if not is_shown(step.number):
-            probing.begin()
-            return
         if not step.prediction.requires_grad:
             raise UnsupportedModelError(
                 f"the prediction of {type(pipeline).__name__} has no gradient at its scheduler, so what matters cannot be "
@@ -174,10 +172,6 @@ def probe_outputs(
 
     with probing.watching(teacher, names), without_parameter_gradients(*parts_of(pipeline)), _checkpointed(teacher):
         for shown, first in product(range(rounds), range(0, num_trajectories, together)):
-
-            def is_shown(number: int, shown: int = shown) -> bool:
-                return number % rounds == shown
-
             random_trajectories(
                 pipeline,
                 sampling,
@@ -185,7 +179,8 @@ def probe_outputs(
                 generator,
                 backward,
                 num_inference_steps=num_inference_steps,
-                has_gradients=is_shown,
+                is_shown=shown_in(shown, rounds),
+                has_gradients=shown_in(shown, rounds),
             )
 
 
