@@ -172,6 +172,7 @@ def probe_outputs(
 
     with probing.watching(teacher, names), without_parameter_gradients(*parts_of(pipeline)), _checkpointed(teacher):
         for shown, first in product(range(rounds), range(0, num_trajectories, together)):
+            is_shown = shown_in(shown, rounds)
             random_trajectories(
                 pipeline,
                 sampling,
@@ -179,8 +180,8 @@ def probe_outputs(
                 generator,
                 backward,
                 num_inference_steps=num_inference_steps,
-                is_shown=shown_in(shown, rounds),
-                has_gradients=shown_in(shown, rounds),
+                is_shown=is_shown,
+                has_gradients=is_shown,
             )
 
 
