@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
-ORDER = "leaves < disk < layers < models < pipelines < recipes < evaluation < hub < cli, projects < web"
+ORDER = "leaves < disk < kernels < layers < models < pipelines < recipes < evaluation < hub < cli, projects < web"
 HEIGHT = {name: height for height, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
 
 FORMER = {"inspection", "loading"}  # scripts of the time before the packages import these; nothing of ours does

@@ -160,6 +160,7 @@ class EntropyCodingConfig:
     tokens_of_large: int = 20480  # the error is about a tenth higher, the trajectories three times shorter
     beam: int = 32  # roundings kept for each row
     beam_of_large: int = 1  # more would take ten times as long
+    rate_weight: float = 0.1  # of the squared step: what a bit costs when a weight is rounded
     input_correction: float = 0.5  # α of GPTAQ's corrected weight; 1 fits the few latents too closely
     damping: float = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)
     coupling_damping: float = 0.3  # of B's diagonal, added to it: what couples rows is known less well than what each costs
@@ -172,7 +173,7 @@ class EntropyCodingConfig:
         for entry in dataclasses.fields(self):
             if entry.type == "int" and getattr(self, entry.name) < 1:
                 raise ValueError(f"{entry.name} must be at least 1, got {getattr(self, entry.name)}")
-        for name in ("input_correction", "damping", "coupling_damping"):
+        for name in ("rate_weight", "input_correction", "damping", "coupling_damping"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

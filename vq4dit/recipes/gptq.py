@@ -10,8 +10,7 @@ Column after column is rounded, and what that got wrong is corrected in the colu
 same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). What an error costs after all corrections is a number for each row times
 one for each column, and steps are small where that is large (`vq4dit/recipes/bit_allocation.py`).
 
-Rounding to the nearest integer is the best for the column at hand, not for those to come. A beam keeps the few best of all
-roundings so far, as decoders of lattices do; of a layer's error that takes an eighth.
+How a row's integers are chosen, by errors and by the bits that they take, is told in `vq4dit/recipes/rounding.py`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
+from vq4dit.layers.ans import LARGEST, LEVELS_PER_OCTAVE, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
+from vq4dit.recipes.rounding import Rate, round_rows
 
 LEAST_SENSITIVITY = 0.02  # of the mean of B's diagonal, added to it
-BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 BLOCK_ROWS = 16  # rows that are rounded side by side, at most; they do not correct each other
 FEW_ROWS = 256  # up to which half as many are: there are few blocks, and they take little time
 APART = 8.0  # octaves between column scales that each of some layers would have alone: up to here they share one
+TRIAL_BEAMS = (1, 1, 4)  # roundings kept while the step is looked for: a wide beam that pays for bits takes a few fewer
 FILLED = 0.9  # of what a file's integers can be, by weights as they are: corrections need the rest
 
 
@@ -139,12 +138,13 @@ def of_inputs(second_moments: Float[Tensor, "columns columns"], config: EntropyC
 class _Rows:
     """A weight on its way to integers, a block of rows after another; rows and columns are in their orders."""
 
-    def __init__(self, feedback: ErrorFeedback, weight: Tensor, row_scale: Tensor, column_scale: Tensor):
+    def __init__(self, feedback: ErrorFeedback, weight: Tensor, row_scale: Tensor, column_scale: Tensor, rate: Rate):
         self.correction, self.block_rows = feedback.rows, feedback.block_rows
         device, self.column_order = weight.device, feedback.columns.order
         self.order = self.correction.order if self.correction else torch.arange(len(weight), device=device)
         self.remaining = weight.float()[self.order][:, self.column_order]
         self.row_scale, self.column_scale = row_scale[self.order], column_scale[self.column_order]
+        self._rate = Rate(rate.price[self.order], rate.scale_class[self.order][:, self.column_order])
         self.found = torch.empty(self.remaining.shape, dtype=torch.int16, device=device)
         self.done = 0
 
@@ -159,6 +159,10 @@ class _Rows:
     def wanted(self) -> Float[Tensor, "rows columns"]:
         """What the next block shall be, in steps."""
         return self.remaining[self.block] / self._step
+
+    def rate(self) -> Rate:
+        """What its bits cost."""
+        return Rate(*(of_rows[self.block] for of_rows in self._rate))
 
     def take(self, integers: Integer[Tensor, "rows columns"]) -> None:
         """What the next block has become; the rows after it make good what that got wrong."""
@@ -184,6 +188,7 @@ def round_together(
     weights: Sequence[Float[Tensor, "_ columns"]],
     row_scales: Sequence[Float[Tensor, " _"]],
     column_scale: Float[Tensor, " columns"],
+    rates: Sequence[Rate],
     beam: int,
 ) -> list[Integer[Tensor, "_ columns"]]:
     """The integers of layers that read the same input, by feedback over both sides; of `beam` roundings of a row.
@@ -194,52 +199,15 @@ def round_together(
     ordered = column_scale[columns.order]
     size = ordered / columns.factor.diagonal().float()
     factor = columns.factor.float() * size.unsqueeze(1) / ordered
-    rounding = [_Rows(layer, w, r, column_scale) for layer, w, r in zip(layers, weights, row_scales, strict=True)]
+    of_layers = zip(layers, weights, row_scales, rates, strict=True)
+    rounding = [_Rows(layer, weight, row_scale, column_scale, rate) for layer, weight, row_scale, rate in of_layers]
     while left := [rows for rows in rounding if not rows.is_done]:
         wanted = [rows.wanted() for rows in left]
-        found = round_rows(torch.cat(wanted), factor, size.square(), beam)
+        rate = Rate(*(torch.cat(of_rows) for of_rows in zip(*(rows.rate() for rows in left), strict=True)))
+        found = round_rows(torch.cat(wanted), factor, size.square(), rate, beam)
         for rows, integers in zip(left, found.split([len(block) for block in wanted]), strict=True):
             rows.take(integers)
     return [rows.integers() for rows in rounding]
-
-
-def round_rows(
-    wanted: Float[Tensor, "rows columns"], factor: Float[Tensor, "columns columns"], cost: Float[Tensor, " columns"], beam: int
-) -> Integer[Tensor, "rows columns"]:
-    """Round columns in their order, each row for itself, keeping the `beam` best roundings of the columns so far.
-
-    In units of the steps, where row scales cancel: an error e in column j costs e² cost_j, and moves what is wanted of the
-    later columns by -e factor_j,later.
-    """
-    rows, columns = wanted.shape
-    left = wanted.unsqueeze(1).clone()  # (rows, kept, columns): what is wanted; of columns that are done, their integers
-    total, one, costs = wanted.new_zeros(rows, 1), wanted.new_ones(()), cost.tolist()
-    row = torch.arange(rows, device=wanted.device).unsqueeze(1)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(columns, start + BLOCK_COLUMNS)
-        here = slice(start, stop)
-        origin = torch.arange(left[:, :, 0].numel(), dtype=wanted.dtype, device=wanted.device)  # the rounding it continues
-        state = torch.cat([left[:, :, here], origin.view(rows, -1, 1)], dim=2)
-        effects = factor[here, here].triu()  # of an error on its column, which it makes an integer, and on those after it
-        for column, effect in enumerate(F.pad(effects, (0, 1))):
-            here_wanted = state[:, :, column]
-            error = here_wanted - here_wanted.round().clamp_(1 - LARGEST, LARGEST - 1)
-            if beam > 1:
-                second = error - torch.copysign(one, error)  # of the second nearest integer
-                errors = torch.stack([error, second], dim=1)
-                totals = torch.addcmul(total.unsqueeze(1), errors, errors, value=costs[start + column]).flatten(1)
-                total, best = totals.topk(min(beam, totals.shape[1]), dim=1, largest=False, sorted=False)
-                error = errors.flatten(1).gather(1, best)
-                parent = torch.add(best.remainder_(state.shape[1]), row, alpha=state.shape[1])
-                state = state.flatten(0, 1).index_select(0, parent.flatten()).view(rows, -1, state.shape[2])
-            state.addcmul_(error.unsqueeze(2), effect, value=-1)
-        if beam > 1:
-            left = left.flatten(0, 1).index_select(0, state[:, :, -1].flatten().long()).view(rows, -1, columns)
-        integers = state[:, :, :-1].round()
-        done = torch.linalg.solve_triangular(effects, left[:, :, here] - integers, upper=True, left=False, unitriangular=True)
-        left[:, :, here] = integers
-        left[:, :, stop:] -= done @ factor[here, stop:]
-    return left[row.squeeze(1), total.argmin(1)].short()
 
 
 def quantize_weights(
@@ -251,31 +219,60 @@ def quantize_weights(
 ) -> list[QuantizedWeight]:
     """Round weights that multiply the same inputs to integers that take about so many bits, so that tr(B E H Eᵀ) is small.
 
-    The step that the rate curve asks for is tried by rounding to the nearest; the curve is then off by a factor that is known.
+    Two secant steps: the step that the rate curve asks for is tried by rounding to the nearest, the next one by a narrow beam
+    that pays for bits; each time the curve is off by a factor that is then known.
     """
     weights = [weight.float() for weight in weights]
     columns = of_inputs(second_moments, config)
     layers = [ErrorFeedback(columns, sensitivity, config) for sensitivity in sensitivities]
     curves = [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]
     bits = [max(promised, 0.0) for promised in bits]
-    tried = _round_at(layers, weights, [log_t_for([curve], b) for curve, b in zip(curves, bits, strict=True)], beam=1)
-    taken = [coded_bits(z, *estimate_levels(z)).sum(dtype=torch.float64).item() for z, _, _ in tried]
-    asked = [log_t_for([curve], b * b / max(t, 1e-9)) for curve, b, t in zip(curves, bits, taken, strict=True)]
-    return _round_at(layers, weights, asked, config.beam)
+    log_t = [log_t_for([curve], promised) for curve, promised in zip(curves, bits, strict=True)]
+    trials = [_Trial(None, t) for t in log_t]
+    for beam in TRIAL_BEAMS:
+        tried = _round_at(layers, weights, trials, config.rate_weight, min(beam, config.beam))
+        trials = [_Trial.after(*of_one) for of_one in zip(tried, trials, curves, bits, strict=True)]
+    return _round_at(layers, weights, trials, config.rate_weight, config.beam)
+
+
+class _Trial(NamedTuple):
+    """Which step to try, and the scale classes of integers that were found with another."""
+
+    scale_classes: tuple[Tensor, Tensor] | None  # of rows and columns
+    log_t: float
+
+    @classmethod
+    def after(cls, tried: QuantizedWeight, trial: _Trial, curve: RateCurve, bits: float) -> _Trial:
+        """What the curve promised there was off by a factor: ask it for as many bits more or fewer."""
+        levels = estimate_levels(tried.integers)
+        taken = coded_bits(tried.integers, *levels).sum(dtype=torch.float64).item()
+        log_t = log_t_for([curve], curve.bits(trial.log_t) * bits / max(taken, 1e-9))
+        larger = round(LEVELS_PER_OCTAVE * (trial.log_t - log_t))  # integers of smaller steps are
+        return cls(((levels[0].int() + larger).clamp(0, 255), levels[1]), log_t)
+
+    def rate(self, weight: Tensor, row_cost: Tensor, row_scale: Tensor, rate_weight: float) -> Rate:
+        """A bit costs as much everywhere: `rate_weight` of the squared step that an integer in balance has, t²."""
+        if self.scale_classes is None:
+            return Rate.free(*weight.shape, weight.device)
+        price = rate_weight * 4**self.log_t / (row_cost.double() * row_scale.double().square())
+        return Rate.under(price.float(), *self.scale_classes)
 
 
 def _round_at(
-    layers: Sequence[ErrorFeedback], weights: Sequence[Tensor], log_t: Sequence[float], beam: int
+    layers: Sequence[ErrorFeedback], weights: Sequence[Tensor], trials: Sequence[_Trial], rate_weight: float, beam: int
 ) -> list[QuantizedWeight]:
     """With steps that cost t each; one column scale serves all, unless they are so far apart that a file could not tell it."""
-    balances = [layer.balance(t) for layer, t in zip(layers, log_t, strict=True)]
+    balances = [layer.balance(trial.log_t) for layer, trial in zip(layers, trials, strict=True)]
     if max(balances) - min(balances) > APART:  # a layer of zeros, say
-        return [_round_at([layer], [w], [t], beam)[0] for layer, w, t in zip(layers, weights, log_t, strict=True)]
+        alone = zip(layers, weights, trials, strict=True)
+        return [_round_at([layer], [weight], [trial], rate_weight, beam)[0] for layer, weight, trial in alone]
     balance = sum(balances) / len(balances)
     column_scale = layers[0].column_scale(balance)
-    told = zip(layers, weights, log_t, strict=True)
-    row_scales = [layer.row_scale(weight, column_scale, t, balance) for layer, weight, t in told]
-    found = round_together(layers, weights, row_scales, column_scale, beam)
+    row_scales, rates = [], []
+    for layer, weight, trial in zip(layers, weights, trials, strict=True):
+        row_scales.append(layer.row_scale(weight, column_scale, trial.log_t, balance))
+        rates.append(trial.rate(weight, layer.row_cost, row_scales[-1], rate_weight))
+    found = round_together(layers, weights, row_scales, column_scale, rates, beam)
     return [QuantizedWeight(*both, column_scale) for both in zip(found, row_scales, strict=True)]
 
 

@@ -1,0 +1,1 @@
+"""Inner loops, compiled: plain arrays in and out, nothing known of layers or models."""
