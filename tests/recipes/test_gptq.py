@@ -67,12 +67,8 @@ def scales_of(feedback, weight, log_t) -> tuple[torch.Tensor, torch.Tensor]:
     return feedback.row_scale(weight, column_scale, log_t, balance), column_scale
 
 
-def free(weight) -> Rate:
-    return Rate.free(*weight.shape, weight.device)
-
-
 def rounded(feedback, weight, row_scale, column_scale, beam) -> torch.Tensor:
-    return round_together([feedback], [weight], [row_scale], column_scale, [free(weight)], beam)[0]
+    return round_together([feedback], [weight], [row_scale], column_scale, [Rate.free(weight)], beam)[0]
 
 
 def test_white_inputs_and_equal_rows_are_rounded_to_the_nearest():
@@ -255,7 +251,7 @@ def test_layers_of_one_input_are_rounded_side_by_side_as_each_would_be_alone(bea
         weights.append(weight)
         row_scales.append(scales_of(feedback, weight, -2.0)[0])
     column_scale = layers[0].column_scale(0.0)
-    together = round_together(layers, weights, row_scales, column_scale, [free(weight) for weight in weights], beam)
+    together = round_together(layers, weights, row_scales, column_scale, [Rate.free(weight) for weight in weights], beam)
     for found, layer, weight, row_scale in zip(together, layers, weights, row_scales, strict=True):
         alone = rounded(layer, weight, row_scale, column_scale, beam)
         assert found.shape == weight.shape and (found != alone).float().mean() < 0.01  # sums in another order

@@ -66,7 +66,8 @@ def test_a_beam_finds_roundings_of_the_same_cost_compiled_and_by_columns(columns
     wanted, factor, cost, _ = problem(12, columns)
     rate = priced(wanted, price * float(cost.mean()))
     compiled, by_columns = (
-        costs_of(search(wanted, factor, cost, rate, beam), wanted, factor, cost, rate).sum().item() for search in SEARCHES.values()
+        costs_of(search(wanted, factor, cost, rate, beam), wanted, factor, cost, rate).sum().item()
+        for search in SEARCHES.values()
     )
     assert compiled == pytest.approx(by_columns, rel=0.01)
 

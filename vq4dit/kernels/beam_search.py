@@ -4,10 +4,10 @@ A rounding is a path through a tree: each column is an integer, and what that go
 after it. `beam` paths of a row are kept. A path costs the sum of its squared errors, each times the cost of its column, and
 the price of the bits that its integers take.
 
-Two things make it fast. What is wanted is corrected at once only inside a block of columns, where paths differ. And paths that
-differ now have nearly always the same past: when a block is done, the block before it is decided as the cheapest path has it,
-and paths that disagree end. So all paths of a row share what is wanted of later blocks, and it is corrected once, not once for
-each path.
+Two things make it fast. An error corrects at once only what is wanted inside its block of columns. And paths that differ now
+have nearly always the same past: when a block is done, the one that was done `OPEN` blocks before it is decided as the cheapest
+path has it, and paths that disagree end. So all paths of a row share what is wanted of the columns behind, and a decided block
+corrects it once, not once for each path; only what the open blocks did is worked out path by path.
 
 Sums are taken in a fixed order and products are not fused, so every processor finds the same integers.
 """
@@ -20,10 +20,10 @@ from typing import Any
 import numba
 import numpy as np
 
-BLOCK = 64
-OPEN = 2
-MEANINGLESS = np.float32(1e9)  # steps
+BLOCK = 64  # columns that are corrected at once
+OPEN = 2  # blocks that are not decided yet: one misses 2 % of what a beam of 32 finds on correlated columns, two 0.1 %
 ROWS = 16  # rows that share what they read of the factor
+MEANINGLESS = np.float32(1e9)  # steps
 
 
 def _compiled(function: Any) -> Any:
@@ -57,12 +57,12 @@ def _keep(codes: Any, count: int, high: int, beam: int, kept: Any) -> int:  # pr
         up_to_middle = np.int32(0)
         for i in range(count):
             up_to_middle += np.int32(codes[i] <= middle)
-        is_enough = up_to_middle >= beam
+        is_enough = up_to_middle >= beam  # no branch: it would be foreseen wrongly half of the time
         low, high = (low, middle) if is_enough else (middle, high)
         up_to_high = up_to_middle if is_enough else up_to_high
     found = 0
     threshold = np.int32(high)
-    if up_to_high == beam:
+    if up_to_high == beam:  # nearly always: costs differ
         for i in range(count):
             kept[found] = i
             found += np.int32(codes[i] <= threshold)
@@ -101,7 +101,7 @@ def _search(  # pragma: no cover  compiled
         for path in range(paths):
             value = state[old, path, column]
             wanted[path] = value if abs(value) < MEANINGLESS else zero  # NaN, too: integers of it would be read out of bounds
-        for path in range(paths):
+        for path in range(paths):  # loops as short as these become vector instructions
             nearest[path] = min(max(np.rint(wanted[path]), -limit), limit)
         for path in range(paths):
             error = wanted[path] - nearest[path]
@@ -120,7 +120,7 @@ def _search(  # pragma: no cover  compiled
             for path in range(count):
                 candidate_cost[path] += price * length[abs(np.int32(candidate_integer[path]))]
             for path in range(paths):
-                if nearest[path] * (candidate_integer[paths + path] - nearest[path]) > 0:  # the second is dearer: one that is cheaper
+                if nearest[path] * (candidate_integer[paths + path] - nearest[path]) > 0:  # the second takes more bits
                     third = nearest[path] - np.copysign(np.float32(1.0), nearest[path])
                     error = wanted[path] - third
                     candidate_integer[count] = third
@@ -129,11 +129,8 @@ def _search(  # pragma: no cover  compiled
                     count += 1
         elif beam == 1:
             count = paths
-        for path in range(min(paths, count)):
+        for path in range(count if paths < beam else paths):  # the nearest integers alone are as many as are kept
             high = max(high, codes[path])
-        if paths < beam:
-            for path in range(count):
-                high = max(high, codes[path])
         paths = _keep(codes, count, high, beam, kept)
         effect = effects[column]
         for path in range(paths):
@@ -203,7 +200,9 @@ def round_rows(  # pragma: no cover  compiled
                 for c in range(width):
                     here[j, c] = factor[start + j, start + c] if c >= j else 0
             for at in range(max(oldest, 0), start, BLOCK):
-                across[at % (OPEN * BLOCK) : at % (OPEN * BLOCK) + BLOCK, :width] = factor[at : at + BLOCK, start : start + width]
+                across[at % (OPEN * BLOCK) : at % (OPEN * BLOCK) + BLOCK, :width] = factor[
+                    at : at + BLOCK, start : start + width
+                ]
             undecided = min(start, OPEN * BLOCK)
             for i in range(rows):
                 row = first + i
@@ -215,8 +214,8 @@ def round_rows(  # pragma: no cover  compiled
                     for j in range(0, undecided, 4):
                         a, b, c, d = past[j], past[j + 1], past[j + 2], past[j + 3]
                         fa, fb, fc, fd = across[j], across[j + 1], across[j + 2], across[j + 3]
-                        for l in range(len(one)):
-                            one[l] -= (a * fa[l] + b * fb[l]) + (c * fc[l] + d * fd[l])
+                        for at in range(len(one)):
+                            one[at] -= (a * fa[at] + b * fb[at]) + (c * fc[at] + d * fd[at])
                 stop = start + width
                 count = _search(
                     state, here, cost[start:stop], price[row], lengths, levels[row, start:stop], beam, total, paths[i], trace
@@ -263,7 +262,7 @@ def round_rows(  # pragma: no cover  compiled
 
 @_compiled
 def _correct(wanted: Any, errors: Any, factor: Any, first: int) -> None:  # pragma: no cover  compiled
-    """wanted[:, first:] -= errors @ factor[:, first:], a strip of columns at a time, so that it is read from the nearest cache."""
+    """wanted[:, first:] -= errors @ factor[:, first:], a strip of columns at a time: it stays in the nearest cache."""
     columns = wanted.shape[1]
     for start in range(first, columns, 256):
         stop = min(start + 256, columns)
@@ -273,5 +272,5 @@ def _correct(wanted: Any, errors: Any, factor: Any, first: int) -> None:  # prag
             for i in range(len(wanted)):
                 a, b, c, d = errors[i, j], errors[i, j + 1], errors[i, j + 2], errors[i, j + 3]
                 row = wanted[i][start:stop]
-                for l in range(stop - start):
-                    row[l] -= (a * fa[l] + b * fb[l]) + (c * fc[l] + d * fd[l])
+                for at in range(stop - start):
+                    row[at] -= (a * fa[at] + b * fb[at]) + (c * fc[at] + d * fd[at])

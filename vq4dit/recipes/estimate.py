@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from vq4dit.config import QuantizationSettings
+from vq4dit.config import EntropyCodingConfig, QuantizationSettings
 from vq4dit.memory import check_memory
 from vq4dit.models.positions import Positions
 from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_trajectories_for, steps_sampled
-from vq4dit.pipelines.inspect import Inspection, SizePrediction
+from vq4dit.pipelines.inspect import Inspection, LayerSize, SizePrediction
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
-from vq4dit.recipes.gptq import block_rows
+from vq4dit.recipes.gptq import TRIAL_BEAMS, block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
 
 Device = Literal["cpu", "gpu"]
@@ -34,9 +34,12 @@ DISTANCES_PER_SECOND: dict[Device, float] = {"cpu": 7e8, "gpu": 2e10}
 OPERATIONS_PER_SECOND: dict[Device, float] = {"cpu": 6.5e10, "gpu": 1.5e13}
 LOAD_BYTES_PER_SECOND = 5e8
 BASE_BYTES = 500_000_000  # of Python and torch
-# Rounding with error feedback: seconds for a column of a block of rows, however few (calls, not sums), and weights per second.
+# Fitting a layer: factors, scale classes and the coder, weights per second.
+FITTED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
+# Rounding it. cpu: seconds of a core for each weight and path of the beam, and as much as so many paths besides. gpu: seconds
+# for a column of a block of rows, however few (calls, not sums).
+SECONDS_PER_PATH, OTHER_PATHS = 2.2e-8, 3
 SECONDS_PER_COLUMN = 9e-5
-ROUNDED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 # Per weight and token of a trajectory:
 SAMPLING_OPERATIONS = 2  # forward, in every round
 PROBING_OPERATIONS = 4  # backward (of later steps more), products of gradients
@@ -117,9 +120,7 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     large = inspection.parameters >= LARGE
     config = settings.entropy_coding.of_large() if large else settings.entropy_coding
     probed, learned = (Shown.of(inspection.positions, n) for n in (config.sensitivity_tokens, config.tokens))
-    blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
-    calls = sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
-    fitted = SECONDS_PER_COLUMN * calls + weights / (cores * ROUNDED_PER_SECOND[device])
+    fitted = weights / (cores * FITTED_PER_SECOND[device]) + _rounding_seconds(layers, config, large, device)
     speed = cores * OPERATIONS_PER_SECOND[device]
     per_operation = inspection.parameters_of_a_pass / speed  # blocks run whether quantized or not
     stages = {
@@ -133,6 +134,15 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in layers)  # to go back
     seen = 3 * learned.rows * max(layer.columns for layer in layers)
     return Estimate(stages, int(4 * (together * held_width + seen)) + 12 * coupled, 4 * weights + 4 * coupled)
+
+
+def _rounding_seconds(layers: Sequence[LayerSize], config: EntropyCodingConfig, large: bool, device: Device) -> float:
+    beams = [*(min(beam, config.beam) for beam in TRIAL_BEAMS), config.beam]
+    if device == "cpu":
+        paths = sum(beam + OTHER_PATHS for beam in beams)
+        return SECONDS_PER_PATH * paths * sum(layer.rows * layer.columns for layer in layers) / _cores(device)
+    blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
+    return SECONDS_PER_COLUMN * len(beams) * sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
 
 
 class Shown(NamedTuple):

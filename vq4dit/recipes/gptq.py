@@ -253,7 +253,7 @@ class _Trial(NamedTuple):
     def rate(self, weight: Tensor, row_cost: Tensor, row_scale: Tensor, rate_weight: float) -> Rate:
         """A bit costs as much everywhere: `rate_weight` of the squared step that an integer in balance has, t²."""
         if self.scale_classes is None:
-            return Rate.free(*weight.shape, weight.device)
+            return Rate.free(weight)
         price = rate_weight * 4**self.log_t / (row_cost.double() * row_scale.double().square())
         return Rate.under(price.float(), *self.scale_classes)
 

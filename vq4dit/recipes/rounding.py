@@ -38,9 +38,9 @@ class Rate(NamedTuple):
     scale_class: Integer[Tensor, "rows columns"]  # the row of `code_lengths` that each integer has
 
     @classmethod
-    def free(cls, rows: int, columns: int, device: torch.device) -> Rate:
+    def free(cls, weight: Float[Tensor, "rows columns"]) -> Rate:
         """Bits cost nothing."""
-        return cls(torch.zeros(rows, device=device), torch.zeros(rows, columns, dtype=torch.uint8, device=device))
+        return cls(torch.zeros(len(weight), device=weight.device), torch.zeros_like(weight, dtype=torch.uint8))
 
     @classmethod
     def under(cls, price: Float[Tensor, " rows"], row_level: Tensor, column_level: Tensor) -> Rate:
@@ -104,7 +104,9 @@ def _round_by_columns(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, 
             here_wanted = state[:, :, column]
             nearest = here_wanted.round().clamp_(1 - LARGEST, LARGEST - 1)
             side = torch.ones_like(nearest).copysign_(here_wanted - nearest)
-            candidates = torch.stack([nearest, nearest + side, nearest - side][: 1 if beam == 1 and not has_price else 3], dim=1)
+            candidates = torch.stack(
+                [nearest, nearest + side, nearest - side][: 1 if beam == 1 and not has_price else 3], dim=1
+            )
             errors = here_wanted.unsqueeze(1) - candidates
             totals = total.unsqueeze(1) + errors.square() * costs[start + column]
             if has_price:
