@@ -159,7 +159,7 @@ class EntropyCodingConfig:
     tokens: int = 61440  # of the trajectories that Hessians H are measured on: 60 for every input of a layer of 1,024
     tokens_of_large: int = 20480  # the error is about a tenth higher, the trajectories three times shorter
     beam: int = 32  # roundings kept for each row
-    beam_of_large: int = 8  # 32 would take three times as long
+    beam_of_large: int = 8  # 32 would take twice as long
     rate_weight: float = 0.04  # of the squared step: what a bit costs when a weight is rounded (README.md: what was dropped)
     input_correction: float = 0.5  # α of GPTAQ's corrected weight; 1 fits the few latents too closely
     damping: float = 0.01  # of the mean of H's diagonal, added to it: directions never seen must not cost nothing (as in GPTQ)

@@ -20,12 +20,12 @@ from vq4dit.layers.ans import (
     _model,
     code_lengths,
     coded_bits,
-    decode,
     encode,
     estimate_levels,
     expected_bits,
     probabilities,
 )
+from vq4dit.layers.ans_decoding import decode
 
 GOLDEN = "8533b6c1dc0f82da6fec39f1ec8b4103"
 GOLDEN_MODELS = [[121, 30], [14, 40], [121, 33], [18, 50]]

@@ -18,7 +18,8 @@ from tiny_pictures import sana
 
 import vq4dit
 from vq4dit.errors import FormatError
-from vq4dit.layers.ans import Sides, decode, encode
+from vq4dit.layers.ans import Sides, encode
+from vq4dit.layers.ans_decoding import decode
 from vq4dit.layers.entropy_coded import step_size
 from vq4dit.models.blocks import named_blocks
 from vq4dit.pipelines.decode_modes import packed_layers

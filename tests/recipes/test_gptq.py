@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from coded_models import output_error
+from correlated import correlated, seeded
 
 from vq4dit.config import EntropyCodingConfig
 from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
@@ -24,17 +25,6 @@ from vq4dit.recipes.rounding import Rate
 
 CONFIG = EntropyCodingConfig()
 SEEDS = pytest.mark.parametrize("seed", range(4))
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def correlated(count: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Second moments of vectors of which a few directions hold most of the power, like those in a transformer."""
-    mixing = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).unsqueeze(1)
-    vectors = torch.randn(count, width, generator=generator) @ mixing
-    return vectors.T @ vectors / count
 
 
 def problem(seed: int, rows: int = 48, columns: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,146 +9,165 @@ have nearly always the same past: when a block is done, the one that was done `O
 path has it, and paths that disagree end. So all paths of a row share what is wanted of the columns behind, and a decided block
 corrects it once, not once for each path; only what the open blocks did is worked out path by path.
 
-Sums are taken in a fixed order and products are not fused, so every processor finds the same integers.
+Sums are taken in a fixed order and products are not fused, so every processor finds the same integers for the same numbers.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import numba
 import numpy as np
 
+from vq4dit.kernels.compiling import compiled
+from vq4dit.kernels.paths import continue_paths, memory_of_paths
+
 BLOCK = 64  # columns that are corrected at once
-OPEN = 2  # blocks that are not decided yet: one misses 2 % of what a beam of 32 finds on correlated columns, two 0.1 %
+OPEN = 2  # blocks that are not decided yet: one costs 2 to 4 % of a beam of 32's error on correlated columns, two 0.1 to 0.4 %
 ROWS = 16  # rows that share what they read of the factor
-MEANINGLESS = np.float32(1e9)  # steps
 
 
-def _compiled(function: Any) -> Any:
-    """Run without Python's lock, and kept on disk where there is a place for it."""
-    compiled = numba.njit(nogil=True)(inspect.unwrap(function))  # the checks of types that tests add cannot be compiled
-    try:
-        compiled.enable_caching()
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        pass
-    return compiled
-
-
-@_compiled
-def _keep(codes: Any, count: int, high: int, beam: int, kept: Any) -> int:  # pragma: no cover  compiled
-    """The positions of the `beam` least of so many costs, in order of position; of equal ones the first.
-
-    Costs are no less than 0, so their bits read as integers (`codes`) are in the same order: halve the interval in which the
-    greatest code that is kept lies. At least `beam` of them are <= high.
-    """
-    if count <= beam:
-        for i in range(count):
-            kept[i] = i
-        return count
-    low = high
-    for i in range(count):
-        low = min(low, codes[i])
-    low -= 1  # fewer than `beam` are <= low
-    up_to_high = 0
-    while high - low > 1 and up_to_high != beam:
-        middle = np.int32(low + (high - low) // 2)
-        up_to_middle = np.int32(0)
-        for i in range(count):
-            up_to_middle += np.int32(codes[i] <= middle)
-        is_enough = up_to_middle >= beam  # no branch: it would be foreseen wrongly half of the time
-        low, high = (low, middle) if is_enough else (middle, high)
-        up_to_high = up_to_middle if is_enough else up_to_high
-    found = 0
-    threshold = np.int32(high)
-    if up_to_high == beam:  # nearly always: costs differ
-        for i in range(count):
-            kept[found] = i
-            found += np.int32(codes[i] <= threshold)
-        return beam
-    equal = beam
-    for i in range(count):
-        equal -= np.int32(codes[i] < threshold)
-    for i in range(count):
-        is_kept = codes[i] < threshold or (codes[i] == threshold and equal > 0)
-        equal -= np.int32(codes[i] == threshold)
-        kept[found] = i
-        found += np.int32(is_kept)
-    return beam
-
-
-@_compiled
-def _search(  # pragma: no cover  compiled
-    state: Any, effects: Any, cost: Any, price: Any, lengths: Any, levels: Any, beam: int, total: Any, paths: int, trace: Any
-) -> int:
-    """Go through one block of columns of one row; returns how many paths are kept.
+@compiled
+def _begin(  # pragma: no cover  compiled
+    state: Any, wanted: Any, past_errors: Any, across: Any, undecided: int
+) -> None:
+    """What the paths of a row want of a block of columns: what all do, corrected by what each did in its open blocks.
 
     Args:
-        state: what the paths want of these columns, twice: read from one, written into the other.
-        effects: how an error in a column moves each of them (itself by 1).
-        total: what each path costs; changed in place.
-        trace: of each column and path, which path it continues, its integer and its error.
+        state: (paths, `BLOCK`), written here.
+        wanted: of these columns.
+        past_errors: (paths, open columns), of which the first `undecided` are known.
+        across: (open columns, `BLOCK`): the part of the factor.
     """
-    parents, integers, errors, candidate_cost, candidate_parent, candidate_integer, kept, wanted, nearest = trace
-    codes = candidate_cost.view(np.int32)
-    limit = np.float32(lengths.shape[1] - 3)  # the next integer must have a length, too
-    zero = np.float32(0.0)
-    old, new = 0, 1
-    for column in range(len(cost)):
-        length, weight = lengths[levels[column]], cost[column]
-        high = 0
-        for path in range(paths):
-            value = state[old, path, column]
-            wanted[path] = value if abs(value) < MEANINGLESS else zero  # NaN, too: integers of it would be read out of bounds
-        for path in range(paths):  # loops as short as these become vector instructions
-            nearest[path] = min(max(np.rint(wanted[path]), -limit), limit)
-        for path in range(paths):
-            error = wanted[path] - nearest[path]
-            candidate_cost[path] = total[path] + error * error * weight
-        for path in range(paths):
-            error = wanted[path] - nearest[path]
-            second = nearest[path] + np.copysign(np.float32(1.0), error)
-            candidate_integer[paths + path] = second
-            candidate_cost[paths + path] = total[path] + (wanted[path] - second) * (wanted[path] - second) * weight
-        for path in range(paths):
-            candidate_integer[path] = nearest[path]
-            candidate_parent[path] = path
-            candidate_parent[paths + path] = path
-        count = 2 * paths
-        if price > 0:
-            for path in range(count):
-                candidate_cost[path] += price * length[abs(np.int32(candidate_integer[path]))]
-            for path in range(paths):
-                if nearest[path] * (candidate_integer[paths + path] - nearest[path]) > 0:  # the second takes more bits
-                    third = nearest[path] - np.copysign(np.float32(1.0), nearest[path])
-                    error = wanted[path] - third
-                    candidate_integer[count] = third
-                    candidate_parent[count] = path
-                    candidate_cost[count] = total[path] + error * error * weight + price * length[abs(np.int32(third))]
-                    count += 1
-        elif beam == 1:
-            count = paths
-        for path in range(count if paths < beam else paths):  # the nearest integers alone are as many as are kept
-            high = max(high, codes[path])
-        paths = _keep(codes, count, high, beam, kept)
-        effect = effects[column]
-        for path in range(paths):
-            chosen = kept[path]
-            parent, integer = candidate_parent[chosen], candidate_integer[chosen]
-            error = wanted[parent] - integer
-            parents[column, path] = parent
-            integers[column, path] = integer
-            errors[column, path] = error
-            total[path] = candidate_cost[chosen]
-            before, after = state[old, parent], state[new, path]
-            for j in range(len(after)):
-                after[j] = before[j] - error * effect[j]
-        old, new = new, old
-    return paths
+    for path in range(len(state)):
+        one, past = state[path], past_errors[path]
+        one[: len(wanted)] = wanted
+        for j in range(0, undecided, 4):
+            a, b, c, d = past[j], past[j + 1], past[j + 2], past[j + 3]
+            fa, fb, fc, fd = across[j], across[j + 1], across[j + 2], across[j + 3]
+            for at in range(len(one)):
+                one[at] -= (a * fa[at] + b * fb[at]) + (c * fc[at] + d * fd[at])
 
 
-@_compiled
+@compiled
+def _trace_back(  # pragma: no cover  compiled
+    trace: Any, origin: Any, block_errors: Any, block_integers: Any, width: int
+) -> None:
+    """What each path did in the block that was gone through, and which path it continues."""
+    parents, integers, errors = trace[0], trace[1], trace[2]
+    for path in range(len(origin)):
+        origin[path] = path
+    for j in range(width - 1, -1, -1):
+        for path in range(len(origin)):
+            at = origin[path]
+            block_errors[path, j], block_integers[path, j] = errors[j, at], integers[j, at]
+            origin[path] = parents[j, at]
+
+
+@compiled
+def _keep_agreeing(  # pragma: no cover  compiled
+    errors: Any,
+    integers: Any,
+    origin: Any,
+    total: Any,
+    place: int,
+    is_decided: bool,
+    block: Any,
+    kept_errors: Any,
+    kept_integers: Any,
+    totals: Any,
+) -> int:
+    """Those paths that did in the oldest open block what the best did, if it is decided now; returns how many they are.
+
+    Args:
+        errors, integers: in open blocks, (paths, open columns), of the paths that are continued.
+        place: of the oldest block, which the new one takes.
+        block: what each path did in the new block, errors and integers.
+        kept_errors, kept_integers: as `errors` and `integers`, written here.
+        totals: what each costs beyond the best; written here.
+    """
+    best, kept, stop = np.argmin(total), 0, place + BLOCK
+    decided = integers[origin[best]][place:stop]
+    for path in range(len(origin)):
+        parent = origin[path]
+        agrees = True
+        if is_decided and parent != origin[best]:
+            for j in range(BLOCK):
+                agrees = agrees and integers[parent, place + j] == decided[j]
+        if agrees:
+            kept_errors[kept], kept_integers[kept] = errors[parent], integers[parent]
+            kept_errors[kept][place:stop], kept_integers[kept][place:stop] = block[0][path], block[1][path]
+            totals[kept] = total[path] - total[best]
+            kept += 1
+    return kept
+
+
+@compiled
+def _take_part(here: Any, across: Any, factor: Any, start: int, stop: int) -> None:  # pragma: no cover  compiled
+    """Of the factor: how errors in a block's columns move each other, and how those in open blocks move them."""
+    for j in range(stop - start):
+        for at in range(stop - start):
+            here[j, at] = factor[start + j, start + at] if at >= j else 0
+    for first in range(max(0, start - OPEN * BLOCK), start, BLOCK):
+        place = first % (OPEN * BLOCK)
+        for j in range(BLOCK):
+            for at in range(stop - start):
+                across[place + j, at] = factor[first + j, start + at]
+
+
+@compiled
+def _round_few(  # pragma: no cover  compiled
+    wanted: Any, factor: Any, cost: Any, price: Any, levels: Any, lengths: Any, beam: int, found: Any
+) -> None:
+    """As `round_rows`, for at most `ROWS` rows."""
+    num_rows, num_columns = wanted.shape
+    trace = memory_of_paths(BLOCK, beam)
+    state, here = np.zeros((2, beam, BLOCK), np.float32), np.zeros((BLOCK, BLOCK), np.float32)
+    across = np.zeros((OPEN * BLOCK, BLOCK), np.float32)
+    block = np.zeros((beam, BLOCK), np.float32), np.zeros((beam, BLOCK), np.int16)
+    origin, total = np.empty(beam, np.int32), np.empty(beam, np.float32)
+    paths, totals = np.ones(num_rows, np.int64), np.zeros((num_rows, beam), np.float32)
+    # a block's place among those that are open is its number modulo `OPEN`; twice: read from one, written into the other
+    errors = np.zeros((2, num_rows, beam, OPEN * BLOCK), np.float32)
+    rounded = np.zeros((2, num_rows, beam, OPEN * BLOCK), np.int16)
+    decided = np.zeros((num_rows, BLOCK), np.float32)
+    now, then = 0, 1
+    for start in range(0, num_columns, BLOCK):
+        stop, place, oldest = min(start + BLOCK, num_columns), start % (OPEN * BLOCK), start - OPEN * BLOCK
+        _take_part(here, across, factor, start, stop)
+        for row in range(num_rows):
+            count = paths[row]
+            total[:count] = totals[row, :count]
+            _begin(state[0][:count], wanted[row][start:stop], errors[now, row], across, min(start, OPEN * BLOCK))
+            count = continue_paths(
+                state, here, cost[start:stop], price[row], lengths, levels[row][start:stop], beam, total, count, trace
+            )
+            _trace_back(trace, origin[:count], block[0], block[1], stop - start)
+            if oldest >= 0:
+                best = origin[np.argmin(total[:count])]
+                found[row, oldest : oldest + BLOCK] = rounded[now, row, best, place : place + BLOCK]
+                decided[row] = errors[now, row, best, place : place + BLOCK]
+            paths[row] = _keep_agreeing(
+                errors[now, row],
+                rounded[now, row],
+                origin[:count],
+                total[:count],
+                place,
+                oldest >= 0,
+                block,
+                errors[then, row],
+                rounded[then, row],
+                totals[row],
+            )
+        now, then = then, now
+        if oldest >= 0:  # it is decided: correct what is wanted of the columns behind this block
+            _correct(wanted, decided, factor[oldest : oldest + BLOCK], stop)
+    for row in range(num_rows):
+        best = np.argmin(totals[row, : paths[row]])
+        for at in range(max(0, (num_columns - 1) // BLOCK - OPEN + 1) * BLOCK, num_columns):
+            found[row, at] = rounded[now, row, best, at % (OPEN * BLOCK)]
+
+
+@compiled
 def round_rows(  # pragma: no cover  compiled
     wanted: Any, factor: Any, cost: Any, price: Any, levels: Any, lengths: Any, beam: int, found: Any
 ) -> None:
@@ -164,103 +183,13 @@ def round_rows(  # pragma: no cover  compiled
         beam: paths that are kept.
         found: (rows, columns) int16: the integers, written here.
     """
-    num_rows, num_columns = wanted.shape
-    trace = (
-        np.empty((BLOCK, beam), np.int16),
-        np.empty((BLOCK, beam), np.int16),
-        np.empty((BLOCK, beam), np.float32),
-        np.empty(3 * beam, np.float32),
-        np.empty(3 * beam, np.int16),
-        np.empty(3 * beam, np.float32),
-        np.empty(3 * beam + 1, np.int16),
-        np.empty(beam, np.float32),
-        np.empty(beam, np.float32),
-    )
-    parents, integers, errors = trace[:3]
-    state = np.zeros((2, beam, BLOCK), np.float32)
-    here, across = np.zeros((BLOCK, BLOCK), np.float32), np.zeros((OPEN * BLOCK, BLOCK), np.float32)
-    block_errors, block_integers = np.zeros((beam, BLOCK), np.float32), np.zeros((beam, BLOCK), np.int16)
-    total, origin = np.zeros(beam, np.float32), np.empty(beam, np.int16)
-    paths, totals = np.empty(ROWS, np.int64), np.empty((ROWS, beam), np.float32)
-    # of the blocks that are not decided yet, the oldest first: the ring's place of a block is its number modulo OPEN
-    open_errors = np.zeros((2, ROWS, beam, OPEN * BLOCK), np.float32)
-    open_integers = np.zeros((2, ROWS, beam, OPEN * BLOCK), np.int16)
-    decided = np.zeros((ROWS, BLOCK), np.float32)
-    for first in range(0, num_rows, ROWS):
-        rows = min(ROWS, num_rows - first)
-        paths[:] = 1
-        totals[:] = 0
-        open_errors[:] = 0
-        now, next_ = 0, 1
-        for start in range(0, num_columns, BLOCK):
-            width = min(BLOCK, num_columns - start)
-            place = start % (OPEN * BLOCK)
-            oldest = start - OPEN * BLOCK
-            for j in range(width):
-                for c in range(width):
-                    here[j, c] = factor[start + j, start + c] if c >= j else 0
-            for at in range(max(oldest, 0), start, BLOCK):
-                across[at % (OPEN * BLOCK) : at % (OPEN * BLOCK) + BLOCK, :width] = factor[
-                    at : at + BLOCK, start : start + width
-                ]
-            undecided = min(start, OPEN * BLOCK)
-            for i in range(rows):
-                row = first + i
-                for path in range(paths[i]):
-                    total[path] = totals[i, path]
-                    one = state[0, path]
-                    one[:width] = wanted[row, start : start + width]
-                    past = open_errors[now, i, path]
-                    for j in range(0, undecided, 4):
-                        a, b, c, d = past[j], past[j + 1], past[j + 2], past[j + 3]
-                        fa, fb, fc, fd = across[j], across[j + 1], across[j + 2], across[j + 3]
-                        for at in range(len(one)):
-                            one[at] -= (a * fa[at] + b * fb[at]) + (c * fc[at] + d * fd[at])
-                stop = start + width
-                count = _search(
-                    state, here, cost[start:stop], price[row], lengths, levels[row, start:stop], beam, total, paths[i], trace
-                )
-                for path in range(count):
-                    origin[path] = path
-                for j in range(width - 1, -1, -1):
-                    for path in range(count):
-                        at = origin[path]
-                        block_errors[path, j], block_integers[path, j] = errors[j, at], integers[j, at]
-                        origin[path] = parents[j, at]
-                best = np.argmin(total[:count])
-                if oldest >= 0:
-                    found[row, oldest : oldest + BLOCK] = open_integers[now, i, origin[best], place : place + BLOCK]
-                    decided[i] = open_errors[now, i, origin[best], place : place + BLOCK]
-                agreeing = 0
-                for path in range(count):
-                    is_same = True
-                    if oldest >= 0 and origin[path] != origin[best]:
-                        for j in range(place, place + BLOCK):
-                            if open_integers[now, i, origin[path], j] != open_integers[now, i, origin[best], j]:
-                                is_same = False
-                                break
-                    if is_same:
-                        new_errors, new_integers = open_errors[next_, i, agreeing], open_integers[next_, i, agreeing]
-                        new_errors[:] = open_errors[now, i, origin[path]]
-                        new_integers[:] = open_integers[now, i, origin[path]]
-                        new_errors[place : place + BLOCK] = block_errors[path]
-                        new_integers[place : place + BLOCK] = block_integers[path]
-                        totals[i, agreeing] = total[path] - total[best]
-                        agreeing += 1
-                paths[i] = agreeing
-            now, next_ = next_, now
-            if oldest >= 0:  # the oldest block is decided: correct what is wanted of the columns after this one
-                _correct(wanted[first : first + rows], decided, factor[oldest : oldest + BLOCK], start + width)
-        last = (num_columns - 1) // BLOCK * BLOCK
-        for i in range(rows):
-            best = np.argmin(totals[i, : paths[i]])
-            for start in range(max(0, last - (OPEN - 1) * BLOCK), num_columns, BLOCK):
-                place = start % (OPEN * BLOCK)
-                width = min(BLOCK, num_columns - start)
-                found[first + i, start : start + width] = open_integers[now, i, best, place : place + width]
+    for first in range(0, len(wanted), ROWS):
+        stop = min(first + ROWS, len(wanted))
+        few = wanted[first:stop]
+        _round_few(few, factor, cost, price[first:stop], levels[first:stop], lengths, beam, found[first:stop])
 
 
-@_compiled
+@compiled
 def _correct(wanted: Any, errors: Any, factor: Any, first: int) -> None:  # pragma: no cover  compiled
     """wanted[:, first:] -= errors @ factor[:, first:], a strip of columns at a time: it stays in the nearest cache."""
     columns = wanted.shape[1]

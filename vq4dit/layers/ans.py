@@ -1,8 +1,8 @@
 """Integers <-> bytes, with few bits for integers that were likely.
 
-A layer's integers Z (rows x columns) are coded by asymmetric numeral systems (ANS, the `constriction` library): an integer of
-probability p takes -log2 p bits. Each is expected to be a rounded Gaussian of mean 0 whose standard deviation belongs to its
-row and its column, both told in quarter octaves:
+A layer's integers Z (rows x columns) are coded by asymmetric numeral systems (ANS): an integer of probability p takes -log2 p
+bits. The `constriction` library writes them, `ans_decoding.py` reads them. Each is expected to be a rounded Gaussian of
+mean 0 whose standard deviation belongs to its row and its column, both told in quarter octaves:
 
     σ_ij = 2^((row_level_i + column_level_j - 32) / 4)
 
@@ -28,7 +28,6 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from vq4dit.devices import exact
-from vq4dit.errors import FormatError
 
 AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical  # no packages to import from
 
@@ -153,48 +152,6 @@ def encode(integers: Integer[Tensor, "rows columns"], sides: Sides) -> tuple[UIn
     words = coder.get_compressed().astype("<u4")
     stream = torch.from_numpy(words.view(np.uint8).copy()).to(integers.device)
     return stream, torch.tensor(models, dtype=torch.uint8, device=integers.device)
-
-
-def decode(
-    stream: UInt8[Tensor, " bytes"], side_models: UInt8[Tensor, "kinds 2"], rows: int, columns: int
-) -> tuple[Integer[Tensor, "rows columns"], Sides]:
-    """Undo `encode`; integers are int16, all on the device of the stream (the work is one core's, about 40 ns an integer).
-
-    Raises:
-        FormatError: if the stream does not end with its last integer, or ends before it.
-    """
-    damaged = FormatError("the coded integers are damaged: download or quantize the model again")
-    if len(stream) % WORD_BYTES:
-        raise damaged
-    try:
-        coder = AnsCoder(stream.cpu().numpy().view("<u4").astype(np.uint32))
-    except ValueError as error:  # the last word is 0, which no encoder writes
-        raise damaged from error
-
-    def read(row: int, count: int) -> Any:
-        symbols = coder.decode(_model(row), count)
-        if not symbols.all():
-            raise damaged
-        return symbols - GUARD
-
-    found = []
-    for (centre, level), count in zip(side_models.tolist(), (rows, rows, columns, columns), strict=True):
-        if not LEAST_LEVEL <= level <= GREATEST_LEVEL:
-            raise damaged
-        values = read(level - LEAST_LEVEL, count) + centre
-        if count and not 0 <= values.min() <= values.max() <= 255:
-            raise damaged
-        found.append(torch.from_numpy(values.astype(np.uint8)))
-    sides = Sides(*found)
-    order, counts = _order(sides.row_level, sides.column_level)
-    integers = np.empty(len(order), dtype=np.int16)
-    start = 0
-    for level, count in counts.items():
-        integers[order[start : start + count]] = read(level, count)
-        start += count
-    if not coder.is_empty():
-        raise damaged
-    return torch.from_numpy(integers).view(rows, columns).to(stream.device), Sides(*(side.to(stream.device) for side in sides))
 
 
 def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:

@@ -20,8 +20,9 @@ from vq4dit.models.trajectories import LARGE, STEPS, Sampling, num_rounds, num_t
 from vq4dit.pipelines.inspect import Inspection, LayerSize, SizePrediction
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
-from vq4dit.recipes.gptq import TRIAL_BEAMS, block_rows
+from vq4dit.recipes.gptq import BLOCK_ROWS, TRIAL_BEAMS, block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
+from vq4dit.recipes.rounding import FEWEST_ROWS
 
 Device = Literal["cpu", "gpu"]
 
@@ -38,7 +39,7 @@ BASE_BYTES = 500_000_000  # of Python and torch
 FITTED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 # Rounding it. cpu: seconds of a core for each weight and path of the beam, and as much as so many paths besides. gpu: seconds
 # for a column of a block of rows, however few (calls, not sums).
-SECONDS_PER_PATH, OTHER_PATHS = 2.2e-8, 3
+SECONDS_PER_PATH, OTHER_PATHS = 3e-8, 3
 SECONDS_PER_COLUMN = 9e-5
 # Per weight and token of a trajectory:
 SAMPLING_OPERATIONS = 2  # forward, in every round
@@ -139,8 +140,10 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
 def _rounding_seconds(layers: Sequence[LayerSize], config: EntropyCodingConfig, large: bool, device: Device) -> float:
     beams = [*(min(beam, config.beam) for beam in TRIAL_BEAMS), config.beam]
     if device == "cpu":
-        paths = sum(beam + OTHER_PATHS for beam in beams)
-        return SECONDS_PER_PATH * paths * sum(layer.rows * layer.columns for layer in layers) / _cores(device)
+        paths, weights = sum(beam + OTHER_PATHS for beam in beams), sum(layer.rows * layer.columns for layer in layers)
+        return (
+            SECONDS_PER_PATH * paths * weights / (_cores(device) if large else min(_cores(device), BLOCK_ROWS // FEWEST_ROWS))
+        )
     blocks = [1 if large else math.ceil(layer.rows / block_rows(layer.rows)) for layer in layers]
     return SECONDS_PER_COLUMN * len(beams) * sum(count * layer.columns for count, layer in zip(blocks, layers, strict=True))
 

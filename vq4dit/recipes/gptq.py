@@ -219,8 +219,8 @@ def quantize_weights(
 ) -> list[QuantizedWeight]:
     """Round weights that multiply the same inputs to integers that take about so many bits, so that tr(B E H Eᵀ) is small.
 
-    Two secant steps: the step that the rate curve asks for is tried by rounding to the nearest, the next one by a narrow beam
-    that pays for bits; each time the curve is off by a factor that is then known.
+    Secant steps: the step that the rate curve asks for is tried by greedy rounding, the next ones by beams that pay for bits
+    (`TRIAL_BEAMS`); each time the curve is off by a factor that is then known.
     """
     weights = [weight.float() for weight in weights]
     columns = of_inputs(second_moments, config)
@@ -228,7 +228,7 @@ def quantize_weights(
     curves = [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]
     bits = [max(promised, 0.0) for promised in bits]
     log_t = [log_t_for([curve], promised) for curve, promised in zip(curves, bits, strict=True)]
-    trials = [_Trial(None, t) for t in log_t]
+    trials = [_Trial(t) for t in log_t]
     for beam in TRIAL_BEAMS:
         tried = _round_at(layers, weights, trials, config.rate_weight, min(beam, config.beam))
         trials = [_Trial.after(*of_one) for of_one in zip(tried, trials, curves, bits, strict=True)]
@@ -236,26 +236,28 @@ def quantize_weights(
 
 
 class _Trial(NamedTuple):
-    """Which step to try, and the scale classes of integers that were found with another."""
+    """Which step to try, and what was found with another."""
 
-    scale_classes: tuple[Tensor, Tensor] | None  # of rows and columns
     log_t: float
+    tried: QuantizedWeight | None = None
+    scale_classes: tuple[Tensor, ...] = ()  # of its rows and columns
 
     @classmethod
     def after(cls, tried: QuantizedWeight, trial: _Trial, curve: RateCurve, bits: float) -> _Trial:
         """What the curve promised there was off by a factor: ask it for as many bits more or fewer."""
-        levels = estimate_levels(tried.integers)
-        taken = coded_bits(tried.integers, *levels).sum(dtype=torch.float64).item()
-        log_t = log_t_for([curve], curve.bits(trial.log_t) * bits / max(taken, 1e-9))
-        larger = round(LEVELS_PER_OCTAVE * (trial.log_t - log_t))  # integers of smaller steps are
-        return cls(((levels[0].int() + larger).clamp(0, 255), levels[1]), log_t)
+        scale_classes = estimate_levels(tried.integers)
+        taken = coded_bits(tried.integers, *scale_classes).sum(dtype=torch.float64).item()
+        return cls(log_t_for([curve], curve.bits(trial.log_t) * bits / max(taken, 1e-9)), tried, scale_classes)
 
-    def rate(self, weight: Tensor, row_cost: Tensor, row_scale: Tensor, rate_weight: float) -> Rate:
+    def rate(self, weight: Tensor, row_cost: Tensor, row_scale: Tensor, column_scale: Tensor, rate_weight: float) -> Rate:
         """A bit costs as much everywhere: `rate_weight` of the squared step that an integer in balance has, t²."""
-        if self.scale_classes is None:
+        if self.tried is None:
             return Rate.free(weight)
         price = rate_weight * 4**self.log_t / (row_cost.double() * row_scale.double().square())
-        return Rate.under(price.float(), *self.scale_classes)
+        smaller = (self.tried.row_scale / row_scale).log2() + (self.tried.column_scale / column_scale).log2().mean()
+        row_level, column_level = self.scale_classes  # integers of smaller steps are larger
+        row_level = (row_level + (LEVELS_PER_OCTAVE * smaller).round()).clamp(0, 255).int()
+        return Rate.under(price.float(), row_level, column_level)
 
 
 def _round_at(
@@ -271,7 +273,7 @@ def _round_at(
     row_scales, rates = [], []
     for layer, weight, trial in zip(layers, weights, trials, strict=True):
         row_scales.append(layer.row_scale(weight, column_scale, trial.log_t, balance))
-        rates.append(trial.rate(weight, layer.row_cost, row_scales[-1], rate_weight))
+        rates.append(trial.rate(weight, layer.row_cost, row_scales[-1], column_scale, rate_weight))
     found = round_together(layers, weights, row_scales, column_scale, rates, beam)
     return [QuantizedWeight(*both, column_scale) for both in zip(found, row_scales, strict=True)]
 

@@ -15,6 +15,7 @@ On the CPU the search is compiled (`vq4dit/kernels/beam_search.py`); elsewhere i
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -24,11 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from vq4dit.kernels import beam_search
 from vq4dit.layers.ans import LARGEST, code_lengths, level_rows
 
 BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 FEWEST_ROWS = 4  # that are worth a thread
+MEANINGLESS = 1e9  # steps
 
 
 class Rate(NamedTuple):
@@ -67,20 +68,23 @@ def round_rows(
 
 
 def _round_compiled(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, beam: int) -> Integer[Tensor, "rows columns"]:
-    """Rows are shared out among torch's threads; how many there are changes nothing."""
+    """A few rows at a time, so that torch's threads share them and a job can be stopped; how they are cut changes nothing."""
+    from vq4dit.kernels import beam_search  # numba takes half a second to import
+
     found = torch.empty(wanted.shape, dtype=torch.int16)
-    lengths = code_lengths().numpy()
+    lengths, threads = code_lengths().numpy(), torch.get_num_threads()
     of_columns = [tensor.contiguous().float().numpy() for tensor in (factor, cost)]
     of_rows = (wanted.float().clone(), rate.price.float(), rate.scale_class, found)
-    threads = max(1, min(torch.get_num_threads(), len(wanted) // FEWEST_ROWS))
+    rows = min(beam_search.ROWS, max(FEWEST_ROWS, math.ceil(len(wanted) / threads)))
 
     def work(part: tuple[Tensor, ...]) -> None:
         its_wanted, price, scale_class, its_found = (np.ascontiguousarray(tensor.numpy()) for tensor in part)
         beam_search.round_rows(its_wanted, *of_columns, price, scale_class, lengths, beam, its_found)
 
-    parts = list(zip(*(tensor.tensor_split(threads) for tensor in of_rows), strict=True))
-    if threads == 1:
-        work(parts[0])
+    parts = list(zip(*(tensor.split(rows) for tensor in of_rows), strict=True))
+    if min(threads, len(parts)) == 1:
+        for part in parts:
+            work(part)
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, parts))
@@ -88,10 +92,13 @@ def _round_compiled(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, be
 
 
 def _round_by_columns(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, beam: int) -> Integer[Tensor, "rows columns"]:
-    """The same search; all roundings that are kept may differ in every column."""
+    """The same search, but all roundings that are kept may differ in every column, and the third integer may take more bits."""
     rows, columns = wanted.shape
     lengths, has_price = code_lengths().to(wanted.device), bool(rate.price.any())
-    left = wanted.unsqueeze(1).clone()  # (rows, kept, columns): what is wanted; of columns that are done, their integers
+    num_candidates = 3 if has_price else 1 if beam == 1 else 2
+    left = (
+        wanted.nan_to_num(0.0, 0.0, 0.0).clamp(-MEANINGLESS, MEANINGLESS).unsqueeze(1)
+    )  # (rows, kept, columns): what is wanted; of columns that are done, their integers
     total, costs = wanted.new_zeros(rows, 1), cost.tolist()
     row = torch.arange(rows, device=wanted.device).unsqueeze(1)
     for start in range(0, columns, BLOCK_COLUMNS):
@@ -104,15 +111,12 @@ def _round_by_columns(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, 
             here_wanted = state[:, :, column]
             nearest = here_wanted.round().clamp_(1 - LARGEST, LARGEST - 1)
             side = torch.ones_like(nearest).copysign_(here_wanted - nearest)
-            candidates = torch.stack(
-                [nearest, nearest + side, nearest - side][: 1 if beam == 1 and not has_price else 3], dim=1
-            )
+            candidates = torch.stack([nearest, nearest + side, nearest - side][:num_candidates], dim=1)
             errors = here_wanted.unsqueeze(1) - candidates
             totals = total.unsqueeze(1) + errors.square() * costs[start + column]
             if has_price:
-                of_class = lengths[rate.scale_class[:, start + column].int()]  # (rows, symbols)
-                bits = of_class.gather(1, candidates.abs().long().flatten(1)).view_as(candidates)
-                totals += rate.price.view(-1, 1, 1) * bits
+                scale_class = rate.scale_class[:, start + column].int().view(-1, 1, 1)
+                totals += rate.price.view(-1, 1, 1) * lengths[scale_class, candidates.abs().int()]
             totals = totals.flatten(1)
             total, best = totals.topk(min(beam, totals.shape[1]), dim=1, largest=False, sorted=False)
             error = errors.flatten(1).gather(1, best)
