@@ -87,15 +87,19 @@ def main() -> None:
     from vq4dit.interrupts import leave, leave_at_once, raise_once, was_pressed
 
     with of_extra("app", "the app"):
+        from starlette.middleware import Middleware
+
         from vq4dit.projects.catalog import Catalog
         from vq4dit.projects.workspace import Workspace
         from vq4dit.web.gate import gates
+        from vq4dit.web.link_preview import ICON, LinkPreview
         from vq4dit.web.page import Page
         from vq4dit.web.studio import Studio
         from vq4dit.web.theme import HEAD, STYLE, new_theme
 
     studio = Studio(Catalog(HOME, args.root), Workspace(workspace_folder()))
-    page = Page(studio, HOME / "assets" / "original-and-2bit.png", login)
+    picture = HOME / "assets" / "original-and-2bit.png"
+    page = Page(studio, picture, login)
     raise_once()
     try:
         page.blocks.launch(
@@ -107,7 +111,8 @@ def main() -> None:
             head=HEAD,
             ssr_mode=False,
             footer_links=["api", "settings"],
-            app_kwargs={"middleware": gates(own_name(args))},
+            favicon_path=ICON,
+            app_kwargs={"middleware": [*gates(own_name(args)), Middleware(LinkPreview, picture=picture)]},
             run_history=False,  # it would keep what visitors do
             enable_monitoring=False,
             num_workers=0,  # they would serve uploads at doors of their own

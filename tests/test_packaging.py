@@ -68,13 +68,13 @@ def test_the_version_is_said_once():
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_the_style_and_the_mark_of_types(tmp_path):
+def test_a_wheel_holds_every_module_the_style_the_icon_and_the_mark_of_types(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", tmp_path, "."]
     subprocess.run(command, cwd=_copy_of_sources(tmp_path / "sources"), check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"vq4dit-{VERSION}-")
     found = {path for path in zipfile.ZipFile(wheel).namelist() if path.startswith("vq4dit/")}
-    sources = [path for path in (ROOT / "vq4dit").rglob("*") if path.suffix in (".py", ".css", ".typed")]
+    sources = [path for path in (ROOT / "vq4dit").rglob("*") if path.suffix in (".py", ".css", ".png", ".typed")]
     assert found == {path.relative_to(ROOT).as_posix() for path in sources}
 
 

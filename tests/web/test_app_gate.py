@@ -5,10 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import urllib.request
 
 import gradio as gr
 import pytest
-from app_server import AppServer
+from app_server import HOME, AppServer
 from starlette.datastructures import Headers
 
 from vq4dit.web.gate import LARGEST_BODY, OnlyOurDoors, gates, is_door, is_from_here
@@ -238,3 +239,40 @@ def test_a_path_that_others_may_read_in_another_way_is_no_door(path):
 def test_pictures_and_tools_have_plain_paths():
     assert is_door("GET", "/gradio_api/file=/tmp/gradio/a.b/..c/cat-seed0.png") and is_door("POST", "/gradio_api/mcp/")
     assert is_door("GET", "/gradio_api/mcp/http/x") and is_door("DELETE", "/gradio_api/mcp/")
+
+
+# --- what a shared link shows ---
+
+
+def tags_of(page: str) -> dict[str, list[str]]:
+    """What each meta tag with a name or a property says."""
+    found: dict[str, list[str]] = {}
+    for name, content in re.findall(r'<meta\s+(?:property|name)="([^"]+)"\s+content="([^"]*)"', page):
+        found.setdefault(name, []).append(content)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("headers", "root"),
+    [
+        ({}, "http://127.0.0.1:PORT"),
+        ({"X_Forwarded_Host": "someone-vq4dit.hf.space", "X_Forwarded_Proto": "https"}, "https://someone-vq4dit.hf.space"),
+        ({"X_Forwarded_Host": '"><script>alert(1)</script>'}, None),
+    ],
+    ids=["at home", "behind a proxy", "hostile"],
+)
+def test_a_shared_link_shows_our_title_sentence_and_picture_once(server, headers, root):
+    status, page = ask(server, "GET", "/", **headers)
+    tags = tags_of(page)
+    assert status == 200 and "Click to try out" not in page and "<script>alert" not in page
+    for name in ("og:title", "og:description", "og:image", "twitter:image", "twitter:card", "description"):
+        assert len(tags[name]) == 1 and tags[name][0], name
+    assert "vq4dit" in tags["og:title"][0]
+    if root:
+        assert tags["og:image"] == [f"{root.replace('PORT', str(server.port))}/preview.png"]
+
+
+def test_the_picture_of_a_link_and_the_icon_are_ours(server):
+    for path, file in (("/preview.png", "assets/original-and-2bit.png"), ("/favicon.ico", "vq4dit/web/icon.png")):
+        with urllib.request.urlopen(server.url.rstrip("/") + path) as answer:
+            assert answer.headers["Content-Type"] == "image/png" and answer.read() == (HOME / file).read_bytes()

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LARGEST_BODY = 1_000_000  # bytes of a request: a few settings, never a file
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 READ = re.compile(
-    r"/(config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(static|assets|svelte)/.+"
+    r"/(config/?|theme\.css|favicon\.ico|preview\.png|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(static|assets|svelte)/.+"
     r"|login/huggingface|login/callback|logout"
     r"|gradio_api/(app_id/?|startup-events|info/?|openapi\.json|user/?|login_check/?|token/?|theme\.css|heartbeat/\w+"
     r"|queue/(data|status)|call/\w+/\w+|file=(?!\w\w+:).+|mcp(/.*)?))?"
