@@ -12,7 +12,7 @@ from tiny import new_pipeline
 from vq4dit.errors import FormatError, VQ4DiTError
 from vq4dit.pipelines.inspect import inspect, tensor_bytes
 from vq4dit.pipelines.load import load_pipeline, pinned
-from vq4dit.pipelines.repository import choose, located, weights, weights_in
+from vq4dit.pipelines.repository import choose, hub_id, located, weights, weights_in
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -156,3 +156,41 @@ def test_an_empty_header_lacks_every_tensor(folder):
     save_file({}, folder / "transformer" / SINGLE)
     with pytest.raises(FormatError, match="lacks the tensor|describes a larger model"):
         inspect(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("pasted", "name"),
+    [
+        ("https://huggingface.co/ann/tiny-dit", "ann/tiny-dit"),
+        ("http://www.huggingface.co/ann/tiny-dit/", "ann/tiny-dit"),
+        ("huggingface.co/ann/tiny.dit_2?library=diffusers", "ann/tiny.dit_2"),
+        ("https://hf.co/ann/tiny-dit/tree/main#files", "ann/tiny-dit"),
+        (" https://huggingface.co/ann/tiny-dit ", "ann/tiny-dit"),
+    ],
+)
+def test_a_pasted_address_is_a_name(pasted, name):
+    assert hub_id(pasted) == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ann/tiny-dit",
+        "./folder",
+        "C:\\models\\dit",
+        "https://huggingface.co/ann/tiny-dit/tree/fp16",  # another revision is another model
+        "https://huggingface.co/datasets/ann/pictures",
+        "https://huggingface.co/spaces/ann/app",
+        "https://example.org/ann/tiny-dit",
+        "https://huggingface.co.evil.org/ann/tiny-dit",
+        "",
+    ],
+)
+def test_anything_else_is_left_as_it_is(text):
+    assert hub_id(text) == text
+
+
+def test_a_mirror_of_the_hub_is_known_by_its_address(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
+    assert hub_id("https://mirror.example/ann/tiny-dit") == "ann/tiny-dit"
+    assert hub_id("https://mirrorXexample/ann/tiny-dit") == "https://mirrorXexample/ann/tiny-dit"

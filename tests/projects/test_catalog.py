@@ -1,6 +1,8 @@
 """What can be picked, what a card says of it, and every refusal in its own words."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -69,14 +71,33 @@ def test_a_model_of_the_hub_is_looked_at_without_its_weights(catalog, offered):
 
 
 def test_search_offers_what_fits_and_what_the_hub_finds(catalog, offered):
-    names = [name for _, name in catalog.search("tiny")]
+    names = [name for _, name in catalog.search("tiny")[0]]
     assert "folder:tiny" in names and "ann/tiny-dit" in names
-    assert BUNDLED in [name for _, name in catalog.search("")]
-    assert [name for _, name in catalog.search("DiT-XL")][:2] == ["facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"]
+    assert BUNDLED in [name for _, name in catalog.search("")[0]]
+    assert [name for _, name in catalog.search("DiT-XL")[0]][:2] == ["facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"]
 
 
-def test_search_goes_on_without_a_network(catalog):
-    assert "folder:tiny" in [name for _, name in catalog.search("tiny")]
+def test_search_goes_on_without_a_network(catalog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found, is_heard = catalog.search("tin")  # not "tiny": answers are remembered
+    assert "folder:tiny" in [name for _, name in found] and not is_heard
+    assert catalog.search("t")[1], "too short to ask anybody"
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(catalog, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes the call, and never answers
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        started = time.monotonic()
+        found, is_heard = catalog.search("iny")
+    assert time.monotonic() - started < 3 and not is_heard and "folder:tiny" in [name for _, name in found]
+
+
+def test_the_address_of_a_models_page_is_its_name(catalog, offered):
+    page = "https://huggingface.co/ann/tiny-dit"
+    assert catalog.locate(page) == "ann/tiny-dit" == catalog.locate(f" {page}/tree/main?library=diffusers ")
+    assert "ann/tiny-dit" in [name for _, name in catalog.search(page)[0]]
+    assert catalog.card(page).licence == "mit"
 
 
 @pytest.mark.parametrize(

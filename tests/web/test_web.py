@@ -273,6 +273,17 @@ def test_a_page_that_has_no_job_is_told_nothing_by_the_watch(answers, visitor):
     assert list(answers.watch(visitor, "", 0)) == [(gr.skip(),) * 8], "a stream without a word would empty its outputs"
 
 
+def test_a_pasted_address_is_the_model_of_its_page():
+    page = "https://huggingface.co/ann/tiny-dit"
+    assert Choice(page, 2, "best", 0, "").model == "ann/tiny-dit" == chosen({"model": page}, None)[0]
+
+
+def test_a_hub_that_does_not_answer_is_told(answers):
+    everything = answers.studio.catalog.offered()
+    assert "The Hub does not answer" in answers.search("some model", everything)[0].info
+    assert not answers.search(everything[0][0], everything)[0].info
+
+
 def test_search_does_not_look_for_what_is_chosen(answers):
     everything = answers.studio.catalog.offered()
     assert answers.search(everything[0][0], everything)[1] == everything

@@ -15,6 +15,7 @@ from vq4dit.cli.streams import standard_error
 from vq4dit.config import CallValue, call_items
 from vq4dit.devices import DEVICE, describe, resolve
 from vq4dit.models.conditions import read_argument
+from vq4dit.pipelines.repository import hub_id
 
 MOST = 10**9  # steps, trajectories: beyond it nothing ends
 SEEDS = range(-(2**63), 2**63)
@@ -103,8 +104,8 @@ def class_names(text: str) -> list[str]:
 
 
 def model_name(text: str) -> str:
-    """A Hub id, or the path of a folder, in which a shell may have left the home directory for us."""
-    return os.path.expanduser(text) if text.startswith("~") else text
+    """A Hub id or the address of its page, or the path of a folder, whose home directory a shell may have left for us."""
+    return os.path.expanduser(text) if text.startswith("~") else hub_id(text)
 
 
 def folder_path(text: str) -> Path:

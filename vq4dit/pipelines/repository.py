@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download, parse_safetensors_file_metadata
+from huggingface_hub import HfApi, constants, hf_hub_download, parse_safetensors_file_metadata
 from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +26,7 @@ SUPPORTED = "vq4dit quantizes pipelines with a diffusion transformer, such as fa
 OFFLINE = ("network", "offline")  # reasons for which a copy in the cache will do
 SHARD = re.compile(r"[\w][\w.-]*\.safetensors")
 STEM = "diffusion_pytorch_model"  # of the files that diffusers writes; transformers calls them "model"
+OWNER_AND_NAME = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 PREFERRED = (None, "fp32", "bf16", "fp16")  # variants, the most exact first
 
 
@@ -48,6 +49,14 @@ class Weights:
     @property
     def elements(self) -> int:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def hub_id(text: str) -> str:
+    """`owner/name` of a model's page on the Hub, as an address bar has it; anything else as it is."""
+    hub = re.escape(constants.ENDPOINT.partition("//")[2])
+    page = re.compile(rf"(https?://)?({hub}|(www\.)?huggingface\.co|hf\.co)/(?P<id>{OWNER_AND_NAME})(/tree/main)?/?([?#].*)?")
+    found = page.fullmatch(text.strip())
+    return found["id"] if found else text
 
 
 def located(model: str) -> Path | None:

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub import HfApi, ModelInfo, constants, get_session
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO
 from vq4dit.config import CallValue, Recipe
@@ -24,12 +25,13 @@ from vq4dit.models.trajectories import NO_CALL
 from vq4dit.pipelines.hub_errors import FAILURES, ask, explained
 from vq4dit.pipelines.inspect import Inspection, inspect
 from vq4dit.pipelines.load import check_access
-from vq4dit.pipelines.repository import read_json
+from vq4dit.pipelines.repository import OWNER_AND_NAME, hub_id, read_json
 from vq4dit.printable import printable
 
 FOLDER = "folder:"
 COME_WITH_IT = (BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+HUB_ID = re.compile(OWNER_AND_NAME)
+PATIENCE = 1.5  # seconds to reach the Hub, and again until it says something: it answers a search in a fraction of one
 LICENCE_LINE = re.compile(r"^license(?:_name)?: *(\S+)", re.MULTILINE)
 
 # Diffusion transformers that come with vq4dit, and those of the Hub that people use, all in diffusers' format: with a word on
@@ -91,7 +93,7 @@ class Catalog:
         Raises:
             VQ4DiTError: if it is no name of a model that may be opened here.
         """
-        name = name.strip()
+        name = hub_id(name.strip())
         if name in COME_WITH_IT:
             return str(self.home / name)
         if name.startswith(FOLDER):
@@ -133,18 +135,21 @@ class Catalog:
         known = [(words if name in COME_WITH_IT else f"{name} · {words}", name) for name, words in KNOWN.items()]
         return known + [(printable(name), name) for name in self.folders()]
 
-    def search(self, text: str) -> list[tuple[str, str]]:
-        """Models of the Hub for some words, the most downloaded first; what is offered anyway when the Hub is silent."""
-        words = text.strip()
+    def search(self, text: str) -> tuple[list[tuple[str, str]], bool]:
+        """Models for some words: what is offered anyway, then those of the Hub, the most downloaded first.
+
+        Also whether the Hub was heard, or need not be asked.
+        """
+        words = hub_id(text.strip())
         offered = [(shown, name) for shown, name in self.offered() if words.lower() in shown.lower()]
         if len(words) < 2 or words.startswith(FOLDER):
-            return offered or self.offered()
+            return offered or self.offered(), True
         try:
             found = _found_on_the_hub(words[:100])
         except FAILURES:
-            return offered
+            return offered, False
         names = {name for _, name in offered}
-        return offered + [(name, name) for name in found if name not in names]
+        return offered + [(name, name) for name in found if name not in names], True
 
     def check_access(self, name: str, token: str | None = None) -> None:
         """Raise `VQ4DiTError` unless whoever has this login may read the model now."""
@@ -235,7 +240,11 @@ class Catalog:
 
 @lru_cache(maxsize=512)  # every key pressed is a search, by every visitor
 def _found_on_the_hub(words: str) -> list[str]:
-    return [model.id for model in HfApi().list_models(search=words, filter="diffusers", limit=20, sort="downloads")]
+    """Asked once, with little patience: `HfApi.list_models` would try again for 24 seconds, while somebody types."""
+    asked: dict[str, Any] = {"search": words, "filter": "diffusers", "limit": 20, "sort": "downloads"}
+    answer = get_session().get(f"{constants.ENDPOINT}/api/models", params=asked, headers=build_hf_headers(), timeout=PATIENCE)
+    hf_raise_for_status(answer)
+    return [model["id"] for model in answer.json() if HUB_ID.fullmatch(model["id"])]
 
 
 def _no_pipeline(model: str, names: set[str]) -> str:

@@ -15,6 +15,7 @@ import gradio as gr
 
 from vq4dit.bundled import BUNDLED, suggested_call
 from vq4dit.pipelines.references import Components
+from vq4dit.pipelines.repository import hub_id
 from vq4dit.projects.call_lines import written
 from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
@@ -56,9 +57,9 @@ class Answers:
         """
         offered = self.studio.catalog.offered()
         is_shown = any(typed == shown for shown, _ in offered)
-        found = offered if is_shown else self.studio.catalog.search(typed)
+        found, is_heard = (offered, True) if is_shown else self.studio.catalog.search(typed)
         choices = (found + [choice for choice in seen if choice not in found])[:CHOICES]
-        return gr.Dropdown(choices=choices), choices
+        return gr.Dropdown(choices=choices, info="" if is_heard else HUB_IS_SILENT), choices
 
     def look(self, token: gr.OAuthToken | None, *values: Any) -> tuple[str, str]:
         """The card, and the same thing as a command and a link."""
@@ -223,6 +224,7 @@ class Answers:
 
 UNCHANGED = (gr.skip(),) * 3
 AT_FIRST = (BUNDLED, 2, "best", 0, "", "", "copy")
+HUB_IS_SILENT = "The Hub does not answer: only what is known here is listed. A full name, owner/name, can be tried."
 CHOICES = 100  # as many as Gradio shows
 PAUSES = {"paused": "The job is paused", "failed": "The job could not go on"}
 RESUME = "Press Resume to go on; it ends in the same bytes."
@@ -255,7 +257,7 @@ def chosen(query: dict[str, str], last: Project | None) -> tuple:
     if "model" in query:
         bits, seed = query.get("bits", "2"), query.get("seed", "0")
         whole = int(bits) if bits.isdecimal() else 2, int(seed) if seed.isdecimal() else 0
-        model, call = query["model"][:200], query.get("call")
+        model, call = hub_id(query["model"][:200]), query.get("call")
         further = query.get("keep", "")[:500], suggested(model) if call is None else call[:2000]
         components = "reference" if query.get("components") == "reference" else "copy"
         return model, whole[0], query.get("recipe", "best"), whole[1], *further, components

@@ -17,6 +17,7 @@ from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, VQ4DiTError
 from vq4dit.models.conditions import condition_kind
 from vq4dit.pipelines.references import Components, check_base
+from vq4dit.pipelines.repository import hub_id
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
 from vq4dit.projects.call_lines import check_fitting, read_call
@@ -45,6 +46,9 @@ class Choice:
     keep: str
     call: str = ""  # NAME=VALUE, one a line
     components: Components = "copy"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", hub_id(self.model or ""))  # an emptied field holds nothing; a pasted one an address
 
     def settings(self) -> QuantizationSettings:
         seed = int(self.seed or 0)
@@ -98,7 +102,7 @@ class Studio:
         """
         settings = choice.settings()
         call = tuple(settings.call_arguments.items())
-        card = self.card(choice.model or "", settings.keep, settings.recipe, token, call)
+        card = self.card(choice.model, settings.keep, settings.recipe, token, call)
         pipeline = pipeline_class(card.pipeline)
         if settings.recipe != "kmeans":
             condition_kind(pipeline)
