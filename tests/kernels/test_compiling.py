@@ -43,6 +43,9 @@ def test_a_damaged_copy_is_made_again(kept, ending, content):
     for path in kept.rglob(f"*{ending}"):
         path.write_bytes(content)
     assert run(kept) == RESULT
+    mended = {path: path.read_bytes() for path in kept.rglob("*.nb*")}
+    assert content not in mended.values() and run(kept) == RESULT
+    assert {path: path.read_bytes() for path in kept.rglob("*.nb*")} == mended, "the third process takes what the second kept"
 
 
 def test_a_place_that_cannot_be_written_is_done_without(tmp_path):

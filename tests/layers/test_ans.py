@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -262,3 +263,18 @@ def test_other_models_of_sides_do_not_decode_it(coded, kind, what):
 def test_other_shapes_do_not_decode_it(coded, rows, columns):
     with pytest.raises(FormatError, match="the coded integers are damaged"):
         decode(*coded, rows, columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 3), (3, 0), (1, 1)])
+def test_layers_without_integers_come_back_too(rows, columns):
+    sides = with_levels(torch.full((rows,), 16, dtype=torch.uint8), torch.full((columns,), 16, dtype=torch.uint8))
+    check_round_trip(torch.zeros(rows, columns, dtype=torch.int16), sides)
+
+
+def test_several_threads_may_read_at_once(generator):
+    integers = torch.randn(64, 96, generator=generator).mul(3).round().short()
+    sides = with_levels(*estimate_levels(integers))
+    coded = encode(integers, sides)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: decode(*coded, 64, 96)[0], range(16))
+    assert all(torch.equal(one, integers) for one in found)

@@ -1,17 +1,19 @@
 """Python functions over arrays, compiled by numba: no compiler is needed where they run.
 
-Compiling takes seconds, so its result is kept on disk, beside the source or in the user's cache. Whatever befalls that copy (a
-full disk, a power cut) costs no more than compiling again.
+Compiling takes seconds, so its result is kept on disk, beside the source or in the user's cache. A copy that cannot be read, or
+not be written, costs no more than compiling again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 
 
@@ -20,10 +22,9 @@ class _KeptOnDisk(FunctionCache):
 
     def __init__(self, function: Any):
         super().__init__(function)
-        files = (path.stat() for path in sorted(Path(__file__).parent.glob("*.py")))
-        self._cache_file._source_stamp = [
-            (file.st_mtime_ns, file.st_size) for file in files
-        ]  # of all kernels, whatever calls what
+        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("[!.]*.py")))
+        name = f"{self._impl.filename_base}-{hashlib.sha256(sources).hexdigest()[:16]}"  # other kernels have other files
+        self._cache_file = IndexDataCacheFile(self._cache_path, name, self._impl.locator.get_source_stamp())
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
@@ -34,8 +35,10 @@ class _KeptOnDisk(FunctionCache):
     def save_overload(self, *arguments: Any) -> None:
         try:
             super().save_overload(*arguments)
-        except Exception:  # the index is read before it is written; or the disk is full
-            return
+        except Exception:  # the index, which is read first, is damaged; or the disk is full
+            with contextlib.suppress(Exception):
+                self.flush()
+                super().save_overload(*arguments)
 
 
 def compiled(function: Any) -> Any:
@@ -45,6 +48,6 @@ def compiled(function: Any) -> Any:
     if isinstance(found, Dispatcher):  # NUMBA_DISABLE_JIT leaves functions as they are
         try:
             found._cache = _KeptOnDisk(source)
-        except RuntimeError:  # neither the package's folder nor the user's can be written
+        except (RuntimeError, OSError):  # neither the package's folder nor the user's can be written
             pass
     return found

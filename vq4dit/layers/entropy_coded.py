@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
@@ -27,7 +28,7 @@ from vq4dit.layers.watched import frozen
 
 STEPS_PER_OCTAVE = 8
 STEP_OF_ONE = 128
-STEP_SIZES = torch.exp2((torch.arange(256, dtype=torch.float64, device="cpu") - STEP_OF_ONE) / STEPS_PER_OCTAVE).float()
+STEP_SIZES = np.exp2((np.arange(256) - STEP_OF_ONE) / STEPS_PER_OCTAVE).astype(np.float32)
 
 
 def nearest_step(scale: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
@@ -37,7 +38,7 @@ def nearest_step(scale: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
 
 def step_size(step: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
     """2^((k - 128) / 8), rounded to fp32 from double precision; looked up, so that every device gives the same bits."""
-    return STEP_SIZES.to(step.device)[step.long()]
+    return torch.from_numpy(STEP_SIZES).to(step.device)[step.long()]
 
 
 class EntropyCodedLinear(PackedLinear):

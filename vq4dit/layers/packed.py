@@ -228,7 +228,7 @@ class PackedLinear(HeldWeight):
 
 def check_weight(weight: Float[Tensor, "rows columns"], name: str) -> None:
     """Raise `FormatError` if a decoded weight is not finite: scales may multiply to more than a type holds."""
-    if not torch.isfinite(torch.stack(weight.aminmax())).all():  # NaN is both
+    if weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():  # NaN is both
         raise FormatError(
             f"{name}: its weight is not finite, or too large for {weight.dtype}: load the model with dtype=torch.bfloat16 or "
             "torch.float32. If that was so, the file is damaged: download or quantize it again"

@@ -128,4 +128,4 @@ def _round_by_columns(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, 
         done = torch.linalg.solve_triangular(effects, left[:, :, here] - integers, upper=True, left=False, unitriangular=True)
         left[:, :, here] = integers
         left[:, :, stop:] -= done @ factor[here, stop:]
-    return left[row.squeeze(1), total.argmin(1)].short()
+    return left[row.squeeze(1), total.argmin(1)].clamp(-LARGEST, LARGEST).short()
