@@ -96,9 +96,8 @@ def _round_by_columns(wanted: Tensor, factor: Tensor, cost: Tensor, rate: Rate, 
     rows, columns = wanted.shape
     lengths, has_price = code_lengths().to(wanted.device), bool(rate.price.any())
     num_candidates = 3 if has_price else 1 if beam == 1 else 2
-    left = (
-        wanted.nan_to_num(0.0, 0.0, 0.0).clamp(-MEANINGLESS, MEANINGLESS).unsqueeze(1)
-    )  # (rows, kept, columns): what is wanted; of columns that are done, their integers
+    # (rows, kept, columns): what is wanted, 0 where that is no number; of columns that are done, their integers
+    left = wanted.where(wanted.abs() < MEANINGLESS, 0.0).unsqueeze(1)
     total, costs = wanted.new_zeros(rows, 1), cost.tolist()
     row = torch.arange(rows, device=wanted.device).unsqueeze(1)
     for start in range(0, columns, BLOCK_COLUMNS):
