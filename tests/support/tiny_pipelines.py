@@ -10,7 +10,8 @@ steps and output type are for the caller to add. Needs `transformers` (5 or newe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,21 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@contextmanager
+def unset_is_nan() -> Iterator[None]:
+    """Memory that a model takes and does not set holds NaN, and not what was there before, which may be anything."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # that is why it fills what is new
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def build(name: str, seed: int = 0) -> Any:
     """The pipeline, its weights drawn from the seed; nothing is exactly zero, so that every layer counts."""
     torch.manual_seed(seed)
-    pipeline = BUILDERS[name]()
+    with unset_is_nan():
+        pipeline = BUILDERS[name]()
     for part in ("transformer", "transformer_2"):
         if (transformer := getattr(pipeline, part, None)) is not None:
             for p in transformer.parameters():

@@ -237,10 +237,11 @@ def classes() -> dict[str, type]:
 def build(name: str, seed: int = 0) -> nn.Module:
     """The model, its weights drawn from the seed; blocks that have an embedder each have copies of one, as trained ones do."""
     torch.manual_seed(seed)
-    if name in PIPELINES:
-        model = tiny_pipelines.BUILDERS[PIPELINES[name]]().transformer
-    else:
-        model = getattr(diffusers, name)(**CONFIGS[name])
+    with tiny_pipelines.unset_is_nan():
+        if name in PIPELINES:
+            model = tiny_pipelines.BUILDERS[PIPELINES[name]]().transformer
+        else:
+            model = getattr(diffusers, name)(**CONFIGS[name])
     for p in model.parameters():  # nothing is exactly zero, or was never set
         if not p.any() or not p.isfinite().all():
             nn.init.normal_(p, std=0.05)
