@@ -23,7 +23,7 @@ from vq4dit.kernels.paths import continue_paths, memory_of_paths
 
 BLOCK = 64  # columns that are corrected at once
 OPEN = 2  # blocks that are not decided yet: one costs 2 to 4 % of a beam of 32's error on correlated columns, two 0.1 to 0.4 %
-ROWS = 16  # rows that share what they read of the factor
+ROWS = 16  # at a time: they share what they read of the factor, and all they work in stays near
 
 
 @compiled
@@ -115,10 +115,21 @@ def _take_part(here: Any, across: Any, factor: Any, start: int, stop: int) -> No
 
 
 @compiled
-def _round_few(  # pragma: no cover  compiled
+def round_rows(  # pragma: no cover  compiled
     wanted: Any, factor: Any, cost: Any, price: Any, levels: Any, lengths: Any, beam: int, found: Any
 ) -> None:
-    """As `round_rows`, for at most `ROWS` rows."""
+    """Round each row for itself, columns in their order; best about `ROWS` at a time, which then share what they read.
+
+    Args:
+        wanted: (rows, columns) in steps, float32; it is overwritten.
+        factor: (columns, columns) float32: an error e in column j moves what is wanted of column l > j by -e factor[j, l].
+        cost: (columns,) float32: an error e in column j costs e² cost[j].
+        price: (rows,) float32: of a bit.
+        levels: (rows, columns) uint8: the row of `lengths` that holds the bits of an integer there.
+        lengths: (levels, symbols) float32: bits of |z|.
+        beam: paths that are kept.
+        found: (rows, columns) int16: the integers, written here.
+    """
     num_rows, num_columns = wanted.shape
     trace = memory_of_paths(BLOCK, beam)
     state, here = np.zeros((2, beam, BLOCK), np.float32), np.zeros((BLOCK, BLOCK), np.float32)
@@ -165,28 +176,6 @@ def _round_few(  # pragma: no cover  compiled
         best = np.argmin(totals[row, : paths[row]])
         for at in range(max(0, (num_columns - 1) // BLOCK - OPEN + 1) * BLOCK, num_columns):
             found[row, at] = rounded[now, row, best, at % (OPEN * BLOCK)]
-
-
-@compiled
-def round_rows(  # pragma: no cover  compiled
-    wanted: Any, factor: Any, cost: Any, price: Any, levels: Any, lengths: Any, beam: int, found: Any
-) -> None:
-    """Round each row for itself, columns in their order.
-
-    Args:
-        wanted: (rows, columns) in steps, float32; it is overwritten.
-        factor: (columns, columns) float32: an error e in column j moves what is wanted of column l > j by -e factor[j, l].
-        cost: (columns,) float32: an error e in column j costs e² cost[j].
-        price: (rows,) float32: of a bit.
-        levels: (rows, columns) uint8: the row of `lengths` that holds the bits of an integer there.
-        lengths: (levels, symbols) float32: bits of |z|.
-        beam: paths that are kept.
-        found: (rows, columns) int16: the integers, written here.
-    """
-    for first in range(0, len(wanted), ROWS):
-        stop = min(first + ROWS, len(wanted))
-        few = wanted[first:stop]
-        _round_few(few, factor, cost, price[first:stop], levels[first:stop], lengths, beam, found[first:stop])
 
 
 @compiled
