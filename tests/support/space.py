@@ -48,7 +48,7 @@ def settings(place: Path, hub: Hub) -> dict[str, str]:
 
 
 def sign_in(visitor: Visitor, name: str = "ann") -> None:
-    """As people do it: who comes back and is not signed in (seen twice in some forty runs, under load) presses again."""
+    """As people do it: who comes back and is not signed in (a few times in a hundred runs, under load) presses again."""
     signed_in = f"Sign out ({name})"
     visitor.press("#login")
     try:

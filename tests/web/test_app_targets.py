@@ -116,6 +116,19 @@ def test_what_was_chosen_survives_the_way_to_the_login_and_back(server, place, b
     assert visitor.errors == []
 
 
+def test_who_turns_back_on_the_way_to_the_login_finds_their_choice(server, browser):
+    visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=kmeans&bits=3&seed=8")
+    sign_in(visitor)
+    visitor.page.go_back()
+    for _ in range(2):
+        visitor.see("#command", "--bits 3 --recipe kmeans --seed 8")
+        visitor.page.reload()
+    expect(visitor.page.locator("#login")).to_have_text("Sign out (ann)")  # the login stands; only the address is older
+    visitor.see("#command", "--bits 3 --recipe kmeans --seed 8")
+    sign_out(visitor)
+    visitor.see("#command", "--bits 3 --recipe kmeans --seed 8")
+
+
 @pytest.mark.parametrize("look", ["day", "night"])
 def test_the_form_of_somebody_signed_in_fits_a_telephone_and_can_be_read_by_all(server, browser, look):
     night = {"color_scheme": "dark"} if look == "night" else {}

@@ -14,9 +14,9 @@ from vq4dit.pipelines.references import read_reference
 from vq4dit.pipelines.repository import read_json
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.workspace import Workspace
-from vq4dit.web import html
-from vq4dit.web.answers import Answers, chosen, commands
+from vq4dit.web.answers import Answers, commands
 from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.links import chosen, link_of
 from vq4dit.web.studio import Choice, Studio
 
 HOME = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_link_and_command_say_it_and_a_link_restores_it(studio):
     choice = Choice(*REFERENCE)
     assert "--components reference --output" in commands(choice) and "components=reference" in commands(choice)
     assert "components" not in commands(Choice(*REFERENCE[:-1]))
-    link = dict(parse_qsl(html.link_of(choice.model, choice.settings(), choice.components).removeprefix("?")))
+    link = dict(parse_qsl(link_of(choice.model, choice.settings(), choice.components).removeprefix("?")))
     assert chosen(link, None) == REFERENCE
     assert chosen(link | {"components": "<img>"}, None)[-1] == "copy"
     project = studio.begin(studio.workspace.visitor(None), choice)

@@ -16,8 +16,9 @@ from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web import html, pictures
-from vq4dit.web.answers import Answers, chosen, suggested
+from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.links import chosen, link_of, suggested
 from vq4dit.web.studio import Choice, Studio
 
 HOME = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_what_is_drawn_is_of_the_jobs_model_whatever_is_picked_above(answers, vi
 
 def test_a_link_restores_prompts_and_arguments(answers, visitor):
     choice = Choice("folder:flux", 2, "kmeans", 0, "", 'negative_prompt="a & b"\nheight=32')
-    read = chosen(dict(parse_qsl(html.link_of(choice.model, choice.settings()).removeprefix("?"))), None)
+    read = chosen(dict(parse_qsl(link_of(choice.model, choice.settings()).removeprefix("?"))), None)
     assert replace(choice, call=read[5]).settings() == choice.settings()
     _, prompts, _, _ = fields(answers, "folder:flux", visitor, link={"model": "folder:flux", "prompts": "a fox\na car"})
     assert prompts.value == "a fox\na car"

@@ -5,9 +5,11 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
 import gradio as gr
 import pytest
+from starlette.datastructures import QueryParams
 
 from vq4dit.bundled import BUNDLED
 from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
@@ -16,9 +18,10 @@ from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Status, Workspace
 from vq4dit.web import gpu, html, messages
-from vq4dit.web.answers import Answers, chosen
+from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.fields import default_labels
+from vq4dit.web.links import asked, chosen, link_of
 from vq4dit.web.page import Page
 from vq4dit.web.studio import Choice, Studio
 
@@ -119,7 +122,7 @@ def test_what_comes_from_outside_is_escaped(studio, visitor):
     log = html.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
     table = html.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
     chart = html.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
-    link = html.copyable("x", html.link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
+    link = html.copyable("x", link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
     for shown in (trouble, log, table, chart, link):
         assert "<img" not in shown
     card = Answers(studio).look(None, f"ann/{NASTY}", 2, "best", 0, "")[0]
@@ -152,6 +155,14 @@ def test_links_restore_settings_and_nonsense_in_them_is_harmless():
     assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*", "", "copy")
     assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "", "", "copy")
     assert chosen(link | {"call": "a=1\nb=c"}, None)[5] == "a=1\nb=c"
+
+
+def test_an_address_that_is_quoted_as_a_whole_asks_for_the_same():
+    link = {"model": "ann/x", "call": 'a="1&2"\nb=c d', "prompts": "a fox + a hen"}
+    quoted = QueryParams(quote(urlencode(link), safe=""))
+    assert asked(gr.Request(query_params=QueryParams(urlencode(link)))) == asked(gr.Request(query_params=quoted)) == link
+    for other in ("", "__theme=dark", "view=api&x", "%26%3D"):
+        assert "model" not in asked(gr.Request(query_params=QueryParams(other)))
 
 
 def test_settings_that_do_not_fit_are_told(answers, visitor):

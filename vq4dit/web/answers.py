@@ -13,14 +13,12 @@ from typing import Any
 
 import gradio as gr
 
-from vq4dit.bundled import BUNDLED, suggested_call
+from vq4dit.bundled import BUNDLED
 from vq4dit.pipelines.references import Components
-from vq4dit.pipelines.repository import hub_id
-from vq4dit.projects.call_lines import written
 from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.web import fields, html
+from vq4dit.web import fields, html, links
 from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Choice, Studio
 
@@ -38,8 +36,8 @@ class Answers:
         visitor = self.studio.workspace.visitor(key)
         projects = self.studio.workspace.projects(visitor)
         last = projects[0] if projects else None
-        query = dict(request.query_params)
-        choice = chosen(query, last)
+        query = links.asked(request)
+        choice = links.chosen(query, last)
         if choice[-1] == "reference" and not self.studio.catalog.is_on_the_hub(choice[0]):
             choice = *choice[:-1], "copy"
         seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
@@ -89,7 +87,7 @@ class Answers:
         guidance = fields.guidance(card, project.settings.call_arguments if project else {})
         if model == listed:
             return gr.skip(), gr.skip(), guidance, listed
-        query = dict(request.query_params)
+        query = links.asked(request)
         link = query if query.get("model") == model else {}
         return fields.classes(card, link), fields.prompts(card, link), guidance, model
 
@@ -100,7 +98,7 @@ class Answers:
 
     def suggest(self, model: str) -> str:
         """Arguments of the call for a model that somebody picked."""
-        return suggested(model)
+        return links.suggested(model)
 
     # --- running ---
 
@@ -215,7 +213,7 @@ class Answers:
             recipe: best, paper or kmeans.
         """
         try:
-            choice = Choice(model, bits, recipe, 0, "", suggested(model))
+            choice = Choice(model, bits, recipe, 0, "", links.suggested(model))
             cost = self.studio.costs(self.studio.chosen(choice), choice)[bits]
         except Exception as error:
             raise gr.Error(on_page(error), print_exception=False) from error
@@ -252,26 +250,6 @@ def greeting(last: Project) -> str:
     return html.welcome(last.name, html.PHASES[status.phase].lower())
 
 
-def chosen(query: dict[str, str], last: Project | None) -> tuple:
-    """Model, bits, recipe, seed, keep, call, components: from the link, else from the last job, else as the page has them."""
-    if "model" in query:
-        bits, seed = query.get("bits", "2"), query.get("seed", "0")
-        whole = int(bits) if bits.isdecimal() else 2, int(seed) if seed.isdecimal() else 0
-        model, call = hub_id(query["model"][:200]), query.get("call")
-        further = query.get("keep", "")[:500], suggested(model) if call is None else call[:2000]
-        components = "reference" if query.get("components") == "reference" else "copy"
-        return model, whole[0], query.get("recipe", "best"), whole[1], *further, components
-    if last is None:
-        return (gr.skip(),) * 7
-    s = last.settings
-    return last.model, s.bits, s.recipe, s.seed, " ".join(s.keep), "\n".join(written(s.call_arguments)), last.components
-
-
-def suggested(model: str) -> str:
-    """What the call of a bundled model's pipeline must be told, one NAME=VALUE a line; of others we do not know."""
-    return "\n".join(written(suggested_call(model)))
-
-
 def inspection_values(found: ModelCard) -> dict[str, Any]:
     """A card for programs."""
     inspection = found.inspection
@@ -291,6 +269,6 @@ def inspection_values(found: ModelCard) -> dict[str, Any]:
 def commands(choice: Choice) -> str:
     settings = choice.settings()
     output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
-    link = html.copyable("Link to these settings", html.link_of(choice.model, settings, choice.components), "link")
+    link = html.copyable("Link to these settings", links.link_of(choice.model, settings, choice.components), "link")
     command = html.command_of(choice.model, settings, output, choice.components)
     return html.copyable("The same in a terminal", command, "command") + link

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from vq4dit.config import QuantizationSettings
 from vq4dit.pipelines.references import Components
@@ -142,14 +141,6 @@ def copyable(label: str, text: str, element: str) -> str:
         f'<div class="copyable" id="{element}"><span>{label}</span><code tabindex="0">{content}</code>'
         f'<button type="button" onclick="{click}" aria-label="Copy: {label}">Copy</button></div>'
     )
-
-
-def link_of(model: str, settings: QuantizationSettings, components: Components = "copy") -> str:
-    """Query parameters that restore these settings, made absolute by the page that shows them."""
-    values = {"model": model, "bits": settings.bits, "recipe": settings.recipe, "seed": settings.seed}
-    further = {"keep": " ".join(settings.keep), "call": "\n".join(written(settings.call_arguments))}
-    further["components"] = components if components != "copy" else ""
-    return "?" + urlencode(values | {name: text for name, text in further.items() if text})
 
 
 def progress(project: Project, status: Status, events: Sequence[Event], seconds_left: float | None) -> str:

@@ -18,6 +18,7 @@ from vq4dit.hub.push import Existing, Target
 from vq4dit.projects.publish import check_download, offer, publish, pushed_of
 from vq4dit.projects.workspace import Project
 from vq4dit.web import html, push_html
+from vq4dit.web.links import asked
 from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
 
@@ -53,7 +54,7 @@ class PushAnswers:
         token: gr.OAuthToken | None,
     ) -> tuple:
         """On arrival: the form as its link has it, because signing in and out leaves the page."""
-        query = dict(request.query_params)
+        query = asked(request)
         existing = query.get("existing")
         kept = existing if existing in get_args(Existing) else gr.skip()
         return *self._invite(key, project_key, profile, token, query), kept

@@ -22,7 +22,8 @@ FORM = ["owner", "name", "private", "existing"]  # as they are called in the lin
 # Signing in leaves the page, so all that is chosen on it goes along as its link; what the page does not know (yet) stays as
 # the old link has it. Quoted, because Gradio's button appends the link to another address as it is.
 TAKE_ALONG = """(...values) => {
-    const link = new URLSearchParams(location.search), query = new URLSearchParams();
+    const search = location.search.slice(1), query = new URLSearchParams();
+    const link = new URLSearchParams(search.includes('=') ? search : decodeURIComponent(search));
     const arrived = document.querySelector('#card .card, #card .trouble'), filled = values[NAMES.indexOf('name')];
     NAMES.forEach((name, i) => {
         const known = FORM.includes(name) ? filled : arrived;
