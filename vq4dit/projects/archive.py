@@ -11,7 +11,7 @@ from vq4dit.projects.workspace import Project
 
 
 def pack(project: Project, folder: Path) -> Path:
-    """Write NAME.zip into `folder`. Stored, not deflated: packed weights have nothing left to squeeze.
+    """Write NAME.zip, the folder NAME in it, into `folder`. Stored, not deflated: packed weights have nothing left to squeeze.
 
     Raises:
         JobError: if there is no result yet, or the disk is full.
@@ -24,10 +24,11 @@ def pack(project: Project, folder: Path) -> Path:
 
 def _packed(project: Project, folder: Path) -> Path:
     check_space(folder, folder_bytes(project.result) + (folder_bytes(project.report) if project.report.exists() else 0))
-    path = folder / f"{project.name}.zip"
+    name = project.download_name
+    path = folder / f"{name}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for source, name in ((project.result, project.name), (project.report, f"{project.name}/report")):
+        for source, place in ((project.result, name), (project.report, f"{name}/report")):
             for file in sorted(source.rglob("*")):
                 if file.is_file() and not file.name.startswith("."):
-                    archive.write(file, f"{name}/{file.relative_to(source)}")
+                    archive.write(file, f"{place}/{file.relative_to(source)}")
     return path

@@ -67,13 +67,13 @@ class PairSettings:
             guidance: a number, or nothing: then it is that of the project.
 
         Raises:
-            UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no prompts or
-                too many, or the guidance is no number.
+            UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no classes, no
+                prompts or too many, or the guidance is no number.
         """
         pipeline = pipeline_class(read_json(str(project.result), "model_index.json")["_class_name"])
-        conditions: Sequence[Condition] = classes or (0,)
-        if condition_kind(pipeline) == "prompt":
-            conditions = prompts_in(prompts)
+        conditions: Sequence[Condition] = prompts_in(prompts) if condition_kind(pipeline) == "prompt" else classes
+        if not conditions:
+            raise ValueError("classes are needed to draw, and none is chosen: choose at least one")
         scale = number_in(guidance) if "guidance_scale" in parameters_of(pipeline) else None
         return cls(tuple(conditions), num_seeds, guidance_scale=scale)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -91,6 +92,16 @@ class Project:
         """What the packed model is called: "emoji-dit-2bit"."""
         base = re.sub(r"[^A-Za-z0-9._-]", "-", Path(self.model.split(":")[-1]).name) or "model"
         return f"{base}-{self.settings.bits}bit"
+
+    @property
+    def title(self) -> str:
+        """The same with what tells it from another job of this model: "emoji-dit-2bit · best · seed 0"."""
+        return f"{self.name} · {self.settings.recipe} · seed {self.settings.seed}"
+
+    @property
+    def download_name(self) -> str:
+        """The title as the name of a file: "emoji-dit-2bit-best-seed0"."""
+        return f"{self.name}-{self.settings.recipe}-seed{self.settings.seed}"
 
     @property
     def work(self) -> Path:
@@ -236,6 +247,15 @@ class Workspace:
                 closed.mkdir(exist_ok=True, mode=0o700)
             write_atomically(folder / "project.json", content.encode())
         return Project(folder)
+
+    def remove(self, project: Project) -> None:
+        """Remove a project that its visitor wants no more.
+
+        Raises:
+            JobError: if somebody works on it or reads it.
+        """
+        if not _removed(project, math.inf):
+            raise JobError("this job is being worked on: stop it first, then delete it")
 
     def sweep(self, *, max_age_seconds: float, max_bytes: int) -> list[Path]:
         """Remove projects that were not used for long, then the oldest ones until all fit; never one that is at work.

@@ -247,7 +247,7 @@ def started() -> tuple:
 
 def greeting(last: Project) -> str:
     status: Status = last.status()
-    return html.welcome(last.name, html.PHASES[status.phase].lower())
+    return html.welcome(last.title, html.PHASES[status.phase].lower())
 
 
 def inspection_values(found: ModelCard) -> dict[str, Any]:

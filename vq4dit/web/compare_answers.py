@@ -15,7 +15,9 @@ from vq4dit.web.answers import secret
 from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
 
-SAME = (gr.skip(),) * 5  # the pictures stay: they are large, and sent only when there is a new one
+SAME = (gr.skip(),) * 8  # the pictures stay: they are large, and sent only when there is a new one
+NOTHING_YET = "When a model is packed, its pictures appear here beside the original's."
+NO_PAIRS = "Draw some pairs first."
 
 
 class CompareAnswers:
@@ -80,25 +82,37 @@ class CompareAnswers:
         shown = self.shown(key, project, drawn_pairs(project), on_page)
         yield told, *shown, gr.Button(visible=not finished), gr.skip() if finished else drawing + 1
 
-    def drawn(self, key: str, project_key: str) -> tuple:
-        """The compare step as the project's folder has it."""
-        try:
-            project = self.studio.project(key, project_key)
-        except Exception:
-            return (gr.skip(),) * 6
-        pairs = drawn_pairs(project)
-        return html.note(_counted(len(pairs))) if pairs else gr.skip(), *self.shown(key, project, pairs)
+    def of_job(self, key: str, project_key: str) -> tuple:
+        """All that stands below the run step, as the project's folder has it: of the job before nothing stays.
+
+        That is the compare step, a blind test not yet begun, and a download not yet prepared.
+        """
+        project = self.studio.found(key, project_key) if project_key else None
+        pairs = drawn_pairs(project) if project else []
+        told = html.empty(NOTHING_YET)
+        if project and pairs:
+            told = html.note(f"{project.title}: {_counted(len(pairs))}")
+        elif project and project.status().phase == "done":
+            told = html.empty(f"{project.title} is packed. Press Draw pairs to see its pictures beside the original's.")
+        shown = self.shown(key, project, pairs) if project else nothing_drawn()
+        return told, *shown, gr.DownloadButton(visible=False), ""
 
     def shown(self, key: str, project: Project, pairs: list[Pair], on_page: Sequence[Pair] = ()) -> tuple:
-        """Chips, slider, figures, grid, widths. If no pair of the page is gone, the chosen one and its line stay."""
+        """Chips, slider, figures, grid, widths; blind test, its score and state, which begin anew with other pairs.
+
+        If no pair of the page is gone, the chosen one and its line stay.
+        """
         if not pairs:
-            return gr.Radio(visible=False), "", "", "", ""
+            return nothing_drawn()
         chips, first = [(printable(f"{pictures.short(p.name)} · {p.seed}"), p.stem) for p in pairs], pairs[0]
         chosen = gr.Radio(chips, value=first.stem, visible=True), pictures.slider(project, first)
         if on_page and all(pair in pairs for pair in on_page):
             chosen = gr.Radio(chips), gr.skip()
         same = [p for p in self.studio.workspace.projects(key) if pictures.draws_alike(p, project)]
-        return *chosen, pictures.figures(report(project), pairs), pictures.grid(project, pairs), pictures.widths(same)
+        figures = pictures.figures(report(project), pairs)
+        new_game: tuple = html.empty("Press Next pair, then say which one is the original."), "", {}
+        game = (gr.skip(),) * 3 if on_page else new_game
+        return *chosen, figures, pictures.grid(project, pairs), pictures.widths(same), *game
 
     def show(self, key: str, project_key: str, stem: str) -> str:
         project = self.studio.project(key, project_key)
@@ -114,14 +128,14 @@ class CompareAnswers:
             return html.trouble(explain(error)), "", game
         pairs = drawn_pairs(project)
         if not pairs:
-            return html.empty("Draw some pairs first."), "", game
-        game = game | {"pair": random.randrange(len(pairs)), "left": random.random() < 0.5, "open": True}
+            return html.empty(NO_PAIRS), "", game
+        game = game | {"job": project.key, "pair": random.randrange(len(pairs)), "left": random.random() < 0.5, "open": True}
         return pictures.blind(project, pairs[game["pair"]], game["left"], False), html.score(game), game
 
     def guess(self, key: str, project_key: str, game: dict, left: bool) -> tuple:
-        if not game.get("open"):
+        project = self.studio.found(key, project_key)
+        if project is None or not game.get("open") or game["job"] != project.key:
             return self.deal(key, project_key, game)
-        project = self.studio.project(key, project_key)
         pairs = drawn_pairs(project)
         if game["pair"] >= len(pairs):  # drawn anew meanwhile
             return self.deal(key, project_key, game)
@@ -134,6 +148,12 @@ class CompareAnswers:
 
     def guess_right(self, key: str, project_key: str, game: dict) -> tuple:
         return self.guess(key, project_key, game, False)
+
+
+def nothing_drawn() -> tuple:
+    """The same of a job without pictures."""
+    empties = (html.empty(words) for words in (pictures.NO_GRID, pictures.NO_WIDTHS, NO_PAIRS))
+    return gr.Radio(visible=False), "", "", *empties, "", {}
 
 
 def counted(project: Project, settings: PairSettings, *, working: bool) -> str:

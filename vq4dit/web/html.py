@@ -134,7 +134,8 @@ def copyable(label: str, text: str, element: str) -> str:
     """A line to copy, with a button that works by keyboard too."""
     click = (
         "const c = this.previousElementSibling, a = c.querySelector('a');"
-        "navigator.clipboard.writeText(a ? a.href : c.textContent);this.textContent = 'Copied'"
+        "navigator.clipboard.writeText(a ? a.href : c.textContent);this.textContent = 'Copied';"
+        "setTimeout(() => { this.textContent = 'Copy' }, 2000)"
     )
     content = f'<a href="{escape(text)}">{escape(text)}</a>' if text.startswith("?") else escape(text)
     return (
@@ -150,17 +151,19 @@ def progress(project: Project, status: Status, events: Sequence[Event], seconds_
     if status.phase == "done":
         share = 1.0
     stage = STAGES.get(last.stage, last.stage.replace("_", " ").capitalize()) if last else "Reading the model"
-    told = f"{stage}: {last.done} of {last.total}" if last else stage
+    far = f"{stage}: {last.done} of {last.total}" if last else stage
     if status.phase == "running":
-        told += f" · {clock(project.seconds_so_far(status))} so far"
+        far += f" · {clock(project.seconds_so_far(status))} so far"
     if status.phase in ("running", "waiting") and seconds_left is not None:
-        told += f" · about {duration(seconds_left)} left"
-    elif status.phase == "done":
-        told = f"{escape(project.name)} is packed, after {duration(status.seconds)}"
-    label = f"{PHASES[status.phase]}: {told}"
+        far += f" · about {duration(seconds_left)} left"
+    told = f"<b>{escape(project.title)}</b>"
+    line = f"<p>{far}</p>"  # no status for screen readers: it changes twice a second
+    if status.phase == "done":
+        told, line = f"{told} is packed, after {duration(status.seconds)}", ""
+    label = f"{PHASES[status.phase]}: {far}"
     return (
         f'<div class="progress {status.phase}" data-phase="{status.phase}"><p role="status"><span class="pill">'
-        f"{PHASES[status.phase]}</span> {told}</p>"
+        f"{PHASES[status.phase]}</span> {told}</p>{line}"
         f'<div class="bar" role="progressbar" aria-label="{label}" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div></div>'
     )

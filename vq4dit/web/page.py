@@ -10,9 +10,10 @@ import gradio as gr
 
 from vq4dit.bundled import BUNDLED
 from vq4dit.config import RECIPES
-from vq4dit.web import fields, html
+from vq4dit.web import fields, html, pictures
 from vq4dit.web.answers import Answers
-from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.compare_answers import NO_PAIRS, NOTHING_YET, CompareAnswers
+from vq4dit.web.jobs_panel import JobsPanel
 from vq4dit.web.push_panel import Login, PushPanel
 from vq4dit.web.studio import Studio, widths_offered
 
@@ -107,6 +108,7 @@ class Page:
                 self.layers = gr.HTML(html.layers_table([]), elem_id="layers")
             with gr.Accordion("Log", open=False, elem_id="log-box"):
                 self.log = gr.HTML(html.log([]), elem_id="log")
+            self.jobs = JobsPanel(self.answers)
 
     def _compare(self) -> None:
         with gr.Column(elem_classes="step", elem_id="compare"):
@@ -125,23 +127,21 @@ class Page:
             with gr.Row(elem_classes="buttons"):
                 self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
                 self.halt = gr.Button("Stop drawing", elem_id="halt", visible=False)
-            self.drawn = gr.HTML(
-                html.empty("When a model is packed, its pictures appear here beside the original's."), elem_id="drawn"
-            )
+            self.drawn = gr.HTML(html.empty(NOTHING_YET), elem_id="drawn")
             self.pair = gr.Radio([], label="Pair", elem_id="pair", visible=False)
             self.slider = gr.HTML(elem_id="slider-box")
             self.figures = gr.HTML(elem_id="figures")
             with gr.Accordion("All pairs", open=False, elem_id="grid-box"):
-                self.grid = gr.HTML(elem_id="grid")
+                self.grid = gr.HTML(html.empty(pictures.NO_GRID), elem_id="grid")
             with gr.Accordion("Blind test: which one is the original?", open=False, elem_id="blind-box"):
-                self.blind = gr.HTML(html.empty("Draw some pairs first."), elem_id="blind")
+                self.blind = gr.HTML(html.empty(NO_PAIRS), elem_id="blind")
                 with gr.Row(elem_classes="buttons"):
                     self.left = gr.Button("Left is the original", elem_id="guess-left")
                     self.right = gr.Button("Right is the original", elem_id="guess-right")
                     self.another = gr.Button("Next pair", elem_id="another")
                 self.score = gr.HTML(elem_id="score")
             with gr.Accordion("All widths you have made", open=False, elem_id="widths-box"):
-                self.widths = gr.HTML(elem_id="widths")
+                self.widths = gr.HTML(html.empty(pictures.NO_WIDTHS), elem_id="widths")
 
     def _keep(self) -> None:
         with gr.Column(elem_classes="step", elem_id="keep-it"):
@@ -158,7 +158,8 @@ class Page:
         choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call, self.components]
         looked = [self.card, self.command]
         run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
-        drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths]
+        guessed = [self.blind, self.score, self.game]
+        drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths, *guessed]
         job = [self.visitor, self.project]
         answers, compare = self.answers, self.compare
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -169,7 +170,6 @@ class Page:
         # Earlier than what a link asks for, a click would start what the page shows at first.
         arrived.then(**self.private(lambda: gr.Button(interactive=True), [], [self.start]))
         arrived.then(**self.private(answers.conditions, asked, conditions))
-        arrived.then(**self.private(compare.drawn, job, drawn_view))
         arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
 
         one_by_one: dict[str, Any] = {"trigger_mode": "always_last"}  # so that no older answer arrives after a newer one
@@ -190,7 +190,9 @@ class Page:
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
         self.on(self.stop.click, answers.stop, job, run_view, queue=False)
         turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
-        turned.then(**self.private(compare.drawn, job, drawn_view))
+        of_job = self.private(compare.of_job, job, [*drawn_view, self.file, self.kept])
+        self.project.change(**of_job)
+        turned.then(**of_job)
 
         drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
         self.on(self.draw.click, compare.begin_drawing, drawing, [self.drawn, self.halt, self.drawing])
@@ -198,14 +200,17 @@ class Page:
         self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
         self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
 
-        guessed = [self.blind, self.score, self.game]
         self.on(self.another.click, compare.deal, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
         names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds")
         settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds), strict=True))
-        self.push.wire(job, settings, arrived, [started, turned])
+        went = self.jobs.wire(job, [self.project, *choice, *run_view], [arrived, started, turned])
+        for event in went:
+            event.then(**self.private(answers.conditions, asked, conditions))
+            event.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
+        self.push.wire(job, settings, arrived, [started, turned, *went])
 
         gr.api(answers.inspect, api_name="inspect")
         gr.api(answers.estimate, api_name="estimate")
