@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ from vq4dit.models.trajectories import (
     random_trajectories,
     shown_in,
 )
+from vq4dit.recipes.kronecker import KroneckerRatio
 from vq4dit.surroundings import without_parameter_gradients
 
 
@@ -65,7 +66,7 @@ def output_sensitivities(
     config: EntropyCodingConfig,
     on_step: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
-    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image.
+    """ρ B of the named linears (`kronecker.py`), or B's diagonal where no more is known, summed over all tokens of an image.
 
     Calls `on_step` after each of `num_steps` denoising steps.
     """
@@ -73,6 +74,9 @@ def output_sensitivities(
     large = is_large(denoiser)
     found: dict[str, Tensor] = {}
     steps: dict[str, dict[tuple[int, int], Tensor]] = {}
+    has_bias = {name: denoiser.get_submodule(name).bias is not None for name in names}
+    ratios = {} if large else {name: KroneckerRatio(has_bias[name], config) for name in names}
+    of_steps = count()
 
     def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
@@ -83,23 +87,33 @@ def output_sensitivities(
             return
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large else rows.T @ rows
-        found[name] = found.get(name, 0) + exact(total) * probe.weight / (probe.among if gradient.ndim == 2 else 1)
+        weight = probe.weight / (probe.among if gradient.ndim == 2 else 1)
+        found[name] = found.get(name, 0) + exact(total) * weight
+        if name in ratios:
+            ratios[name].hear(inputs.flatten(0, -2).float(), rows, (probe.step, probe.number), weight)
 
-    count = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
+    def step_done(_: GuidedStep) -> None:
+        if next(of_steps) + 1 == num_steps(sampling, config) // 2:
+            for name in ratios.keys() & found.keys():
+                ratios[name].whiten(found[name])
+        on_step()
+
+    num_trajectories = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
     probe_outputs(
         pipeline,
         names,
         add,
         generator,
         sampling=sampling,
-        num_trajectories=count,
+        num_trajectories=num_trajectories,
         together=num_trajectories_for(sampling, config.sensitivity_tokens_together, STEPS),
-        rounds=num_rounds_for(pipeline, count),
+        rounds=num_rounds_for(pipeline, num_trajectories),
         num_inference_steps=STEPS,
-        on_step=lambda step: on_step(),
+        on_step=step_done,
         probes=config.probes,
         before_guidance=True,
     )
+    found = {name: total * ratios[name].value() if name in ratios else total for name, total in found.items()}
     rows = {name: matrix_shape(denoiser.get_submodule(name))[0] for name in names}
     return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()})
 
