@@ -134,7 +134,9 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     together = min(probed.rows, Shown.of(inspection.positions, config.sensitivity_tokens_together).rows) / STEPS
     held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in layers)  # to go back
     seen = 3 * learned.rows * max(layer.columns for layer in layers)
-    return Estimate(stages, int(4 * (together * held_width + seen)) + 12 * coupled, 4 * weights + 4 * coupled)
+    tested = 0 if large else coupled + sum(layer.columns**2 for layer in layers) + weights  # by Kronecker ratios
+    held = int(4 * (together * held_width + seen)) + 12 * coupled + 4 * tested
+    return Estimate(stages, held, 4 * weights + 4 * coupled)
 
 
 def _rounding_seconds(layers: Sequence[LayerSize], config: EntropyCodingConfig, large: bool, device: Device) -> float:

@@ -35,6 +35,11 @@ class _Gradient(NamedTuple):
     inputs: Float[Tensor, ""]  # Σ_t xᵀ H⁻¹ x
     tokens: int
 
+    def plus(self, other: _Gradient) -> _Gradient:
+        """The same with more tokens."""
+        gradient, outputs, inputs = (a + b for a, b in zip(self[2:5], other[2:5], strict=True))
+        return self._replace(gradient=gradient, outputs=outputs, inputs=inputs, tokens=self.tokens + other.tokens)
+
 
 class KroneckerRatio:
     """ρ of one layer.
@@ -99,10 +104,8 @@ class KroneckerRatio:
         g = torch.linalg.solve_triangular(of_outputs, gradient.T, upper=False)
         x = torch.linalg.solve_triangular(of_inputs, (inputs - mean).T, upper=False)
         found = _Gradient(of, weight, g @ x.T, g.square().sum(), x.square().sum(), len(inputs))
-        before = self._gradient
-        if before is not None and before.of == of:
-            sums = (a + b for a, b in zip(before[2:], found[2:], strict=True))
-            found = _Gradient(of, weight, *sums)
+        if self._gradient is not None and self._gradient.of == of:
+            found = self._gradient.plus(found)
         else:
             self._count()
         self._gradient = found
