@@ -178,6 +178,6 @@ def test_pairs_are_drawn_one_by_one_kept_and_measured(new_project, loader, tmp_p
     assert {p.name for p in project.report.glob("*.png")} == {
         f"{p.stem}-{kind}.png" for p in drawn_pairs(project) for kind in ("original", "quantized", "difference")
     }
-    assert pack(project, tmp_path).name == "tiny-2bit.zip"
+    assert pack(project, tmp_path).name == "tiny-2bit-kmeans-seed0.zip"
     list(draw(project, loader, first))  # fewer again
     assert is_complete(project, first) and report(project)["num_pairs"] == 1

@@ -168,7 +168,7 @@ def test_a_project_that_is_being_packed_is_not_swept_and_may_be_worked_on(worksp
     write = archive._packed
     monkeypatch.setattr(archive, "_packed", packed)
     names = zipfile.ZipFile(archive.pack(project, tmp_path)).namelist()
-    assert swept == [] and names == [f"{project.name}/model_index.json", f"{project.name}/vae/config.json"]
+    assert swept == [] and names == [f"{project.download_name}/{name}" for name in ("model_index.json", "vae/config.json")]
     age(project, 1000)
     assert workspace.sweep(max_age_seconds=500.0, max_bytes=10**9) == [project.folder]
 

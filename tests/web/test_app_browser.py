@@ -57,7 +57,7 @@ def test_the_whole_way_with_a_stop_and_a_reload(server, browser, tmp_path):
     assert 0 < done < 56
 
     visitor.arrive()
-    visitor.see("#welcome", "Your last job: emoji-dit-2bit, paused")
+    visitor.see("#welcome", "Your last job: emoji-dit-2bit · kmeans · seed 0, paused")
     visitor.see("#progress", f"{done} of 56")
     visitor.press("#resume")
     visitor.see("#progress .done", "is packed")
@@ -135,10 +135,10 @@ def test_two_visitors_at_once_take_turns_and_see_only_their_own(server, browser)
     ann.press("#stop")
     ann.see("#progress .trouble", "You stopped it")
     bob.arrive()
-    bob.see("#welcome", "tiny-2bit, done")
+    bob.see("#welcome", "tiny-2bit · kmeans · seed 2, done")
     bob.see("#command", "--seed 2")
     ann.arrive()
-    ann.see("#welcome", "emoji-dit-2bit, paused")
+    ann.see("#welcome", "emoji-dit-2bit · paper · seed 1, paused")
     carl = Visitor(browser, server.url).arrive()
     assert not carl.page.locator("#welcome").is_visible()
     assert "Nothing runs yet" in carl.text("#progress")
@@ -192,7 +192,7 @@ def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(se
     visitor.see("#card h3", "ann/tiny-dit")
     visitor.see("#card dl", "mit")
     visitor.press("#start")
-    visitor.see("#progress .done", "tiny-dit-2bit is packed")
+    visitor.see("#progress .done", "is packed")
 
 
 def test_the_choices_are_those_of_the_whole_word_however_fast_it_is_typed(server, browser, hub, monkeypatch):

@@ -21,7 +21,7 @@ from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.fields import default_labels
-from vq4dit.web.links import asked, chosen, link_of
+from vq4dit.web.links import asked, chosen, link_of, misunderstood
 from vq4dit.web.page import Page
 from vq4dit.web.studio import Choice, Studio
 
@@ -155,6 +155,25 @@ def test_links_restore_settings_and_nonsense_in_them_is_harmless():
     assert chosen(link, None) == ("ann/x", 4, "paper", 3, "*.ff.*", "", "copy")
     assert chosen({"model": "ann/x", "bits": "-1", "seed": "x"}, None) == ("ann/x", 2, "best", 0, "", "", "copy")
     assert chosen(link | {"call": "a=1\nb=c"}, None)[5] == "a=1\nb=c"
+    assert misunderstood(link) == misunderstood({"bits": "7"}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bits", "7"), ("bits", "-1"), ("bits", "2.0"), ("recipe", "worst"), ("seed", "3.7"), ("seed", "-1"), ("seed", str(2**53))]
+    + [("seed", "9" * 400), ("seed", "<b>")],
+)
+def test_what_a_link_asks_for_and_cannot_be_is_told_and_the_page_has_its_own(name, value):
+    link = {"model": "ann/x", name: value}
+    assert chosen(link, None) == ("ann/x", 2, "best", 0, "", "", "copy")
+    (told,) = misunderstood(link)
+    assert told.startswith(f"{name}={value[:40]} is not understood: ")
+
+
+@pytest.mark.parametrize("seed", [-1, 3.7, 2**53, 1e300])
+def test_what_is_no_seed_is_told(answers, seed):
+    assert "Seed must be a whole number from 0 to 2^53 - 1" in answers.look(None, "folder:tiny", 2, "best", seed, "")[0]
+    assert answers.look(None, "folder:tiny", 2, "best", 2**53 - 1, "")[1] != ""
 
 
 def test_an_address_that_is_quoted_as_a_whole_asks_for_the_same():
@@ -247,21 +266,21 @@ def test_a_page_older_than_the_server_goes_on_with_the_last_job(answers, visitor
     """Its session is forgotten, so no key comes along; who never had a job is told so."""
     key = quantized(answers, visitor)
     assert studio.project(visitor, "").key == key
-    assert compare.begin_drawing(visitor, "", 0)[2] == 1
+    assert compare.begin_drawing(visitor, "", 0, [0])[2] == 1
     assert "There is no job here" in answers.resume(studio.workspace.visitor(None), "", 0)[0]
 
 
 def test_a_stop_of_the_drawing_is_told_by_its_own_stream(answers, visitor, studio, compare):
     key = quantized(answers, visitor)
     project = studio.project(visitor, key)
-    assert compare.begin_drawing(visitor, key, 0)[2] == 1
+    assert compare.begin_drawing(visitor, key, 0, [0])[2] == 1
     drawing = compare.draw(visitor, key, 1, [0, 1], 40)  # more than can be drawn before the first word
     assert re.search(r"Drawing: \d+ of 80 pairs …", next(drawing)[0])
     assert compare.halt(visitor, key) is None
     *_, last = drawing
     assert re.search(r"You stopped it: \d+ of 80 pairs. Press Draw pairs to go on.", last[0])
-    assert not last[6].visible and last[7] == gr.skip()
-    assert compare.begin_drawing(visitor, key, 1)[2] == 2 and not project.is_asked_to_stop()
+    assert not last[9].visible and last[10] == gr.skip()
+    assert compare.begin_drawing(visitor, key, 1, [0])[2] == 2 and not project.is_asked_to_stop()
     *_, last = compare.draw(visitor, key, 2, [0, 1], 1)
     assert "2 pairs" in last[0] and "stopped" not in last[0]
 

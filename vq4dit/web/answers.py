@@ -41,7 +41,8 @@ class Answers:
         if choice[-1] == "reference" and not self.studio.catalog.is_on_the_hub(choice[0]):
             choice = *choice[:-1], "copy"
         seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
-        welcome = gr.HTML(greeting(last), visible=True) if last else gr.skip()
+        told = "".join(map(html.note, links.misunderstood(query))) + (greeting(last) if last else "")
+        welcome = gr.HTML(told, visible=True) if told else gr.skip()
         # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
         is_known, project_key = isinstance(choice[0], str), last.key if last else ""
         looked = self.look(token, *(choice if is_known else AT_FIRST))

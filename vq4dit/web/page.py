@@ -68,7 +68,7 @@ class Page:
                     recipes = [(f"{name} · {RECIPE_WORDS[name]}", name) for name in RECIPES]
                     self.recipe = gr.Radio(recipes, value="best", label="Recipe", elem_id="recipe")
                 with gr.Column(scale=2):
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    self.seed = gr.Number(0, label="Seed", elem_id="seed")  # what is no seed is told in words
                     with gr.Accordion("Advanced", open=False, elem_id="advanced-box"):
                         self.keep = gr.Textbox(
                             "",

@@ -28,6 +28,7 @@ from vq4dit.projects.worker import TICK_SECONDS, work
 from vq4dit.projects.workspace import Forecast, Project, Workspace
 from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate, seconds_left
 from vq4dit.web import gpu
+from vq4dit.web.links import SEEDS
 from vq4dit.web.messages import Trouble, explain
 
 MAX_AGE_SECONDS = 7 * 86400.0
@@ -51,12 +52,14 @@ class Choice:
         object.__setattr__(self, "model", hub_id(self.model or ""))  # an emptied field holds nothing; a pasted one an address
 
     def settings(self) -> QuantizationSettings:
-        seed = int(self.seed or 0)
+        seed = self.seed or 0
+        if seed != int(seed) or not 0 <= seed < SEEDS:
+            raise ValueError(f"seed must be a whole number from 0 to 2^53 - 1, got {seed:g}")
         recipe: Any = self.recipe
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         keep, call = tuple(self.keep.split()), read_call(self.call)
-        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=seed, keep=keep, call=call)
+        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=int(seed), keep=keep, call=call)
 
 
 class Studio:

@@ -1,0 +1,64 @@
+"""The list of a visitor's jobs, without a browser."""
+
+import pytest
+from test_web import answers, compare, quantized, studio, visitor  # noqa: F401  fixtures
+
+from vq4dit.projects.workspace import Status
+from vq4dit.web.jobs_panel import UNCHANGED, JobAnswers
+
+
+@pytest.fixture
+def jobs(answers):  # noqa: F811
+    return JobAnswers(answers)
+
+
+def test_a_visitor_without_jobs_is_told_what_will_be_there(jobs, visitor):  # noqa: F811
+    radio, show, delete, told = jobs.listed(visitor, "")
+    assert (radio.choices, radio.visible, show.visible, delete.visible) == ([], False, False, False)
+    assert "Each model you quantize is listed here" in told
+
+
+def test_all_jobs_are_listed_and_any_can_be_shown(answers, jobs, visitor):  # noqa: F811
+    first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
+    radio, *_ = jobs.listed(visitor, second)
+    assert {key for _, key in radio.choices} == {first, second} and radio.value == second
+    assert all("kmeans · seed 0 · done · " in line for line, _ in radio.choices)
+    told, key, model, bits, recipe, *_ = jobs.show(visitor, second, first)
+    assert (told, key, model, bits, recipe) == ("", first, "folder:tiny", 2, "kmeans")
+
+
+def test_what_cannot_be_shown_is_told_and_leaves_the_page_as_it_is(answers, studio, jobs, visitor):  # noqa: F811
+    first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
+    studio.project(visitor, first).set_status(Status("waiting"))
+    refused = (
+        (second, None, "none is chosen"),
+        (second, "a" * 32, "There is no job here"),
+        (first, second, "which is at work"),
+    )
+    for shown, chosen, words in refused:
+        told, *rest = jobs.show(visitor, shown, chosen)
+        assert words in told and tuple(rest) == UNCHANGED
+    assert jobs.show(visitor, first, first)[0] == "", "the page follows it anyway"
+
+
+def test_only_a_job_that_nobody_works_on_is_deleted(answers, studio, jobs, visitor):  # noqa: F811
+    first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
+    folder = studio.project(visitor, second).folder
+    assert jobs.delete(visitor, first, None) == ("", *UNCHANGED)  # the question was answered with no
+    with studio.project(visitor, second).claim():
+        told, *rest = jobs.delete(visitor, first, second)
+        assert "Stop it first" in told and tuple(rest) == UNCHANGED and folder.exists()
+    assert "There is no job here" in jobs.delete(studio.workspace.visitor(None), "", second)[0], "another's"
+    assert jobs.delete(visitor, first, second) == ("", *UNCHANGED) and not folder.exists()
+    assert len(jobs.delete(visitor, first, first)) == 1 + len(UNCHANGED)
+    assert studio.workspace.projects(visitor) == []
+
+
+def test_a_job_without_pictures_shows_none_of_another(answers, compare, visitor):  # noqa: F811
+    first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
+    assert any("<img" in str(answer[2]) for answer in compare.draw(visitor, first, 1, [0, 1], 1))
+    of_first, of_second, of_none = (compare.of_job(visitor, key) for key in (first, second, ""))
+    assert "<img" in of_first[2] and "2 pairs" in of_first[0]
+    assert "Press Draw pairs" in of_second[0] and "When a model is packed" in of_none[0]
+    for empty in (of_second, of_none):
+        assert not any("<img" in str(part) or "<dd>" in str(part) for part in empty)
