@@ -11,6 +11,7 @@ is noticed; and only what bears such a seal is ever deleted: other files in the 
     DIR.job/calibration.safetensors     `paper`: the newest checkpoint
     DIR.job/sensitivities.safetensors   `best`: how much errors in each layer's outputs matter
     DIR.job/sensitivities-of-steps.safetensors  `best`: and in which denoising step, where no tokens are seen
+    DIR.job/sensitivities-of-weights.safetensors  `best`: and how much of that adds up over tokens
     DIR.job/bits.safetensors            `best`: how many bits each layer gets
     DIR.job/lock                        held by the process that works on the job
 """

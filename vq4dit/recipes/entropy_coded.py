@@ -26,7 +26,7 @@ from vq4dit.recipes.layerwise import LayerGroup, Replays, fit_layers, groups_in_
 from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.stages import Piece, Stage, Stages, Tensors, Tick
 
-SENSITIVITIES = ("sensitivities", "sensitivities-of-steps")
+SENSITIVITIES = ("sensitivities", "sensitivities-of-steps", "sensitivities-of-weights")
 
 
 def entropy_coded_stages(pipeline: Any, plan: Plan, settings: QuantizationSettings) -> Stages:
@@ -53,7 +53,7 @@ class Fitting:
         self.piece_names = {name: f"layers/{name}" for name in self.targets}
         self.teacher = denoiser_of(pipeline)
         self.student = student_with(self.teacher, {})
-        self.sensitivities = Sensitivities({}, {})
+        self.sensitivities = Sensitivities({}, {}, {})
         self.replays: Replays | None = None
         self.bits = BitBudget({})
 
@@ -82,7 +82,8 @@ class Fitting:
         for group in groups_in_turn(teacher, teacher, names, self.sensitivities.steps, classes):
             linears = [self.targets[name] for name in group.names]
             sensitivities = [self.sensitivities.outputs[name] for name in group.names]
-            found = rate_curves(linears, group.statistics(), sensitivities, self.config)
+            gradients = [self.sensitivities.gradients.get(name) for name in group.names]
+            found = rate_curves(linears, group.statistics(), sensitivities, gradients, self.config)
             for name, curve in zip(group.names, found, strict=True):
                 curves[name] = curve
                 tick()

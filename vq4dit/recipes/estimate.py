@@ -22,6 +22,7 @@ from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.recipes.gptq import BLOCK_ROWS, TRIAL_BEAMS, block_rows
 from vq4dit.recipes.kmeans import MAX_POINTS_PER_CODEWORD
+from vq4dit.recipes.kronecker import SKETCHES
 from vq4dit.recipes.rounding import FEWEST_ROWS
 
 Device = Literal["cpu", "gpu"]
@@ -134,9 +135,9 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     together = min(probed.rows, Shown.of(inspection.positions, config.sensitivity_tokens_together).rows) / STEPS
     held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in layers)  # to go back
     seen = 3 * learned.rows * max(layer.columns for layer in layers)
-    tested = 0 if large else coupled + sum(layer.columns**2 for layer in layers) + weights  # by Kronecker ratios
-    held = int(4 * (together * held_width + seen)) + 12 * coupled + 4 * tested
-    return Estimate(stages, held, 4 * weights + 4 * coupled)
+    sketched = int(4 * SKETCHES * probed.rows / together) * sum(layer.columns + 1 for layer in layers)
+    held = int(4 * (together * held_width + seen)) + 12 * coupled + sketched
+    return Estimate(stages, held, 4 * weights + 4 * coupled + sketched)
 
 
 def _rounding_seconds(layers: Sequence[LayerSize], config: EntropyCodingConfig, large: bool, device: Device) -> float:

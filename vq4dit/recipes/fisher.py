@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import count, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ from vq4dit.models.trajectories import (
     random_trajectories,
     shown_in,
 )
-from vq4dit.recipes.kronecker import KroneckerRatio
+from vq4dit.recipes.kronecker import GradientSketches
 from vq4dit.surroundings import without_parameter_gradients
 
 
@@ -56,6 +56,7 @@ class Sensitivities(NamedTuple):
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
     steps: dict[str, Float[Tensor, "steps calls 2"]]  # of layers without tokens: weighted E[g²] by step, call, half of its rows
+    gradients: dict[str, Float[Tensor, "n width"]]  # combinations of rows of the weights' gradients (`kronecker.py`)
 
 
 def output_sensitivities(
@@ -66,7 +67,7 @@ def output_sensitivities(
     config: EntropyCodingConfig,
     on_step: Callable[[], None] = lambda: None,
 ) -> Sensitivities:
-    """ρ B of the named linears (`kronecker.py`), or B's diagonal where no more is known, summed over all tokens of an image.
+    """B of the named linears, or its diagonal where no more is known, summed over all tokens of an image.
 
     Calls `on_step` after each of `num_steps` denoising steps.
     """
@@ -74,9 +75,8 @@ def output_sensitivities(
     large = is_large(denoiser)
     found: dict[str, Tensor] = {}
     steps: dict[str, dict[tuple[int, int], Tensor]] = {}
-    has_bias = {name: denoiser.get_submodule(name).bias is not None for name in names}
-    ratios = {} if large else {name: KroneckerRatio(has_bias[name], config) for name in names}
-    of_steps = count()
+    signs = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    sketches = {name: GradientSketches(signs) for name in names}
 
     def add(name: str, inputs: Tensor, gradient: Tensor, probe: Probe) -> None:
         if gradient.ndim == 2:
@@ -88,34 +88,29 @@ def output_sensitivities(
         rows = gradient.flatten(0, -2).float()
         total = rows.square().sum(0) if large else rows.T @ rows
         weight = probe.weight / (probe.among if gradient.ndim == 2 else 1)
+        if name in found:
+            diagonal = found[name] if large else found[name].diagonal()
+            sketches[name].hear(inputs.flatten(0, -2).float(), rows, (probe.step, probe.number), weight, diagonal)
         found[name] = found.get(name, 0) + exact(total) * weight
-        if name in ratios:
-            ratios[name].hear(inputs.flatten(0, -2).float(), rows, (probe.step, probe.number), weight)
 
-    def step_done(_: GuidedStep) -> None:
-        if next(of_steps) + 1 == num_steps(sampling, config) // 2:
-            for name in ratios.keys() & found.keys():
-                ratios[name].whiten(found[name])
-        on_step()
-
-    num_trajectories = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
+    count = num_trajectories_for(sampling, config.sensitivity_tokens, STEPS)
     probe_outputs(
         pipeline,
         names,
         add,
         generator,
         sampling=sampling,
-        num_trajectories=num_trajectories,
+        num_trajectories=count,
         together=num_trajectories_for(sampling, config.sensitivity_tokens_together, STEPS),
-        rounds=num_rounds_for(pipeline, num_trajectories),
+        rounds=num_rounds_for(pipeline, count),
         num_inference_steps=STEPS,
-        on_step=step_done,
+        on_step=lambda step: on_step(),
         probes=config.probes,
         before_guidance=True,
     )
-    found = {name: total * ratios[name].value() if name in ratios else total for name, total in found.items()}
     rows = {name: matrix_shape(denoiser.get_submodule(name))[0] for name in names}
-    return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()})
+    known = {name: of_layer for name, sketch in sketches.items() if (of_layer := sketch.found()) is not None}
+    return Sensitivities(_known(found, rows), {name: _known_steps(of) for name, of in steps.items()}, known)
 
 
 def num_steps(sampling: Sampling, config: EntropyCodingConfig) -> int:

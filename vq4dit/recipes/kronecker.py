@@ -4,59 +4,48 @@ An error E of a weight changes the guided prediction by Σ_t g_tᵀ E x_t, over 
 square is that of the inner product of E with the weight's gradient G = Σ_t g_t x_tᵀ, and is tr(B E H Eᵀ) on average if tokens
 have nothing to do with each other. They have: what all tokens of an image share makes their errors add up (values of attention,
 above all in the first block), and other layers' errors cancel. Error feedback leaves errors that are white where B and H are,
-so of those
+so of those, with D the diagonal of B,
 
-    ρ = E ‖B^-½ G H^-½‖² / (E Σ_t g_tᵀ B⁻¹ g_t · mean_t x_tᵀ H⁻¹ x_t)
+    ρ = E ‖D^-½ G H^-½‖² / (E Σ_t g_tᵀ D⁻¹ g_t · mean_t x_tᵀ H⁻¹ x_t)
 
-times as much is seen as tr(B E H Eᵀ) says. ρ is 1 where tokens are independent; on the bundled DiT it lies between .6 and 12.
-The first half of a pass teaches B and H, the second half is measured.
+times as much is seen as tr(B E H Eᵀ) says. ρ is 1 where tokens are independent; on the bundled DiT it lies between .7 and 13.
+
+G is as large as the model, so it is not kept, but a few random combinations of its rows are, y = Gᵀ D^-½ u with signs u:
+‖H^-½ y‖² is on average what is asked for, and H may come later. What is known of D so far will do: both parts see the same.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vq4dit.config import EntropyCodingConfig
-from vq4dit.devices import exact
-from vq4dit.recipes.gptq import damp, damp_coupling
+from vq4dit.devices import exact, exact_device
+from vq4dit.recipes.gptq import LEAST_SENSITIVITY, damp
+
+SKETCHES = 4  # combinations of rows for each v
 
 
-class _Gradient(NamedTuple):
-    """G of one v, as far as it is known: a layer may run more than once in a step."""
+class _Sketch(NamedTuple):
+    """Of one step and v, as far as it is known: a layer may run more than once in a step."""
 
-    of: tuple[int, int]  # step and v
-    weight: float
-    gradient: Float[Tensor, "rows columns"]  # B^-½ G H^-½
-    outputs: Float[Tensor, ""]  # Σ_t gᵀ B⁻¹ g
-    inputs: Float[Tensor, ""]  # Σ_t xᵀ H⁻¹ x
-    tokens: int
-
-    def plus(self, other: _Gradient) -> _Gradient:
-        """The same with more tokens."""
-        gradient, outputs, inputs = (a + b for a, b in zip(self[2:5], other[2:5], strict=True))
-        return self._replace(gradient=gradient, outputs=outputs, inputs=inputs, tokens=self.tokens + other.tokens)
+    of: tuple[int, int]
+    combination: Float[Tensor, "rows sketches"]  # √weight D^-½ u
+    gradients: Float[Tensor, "sketches width"]  # Σ_t (uᵀ D^-½ g_t) (x_t, 1)
+    power: Float[Tensor, ""]  # Σ_t (uᵀ D^-½ g_t)², over all u
 
 
-class KroneckerRatio:
-    """ρ of one layer.
+class GradientSketches:
+    """What is kept of the gradients of one layer's weight."""
 
-    Args:
-        has_bias: then H is about the mean of the inputs, as a bias makes good what that gets wrong.
-    """
-
-    def __init__(self, has_bias: bool, config: EntropyCodingConfig):
-        self.has_bias, self.config = has_bias, config
-        self.moments: Tensor | float = 0.0
-        self.total: Tensor | float = 0.0
-        self.tokens = 0
-        self.seen = self.expected = 0.0
-        self._learns = True
-        self._roots: tuple[Tensor, Tensor, Tensor] | None = None
-        self._gradient: _Gradient | None = None
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.finished: list[Tensor] = []
+        self.power: Tensor | float = 0.0
+        self._last: _Sketch | None = None
 
     def hear(
         self,
@@ -64,60 +53,65 @@ class KroneckerRatio:
         gradient: Float[Tensor, "tokens rows"],
         of: tuple[int, int],
         weight: float,
+        diagonal: Float[Tensor, " rows"],
     ) -> None:
-        """Inputs and output gradients of one step and v after another."""
-        if self._learns:
-            self._learn(inputs)
-        elif self._roots is not None:
-            self._measure(*self._roots, inputs, gradient, of, weight)
+        """Inputs and output gradients of one step and v after another.
 
-    def _learn(self, inputs: Tensor) -> None:
-        self.moments = self.moments + inputs.T @ inputs
-        self.total = self.total + inputs.sum(0)
-        self.tokens += len(inputs)
+        Args:
+            weight: of this step and v.
+            diagonal: D, as far as it is known before.
+        """
+        last = self._last
+        if last is None or last.of != of:
+            self._finish()
+            signs = torch.randint(2, (len(diagonal), SKETCHES), generator=self.generator).to(gradient) * 2 - 1
+            combination = math.sqrt(weight) * white(diagonal).to(signs).unsqueeze(1) * signs
+            last = _Sketch(of, combination, gradient.new_zeros(()), gradient.new_zeros(()))
+        combined = gradient @ last.combination
+        seen = torch.cat([combined.T @ inputs, combined.sum(0).unsqueeze(1)], 1)
+        self._last = last._replace(gradients=last.gradients + seen, power=last.power + combined.square().sum())
 
-    def whiten(self, sensitivity: Float[Tensor, "rows rows"]) -> None:
-        """The first half is over: this B was found in it, and the inputs that were heard tell H."""
-        self._learns = False
-        if not self.tokens:
-            return
-        mean, moments = (exact(torch.as_tensor(known)) / self.tokens for known in (self.total, self.moments))
-        mean = mean if self.has_bias else torch.zeros_like(mean)
-        of_inputs = damp(moments - torch.outer(mean, mean), self.config.damping)
-        of_outputs = damp_coupling(exact(sensitivity), self.config.coupling_damping)
-        roots, failures = zip(*(torch.linalg.cholesky_ex(metric) for metric in (of_outputs, of_inputs)), strict=True)
-        if not any(failures):
-            of_outputs, of_inputs, mean = (known.float().to(sensitivity.device) for known in (*roots, mean))
-            self._roots = of_outputs, of_inputs, mean
-        self.moments = self.total = 0.0
+    def _finish(self) -> None:
+        if self._last is not None:
+            self.finished.append(self._last.gradients)
+            self.power = self.power + self._last.power
+        self._last = None
 
-    def _measure(
-        self,
-        of_outputs: Tensor,
-        of_inputs: Tensor,
-        mean: Tensor,
-        inputs: Tensor,
-        gradient: Tensor,
-        of: tuple[int, int],
-        weight: float,
-    ) -> None:
-        g = torch.linalg.solve_triangular(of_outputs, gradient.T, upper=False)
-        x = torch.linalg.solve_triangular(of_inputs, (inputs - mean).T, upper=False)
-        found = _Gradient(of, weight, g @ x.T, g.square().sum(), x.square().sum(), len(inputs))
-        if self._gradient is not None and self._gradient.of == of:
-            found = self._gradient.plus(found)
-        else:
-            self._count()
-        self._gradient = found
+    def found(self) -> Float[Tensor, "n width"] | None:
+        """Combinations of rows of G, and then of Σ_t g_t, for Σ_t g_tᵀ D⁻¹ g_t = 1: of width columns + 1.
 
-    def _count(self) -> None:
-        if (found := self._gradient) is not None:
-            self.seen += found.weight * found.gradient.square().sum().item()
-            self.expected += found.weight * (found.outputs * found.inputs).item() / found.tokens
-        self._gradient = None
+        None if there are none, or none to trust.
+        """
+        self._finish()
+        if not self.finished:
+            return None
+        found = torch.cat(self.finished) / torch.as_tensor(self.power).sqrt()
+        return found if torch.isfinite(found).all() else None
 
-    def value(self) -> float:
-        """ρ; 1 where nothing was measured."""
-        self._count()
-        ratio = self.seen / self.expected if self.expected > 0 else 1.0
-        return ratio if 0 < ratio < float("inf") else 1.0
+
+def white(diagonal: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """D^-½, for a D that is 1 on average, so that the first samples count no more than the last."""
+    mean = diagonal.mean()
+    return (diagonal / mean + LEAST_SENSITIVITY).rsqrt() if mean > 0 else torch.ones_like(diagonal)
+
+
+def kronecker_ratio(
+    sketches: Float[Tensor, "n width"],
+    second_moments: Float[Tensor, "columns columns"],
+    mean: Float[Tensor, " columns"] | None,
+    damping: float,
+) -> float:
+    """ρ of a layer; 1 where it cannot be told.
+
+    Args:
+        second_moments: H, of the inputs or about their mean.
+        mean: of the inputs, if H is about it: a bias makes good what the mean gets wrong.
+    """
+    device = exact_device(second_moments.device)
+    moments, known = exact(second_moments.to(device)), exact(sketches.to(device))
+    gradients = known[:, :-1] if mean is None else known[:, :-1] - known[:, -1:] * exact(mean.to(device))
+    root, failed = torch.linalg.cholesky_ex(damp(moments, damping))
+    white = torch.linalg.solve_triangular(root, gradients.T, upper=False).square().sum()
+    expected = torch.cholesky_solve(moments, root).diagonal().sum()  # mean xᵀ (H + λ)⁻¹ x
+    ratio = (white / expected).item()
+    return ratio if not failed and 0 < ratio < float("inf") else 1.0

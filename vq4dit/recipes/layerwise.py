@@ -46,6 +46,7 @@ from vq4dit.recipes.hessian import (
     no_statistics,
     without_padding,
 )
+from vq4dit.recipes.kronecker import kronecker_ratio
 
 
 class LayerGroup(NamedTuple):
@@ -174,13 +175,21 @@ def rate_curves(
     linears: Sequence[LinearMap],
     statistics: InputStatistics,
     sensitivities: Sequence[Float[Tensor, " _"] | Float[Tensor, "_ _"]],
+    gradients: Sequence[Float[Tensor, "_ width"] | None],
     config: EntropyCodingConfig,
 ) -> list[RateCurve]:
-    """How many bits each of these linears, which read the same input, takes at each cost of an error."""
+    """How many bits each of these linears, which read the same input, takes at each cost of an error.
+
+    Args:
+        gradients: of each weight, what tells how much more of its errors is seen than B and H say (`kronecker_ratio`).
+    """
     device = exact_device(linears[0].weight.device)  # that of all error feedback
     statistics, config = statistics.to(device), _damped(config, statistics)
-    columns = of_inputs(_moments(linears, statistics)[0], config)
-    layers = [ErrorFeedback(columns, sensitivity.to(device), config) for sensitivity in sensitivities]
+    moments = _moments(linears, statistics)[0]
+    mean = None if linears[0].bias is None else statistics.student_mean
+    ratios = [1.0 if known is None else kronecker_ratio(known, moments, mean, config.damping) for known in gradients]
+    columns, of_layers = of_inputs(moments, config), zip(sensitivities, ratios, strict=True)
+    layers = [ErrorFeedback(columns, ratio * sensitivity.to(device), config) for sensitivity, ratio in of_layers]
     weights = [matrix_of(linear).float().to(device) for linear in linears]
     return [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]
 
