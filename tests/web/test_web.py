@@ -140,6 +140,16 @@ def test_stages_and_figures_nobody_has_heard_of_are_shown(studio, visitor):
     assert "second_moments: new figure" in html.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
 
 
+def test_the_chart_shows_bits_where_they_are_shared_out_and_errors_where_they_are_not():
+    def layers(*bits):
+        return [{"name": f"b.{i}.x", "bits_per_weight": b, "relative_error": 0.1 + 4 * i} for i, b in enumerate(bits)]
+
+    for shared_out in (layers(1.2, 3.4), layers(2.0, 2.1, 0.4)):
+        assert "Bits per weight of each block" in (shown := html.chart(shared_out, 3, [])) and "4.1" not in shown
+    for alike in (layers(2.25), layers(2.25, 2.04), [{"name": "b.0.x", "relative_error": 0.1}, {"name": "b.1.x"}]):
+        assert "Error of each block's weights" in html.chart(alike, 2, [])
+
+
 def test_the_command_says_what_the_page_would_do():
     settings = Choice("ann/my model", 3, "paper", 5, "*.ff.* a'b").settings()
     command = html.command_of("ann/my model", settings, "out")

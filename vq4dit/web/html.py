@@ -21,6 +21,7 @@ from vq4dit.projects.workspace import Project, Status
 from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
 from vq4dit.web.messages import Trouble, clock, duration, escape, size
 
+UNLIKE_BITS = 0.5  # per weight, between layers: more than codebooks of small layers take
 LOG_LINES = 60
 STAGES = {
     "cluster": "Fitting codebooks",
@@ -175,12 +176,27 @@ def block_of(layer: str) -> str:
     return match.group(1) if match else layer
 
 
-def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event]) -> str:
-    """Bars: mean relative error of each block's finished layers. Lines: what calibration reports."""
+def by_block(layers: Sequence[dict[str, Any]], figure: str) -> dict[str, list[float]]:
+    """A figure of all layers that have it, by block."""
     blocks: dict[str, list[float]] = {}
     for layer in layers:
-        if "relative_error" in layer:
-            blocks.setdefault(block_of(layer["name"]), []).append(layer["relative_error"])
+        if figure in layer:
+            blocks.setdefault(block_of(layer["name"]), []).append(layer[figure])
+    return blocks
+
+
+def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event]) -> str:
+    """Bars: bits per weight of each block's finished layers, or if they are alike, error. Lines: what calibration reports.
+
+    Where bits are shared out among layers, what hardly shows has a large error on purpose.
+    """
+    bits = [layer.get("bits_per_weight", 0.0) for layer in layers if "relative_error" in layer]
+    if bits and max(bits) - min(bits) > UNLIKE_BITS:
+        what, how, digits = "Bits per weight of each block", "more where errors show more", 2
+        blocks = by_block(layers, "bits_per_weight")
+    else:
+        what, how, digits = "Error of each block's weights", "‖W − Ŵ‖² / ‖W‖²", 4
+        blocks = by_block(layers, "relative_error")
     if not blocks:
         return empty("A bar appears here for every block, as soon as its first layer is finished.")
     means = [sum(errors) / len(errors) for errors in blocks.values()]
@@ -189,15 +205,15 @@ def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Ev
     bar = min(46.0, 0.76 * width)
     bars = "".join(
         f'<rect x="{(i + 0.5) * width - bar / 2:.1f}" y="{140 - 130 * mean / top:.1f}" width="{bar:.1f}" '
-        f'height="{130 * mean / top:.1f}" rx="{min(4, width / 4):.1f}"><title>{escape(name)}: {mean:.4f}</title></rect>'
+        f'height="{130 * mean / top:.1f}" rx="{min(4, width / 4):.1f}"><title>{escape(name)}: {mean:.{digits}f}</title></rect>'
         for i, (name, mean) in enumerate(zip(blocks, means, strict=True))
     )
     every = max(1, count // 14)
     ticks = "".join(f'<text x="{(i + 0.5) * width:.1f}" y="156">{i}</text>' for i in range(0, count, every))
-    told = f"{len(means)} of {count} blocks, relative error {min(means):.4f} to {max(means):.4f}"
+    told = f"{len(means)} of {count} blocks, {min(means):.{digits}f} to {max(means):.{digits}f}"
     return (
-        f'<figure class="chart"><figcaption>Error of each block\'s weights <span>‖W − Ŵ‖² / ‖W‖², {told}</span></figcaption>'
-        f'<svg viewBox="0 0 960 162" role="img" aria-label="Bars: {told}"><line x1="0" x2="960" y1="140" y2="140"/>{bars}'
+        f'<figure class="chart"><figcaption>{what} <span>{how}, {told}</span></figcaption>'
+        f'<svg viewBox="0 0 960 162" role="img" aria-label="{what}: {told}"><line x1="0" x2="960" y1="140" y2="140"/>{bars}'
         f"{ticks}</svg>{''.join(curve(name, values) for name, values in curves(events).items())}</figure>"
     )
 
