@@ -255,6 +255,7 @@ def test_a_stop_while_somebody_works_is_told_by_the_stream_of_that_work(answers,
         assert "Stopping after this piece" in answers.view(project)[0]
     *_, last = answers.quantize(visitor, key, turn)
     assert "You stopped it" in last[0] and "Stopping" not in last[0] and last[6].visible
+    assert "trouble calm" in last[0] and "alert" not in last[0]  # it was asked for
 
 
 def test_a_press_on_resume_while_the_stream_of_the_stopped_turn_still_delivers(answers, visitor, studio, monkeypatch):

@@ -164,9 +164,8 @@ class Answers:
         left = self.studio.time_left(project) if status.phase in ("running", "waiting") else None
         bar = html.progress(project, status, events, left)
         if found or status.phase in ("paused", "failed"):
-            bar += html.trouble(
-                found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
-            )
+            told = found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
+            bar += html.trouble(told, is_asked_for=status.phase == "paused" and project.is_asked_to_stop())
         working = status.phase in ("running", "waiting")
         if working and project.is_asked_to_stop():
             bar += html.note("Stopping after this piece …")

@@ -62,11 +62,12 @@ def empty(text: str) -> str:
     return f'<p class="empty">{text}</p>'
 
 
-def trouble(found: Trouble) -> str:
-    """What happened, why, what next."""
+def trouble(found: Trouble, is_asked_for: bool = False) -> str:
+    """What happened, why, what next; calmly if the visitor asked for it."""
     details = f"<details><summary>Details</summary><pre>{escape(found.details)}</pre></details>" if found.details else ""
+    opening = '<div class="trouble calm" role="status">' if is_asked_for else '<div class="trouble" role="alert">'
     return (
-        f'<div class="trouble" role="alert"><strong>{escape(found.what)}</strong><p>{escape(found.why)}</p>'
+        f"{opening}<strong>{escape(found.what)}</strong><p>{escape(found.why)}</p>"
         f'<p class="next"><b>What to do:</b> {linked(escape(found.next_step))}</p>{details}</div>'
     )
 
