@@ -97,6 +97,8 @@ def test_what_a_page_holds_becomes_what_the_projects_model_takes(packed):
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"_class_name": "DiTPipeline"}))
     assert PairSettings.of(project, [3], "a", 1, "").wanted() == [(3, 0, None)]
+    assert PairSettings.of(project, [], "a", 1, "").wanted() == [(0, 0, None)], "its classes have no names to choose"
+    path.write_text(json.dumps(index | {"_class_name": "DiTPipeline", "id2label": {"0": "a"}}))
     with pytest.raises(ValueError, match="none is chosen: choose at least one"):
         PairSettings.of(project, [], "a", 1, "")
     path.write_text(json.dumps(index | {"_class_name": "WanImageToVideoPipeline"}))

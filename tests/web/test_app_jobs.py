@@ -76,7 +76,9 @@ def test_job_after_job_and_back_to_the_first(server, browser, tmp_path):
     assert shown(visitor) == of_two
 
     visitor.open("#jobs-box")
-    expect(visitor.page.locator("#jobs label")).to_have_text([re.compile(title(2)), re.compile(title(3))])
+    expect(visitor.page.locator("#jobs label")).to_have_text(
+        [re.compile(f"folder:tiny · {bits} bits · kmeans · seed 0") for bits in (2, 3)]
+    )
     visitor.page.locator("#jobs label").nth(1).click()
     visitor.press("#jobs-show")
     visitor.see("#progress .done", title(3))
@@ -98,10 +100,12 @@ def test_a_job_is_deleted_when_its_visitor_says_so_twice(server, browser):
     draw(visitor, 2)
     visitor.open("#jobs-box")
     expect(visitor.page.locator("#jobs label")).to_have_count(2)
-    visitor.page.once("dialog", lambda dialog: dialog.dismiss())
+    asked: list[str] = []
+    visitor.page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     visitor.press("#jobs-delete")
     visitor.page.wait_for_timeout(1000)
     expect(visitor.page.locator("#jobs label")).to_have_count(2)
+    assert "folder:tiny · 2 bits" in asked[0], "it says which"
     visitor.shoot("6-jobs-telephone-night", "#run")
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than its screen"
     for left, told in ((4, f"{title(4)} is packed"), (None, "Nothing runs yet.")):

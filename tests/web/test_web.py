@@ -144,10 +144,12 @@ def test_the_chart_shows_bits_where_they_are_shared_out_and_errors_where_they_ar
     def layers(*bits):
         return [{"name": f"b.{i}.x", "bits_per_weight": b, "relative_error": 0.1 + 4 * i} for i, b in enumerate(bits)]
 
-    for shared_out in (layers(1.2, 3.4), layers(2.0, 2.1, 0.4)):
-        assert "Bits per weight of each block" in (shown := html.chart(shared_out, 3, [])) and "4.1" not in shown
-    for alike in (layers(2.25), layers(2.25, 2.04), [{"name": "b.0.x", "relative_error": 0.1}, {"name": "b.1.x"}]):
-        assert "Error of each block's weights" in html.chart(alike, 2, [])
+    shown = html.chart(layers(1.2, 3.4), 3, [], "best")
+    assert "Bits per weight of each block" in shown and "1.20 to 3.40" in shown and "4.1" not in shown
+    for recipe in ("kmeans", "paper"):
+        assert "Error of each block's weights" in html.chart(layers(1.2, 3.4), 2, [], recipe)
+    of_one = [{"name": f"b.0.{i}", "rows": 2 * i, "columns": 3, "bits_per_weight": float(i)} for i in (1, 2)]
+    assert "1.67 to 1.67" in html.chart(of_one, 1, [], "best"), "weights count, not layers"
 
 
 def test_the_command_says_what_the_page_would_do():

@@ -70,8 +70,10 @@ class PairSettings:
             UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no classes, no
                 prompts or too many, or the guidance is no number.
         """
-        pipeline = pipeline_class(read_json(str(project.result), "model_index.json")["_class_name"])
-        conditions: Sequence[Condition] = prompts_in(prompts) if condition_kind(pipeline) == "prompt" else classes
+        index = read_json(str(project.result), "model_index.json")
+        pipeline = pipeline_class(index["_class_name"])
+        labels = classes if index.get("id2label") else classes or (0,)  # without names there is nothing to choose
+        conditions: Sequence[Condition] = prompts_in(prompts) if condition_kind(pipeline) == "prompt" else labels
         if not conditions:
             raise ValueError("classes are needed to draw, and none is chosen: choose at least one")
         scale = number_in(guidance) if "guidance_scale" in parameters_of(pipeline) else None

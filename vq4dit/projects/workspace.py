@@ -95,7 +95,7 @@ class Project:
 
     @property
     def title(self) -> str:
-        """The same with what tells it from another job of this model: "emoji-dit-2bit · best · seed 0"."""
+        """The same with how it was made: "emoji-dit-2bit · best · seed 0"."""
         return f"{self.name} · {self.settings.recipe} · seed {self.settings.seed}"
 
     @property
@@ -255,7 +255,7 @@ class Workspace:
             JobError: if somebody works on it or reads it.
         """
         if not _removed(project, math.inf):
-            raise JobError("this job is being worked on: stop it first, then delete it")
+            raise JobError("this job is being worked on, drawn from or packed: stop that or wait for it, then delete the job")
 
     def sweep(self, *, max_age_seconds: float, max_bytes: int) -> list[Path]:
         """Remove projects that were not used for long, then the oldest ones until all fit; never one that is at work.

@@ -58,7 +58,7 @@ class Fitting:
         self.bits = BitBudget({})
 
     def measure(self, tick: Tick) -> Iterable[tuple[str, Tensors]]:
-        """Output sensitivities B of all layers."""
+        """Output sensitivities B of all layers, and what their Kronecker ratios are found from."""
         generator = named_generator(self.settings.seed, "sensitivities")
         found = output_sensitivities(self.pipeline, list(self.targets), self.sampling, generator, self.config, tick)
         return zip(SENSITIVITIES, found, strict=True)
@@ -93,6 +93,7 @@ class Fitting:
 
     def share_out(self, pieces: Mapping[str, Tensors]) -> None:
         self.bits = BitBudget({name: value.item() for name, value in pieces["bits"].items()})
+        self.sensitivities = self.sensitivities._replace(gradients={})  # they have told all that they know
 
     def layers(self) -> Iterator[Piece]:
         """All layers in order of execution, each for the inputs that those before it leave; or as they are on disk."""

@@ -135,7 +135,7 @@ def _of_best(inspection: Inspection, prediction: SizePrediction, settings: Quant
     together = min(probed.rows, Shown.of(inspection.positions, config.sensitivity_tokens_together).rows) / STEPS
     held_width = (1.0 if large else 1.5) * sum(layer.rows + layer.columns for layer in layers)  # to go back
     seen = 3 * learned.rows * max(layer.columns for layer in layers)
-    sketched = int(4 * SKETCHES * probed.rows / together) * sum(layer.columns + 1 for layer in layers)
+    sketched = int(8 * SKETCHES * probed.rows / together) * sum(layer.columns + 1 for layer in layers)
     held = int(4 * (together * held_width + seen)) + 12 * coupled + sketched
     return Estimate(stages, held, 4 * weights + 4 * coupled + sketched)
 

@@ -56,7 +56,7 @@ class Sensitivities(NamedTuple):
 
     outputs: dict[str, Float[Tensor, " rows"] | Float[Tensor, "rows rows"]]  # B or its diagonal; layers compare
     steps: dict[str, Float[Tensor, "steps calls 2"]]  # of layers without tokens: weighted E[g²] by step, call, half of its rows
-    gradients: dict[str, Float[Tensor, "n width"]]  # combinations of rows of the weights' gradients (`kronecker.py`)
+    gradients: dict[str, Float[Tensor, "2 n width"]]  # combinations of rows of the weights' gradients (`kronecker.py`)
 
 
 def output_sensitivities(

@@ -11,7 +11,8 @@ so of those, with D the diagonal of B,
 times as much is seen as tr(B E H Eᵀ) says. ρ is 1 where tokens are independent; on the bundled DiT it lies between .7 and 13.
 
 G is as large as the model, so it is not kept, but a few random combinations of its rows are, y = Gᵀ D^-½ u with signs u:
-‖H^-½ y‖² is on average what is asked for, and H may come later. What is known of D so far will do: both parts see the same.
+‖H^-½ y‖² is on average what stands above the line. What stands below is found in the same way, from random combinations of the
+same tokens' inputs. H may come later, and what is known of D so far will do: both see the same.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vq4dit.devices import exact, exact_device
-from vq4dit.recipes.gptq import LEAST_SENSITIVITY, damp
+from vq4dit.devices import exact
+from vq4dit.recipes.gptq import LEAST_SENSITIVITY, Correction
 
 SKETCHES = 4  # combinations of rows for each v
 
@@ -35,7 +36,9 @@ class _Sketch(NamedTuple):
     of: tuple[int, int]
     combination: Float[Tensor, "rows sketches"]  # √weight D^-½ u
     gradients: Float[Tensor, "sketches width"]  # Σ_t (uᵀ D^-½ g_t) (x_t, 1)
-    power: Float[Tensor, ""]  # Σ_t (uᵀ D^-½ g_t)², over all u
+    inputs: Float[Tensor, "sketches width"]  # Σ_t s_t (x_t, 1), with signs s
+    power: Float[Tensor, ""]  # Σ_t (uᵀ D^-½ g_t)², on average over u
+    tokens: int
 
 
 class GradientSketches:
@@ -44,7 +47,6 @@ class GradientSketches:
     def __init__(self, generator: torch.Generator):
         self.generator = generator
         self.finished: list[Tensor] = []
-        self.power: Tensor | float = 0.0
         self._last: _Sketch | None = None
 
     def hear(
@@ -55,38 +57,45 @@ class GradientSketches:
         weight: float,
         diagonal: Float[Tensor, " rows"],
     ) -> None:
-        """Inputs and output gradients of one step and v after another.
+        """Inputs and output gradients of one step and v after another; a token without a gradient, padding say, is none.
 
         Args:
             weight: of this step and v.
             diagonal: D, as far as it is known before.
         """
-        last = self._last
+        is_read, last = gradient.any(1), self._last
+        inputs, gradient = inputs[is_read], gradient[is_read]
         if last is None or last.of != of:
             self._finish()
-            signs = torch.randint(2, (len(diagonal), SKETCHES), generator=self.generator).to(gradient) * 2 - 1
-            combination = math.sqrt(weight) * white(diagonal).to(signs).unsqueeze(1) * signs
-            last = _Sketch(of, combination, gradient.new_zeros(()), gradient.new_zeros(()))
-        combined = gradient @ last.combination
-        seen = torch.cat([combined.T @ inputs, combined.sum(0).unsqueeze(1)], 1)
-        self._last = last._replace(gradients=last.gradients + seen, power=last.power + combined.square().sum())
+            combination = math.sqrt(weight) * white(diagonal).to(gradient).unsqueeze(1) * self._signs(len(diagonal), gradient)
+            nothing = gradient.new_zeros(SKETCHES, inputs.shape[1] + 1)
+            last = _Sketch(of, combination, nothing, nothing, gradient.new_zeros(()), 0)
+        combined, with_one = gradient @ last.combination, torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        self._last = _Sketch(
+            of,
+            last.combination,
+            last.gradients + combined.T @ with_one,
+            last.inputs + self._signs(len(inputs), inputs).T @ with_one,
+            last.power + combined.square().sum() / SKETCHES,
+            last.tokens + len(inputs),
+        )
+
+    def _signs(self, count: int, like: Tensor) -> Float[Tensor, "count sketches"]:
+        return torch.randint(2, (count, SKETCHES), generator=self.generator).to(like) * 2 - 1
 
     def _finish(self) -> None:
-        if self._last is not None:
-            self.finished.append(self._last.gradients)
-            self.power = self.power + self._last.power
+        if (last := self._last) is not None:
+            self.finished.append(torch.stack([last.gradients, last.inputs * (last.power / max(1, last.tokens)).sqrt()]))
         self._last = None
 
-    def found(self) -> Float[Tensor, "n width"] | None:
-        """Combinations of rows of G, and then of Σ_t g_t, for Σ_t g_tᵀ D⁻¹ g_t = 1: of width columns + 1.
+    def found(self) -> Float[Tensor, "2 n width"] | None:
+        """Combinations of rows of G, and of inputs as large as they were if tokens were independent; width: columns + 1.
 
         None if there are none, or none to trust.
         """
         self._finish()
-        if not self.finished:
-            return None
-        found = torch.cat(self.finished) / torch.as_tensor(self.power).sqrt()
-        return found if torch.isfinite(found).all() else None
+        found = torch.cat(self.finished, 1) if self.finished else torch.zeros(0)
+        return found if found.any() and torch.isfinite(found).all() else None
 
 
 def white(diagonal: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -95,23 +104,16 @@ def white(diagonal: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     return (diagonal / mean + LEAST_SENSITIVITY).rsqrt() if mean > 0 else torch.ones_like(diagonal)
 
 
-def kronecker_ratio(
-    sketches: Float[Tensor, "n width"],
-    second_moments: Float[Tensor, "columns columns"],
-    mean: Float[Tensor, " columns"] | None,
-    damping: float,
-) -> float:
+def kronecker_ratio(sketches: Float[Tensor, "2 n width"], columns: Correction, mean: Float[Tensor, " columns"] | None) -> float:
     """ρ of a layer; 1 where it cannot be told.
 
     Args:
-        second_moments: H, of the inputs or about their mean.
+        columns: of H, of the inputs or about their mean.
         mean: of the inputs, if H is about it: a bias makes good what the mean gets wrong.
     """
-    device = exact_device(second_moments.device)
-    moments, known = exact(second_moments.to(device)), exact(sketches.to(device))
-    gradients = known[:, :-1] if mean is None else known[:, :-1] - known[:, -1:] * exact(mean.to(device))
-    root, failed = torch.linalg.cholesky_ex(damp(moments, damping))
-    white = torch.linalg.solve_triangular(root, gradients.T, upper=False).square().sum()
-    expected = torch.cholesky_solve(moments, root).diagonal().sum()  # mean xᵀ (H + λ)⁻¹ x
-    ratio = (white / expected).item()
-    return ratio if not failed and 0 < ratio < float("inf") else 1.0
+    known = exact(sketches.to(columns.root.device))
+    parts = known[..., :-1] if mean is None else known[..., :-1] - known[..., -1:] * exact(mean)
+    ordered = parts[..., columns.order]
+    seen, expected = (torch.linalg.solve_triangular(columns.root, part.T, upper=True).square().sum() for part in ordered)
+    ratio = (seen / expected).item()
+    return ratio if 0 < ratio < float("inf") else 1.0

@@ -175,7 +175,7 @@ def rate_curves(
     linears: Sequence[LinearMap],
     statistics: InputStatistics,
     sensitivities: Sequence[Float[Tensor, " _"] | Float[Tensor, "_ _"]],
-    gradients: Sequence[Float[Tensor, "_ width"] | None],
+    gradients: Sequence[Float[Tensor, "2 _ width"] | None],
     config: EntropyCodingConfig,
 ) -> list[RateCurve]:
     """How many bits each of these linears, which read the same input, takes at each cost of an error.
@@ -187,8 +187,9 @@ def rate_curves(
     statistics, config = statistics.to(device), _damped(config, statistics)
     moments = _moments(linears, statistics)[0]
     mean = None if linears[0].bias is None else statistics.student_mean
-    ratios = [1.0 if known is None else kronecker_ratio(known, moments, mean, config.damping) for known in gradients]
-    columns, of_layers = of_inputs(moments, config), zip(sensitivities, ratios, strict=True)
+    columns = of_inputs(moments, config)
+    ratios = [1.0 if known is None else kronecker_ratio(known, columns, mean) for known in gradients]
+    of_layers = zip(sensitivities, ratios, strict=True)
     layers = [ErrorFeedback(columns, ratio * sensitivity.to(device), config) for sensitivity, ratio in of_layers]
     weights = [matrix_of(linear).float().to(device) for linear in linears]
     return [layer.rate_curve(weight) for layer, weight in zip(layers, weights, strict=True)]

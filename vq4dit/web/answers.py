@@ -174,7 +174,7 @@ class Answers:
         buttons = begin, gr.Button(visible=working), gr.Button(visible=paused)
         return (
             bar,
-            html.chart(layers, project.forecast().num_blocks, events),
+            html.chart(layers, project.forecast().num_blocks, events, project.settings.recipe),
             html.layers_table(layers),
             html.log(events),
             *buttons,

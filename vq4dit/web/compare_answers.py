@@ -129,19 +129,23 @@ class CompareAnswers:
         pairs = drawn_pairs(project)
         if not pairs:
             return html.empty(NO_PAIRS), "", game
-        game = game | {"job": project.key, "pair": random.randrange(len(pairs)), "left": random.random() < 0.5, "open": True}
-        return pictures.blind(project, pairs[game["pair"]], game["left"], False), html.score(game), game
+        pair = random.choice(pairs)
+        game = game | {"job": project.key, "pair": pair.stem, "left": random.random() < 0.5, "open": True}
+        return pictures.blind(project, pair, game["left"], False), html.score(game), game
 
     def guess(self, key: str, project_key: str, game: dict, left: bool) -> tuple:
         project = self.studio.found(key, project_key)
-        if project is None or not game.get("open") or game["job"] != project.key:
+        if project is None or game.get("job") != project.key:
+            return self.deal(key, project_key, {})
+        if not game["open"]:
             return self.deal(key, project_key, game)
         pairs = drawn_pairs(project)
-        if game["pair"] >= len(pairs):  # drawn anew meanwhile
+        pair = next((pair for pair in pairs if pair.stem == game["pair"]), None)
+        if pair is None:  # drawn anew meanwhile
             return self.deal(key, project_key, game)
         right = int(game["left"] == left)
         game = game | {"open": False, "right": game.get("right", 0) + right, "total": game.get("total", 0) + 1, "was": right}
-        return pictures.blind(project, pairs[game["pair"]], game["left"], True), html.score(game), game
+        return pictures.blind(project, pair, game["left"], True), html.score(game), game
 
     def guess_left(self, key: str, project_key: str, game: dict) -> tuple:
         return self.guess(key, project_key, game, True)

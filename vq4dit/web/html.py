@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vq4dit.config import QuantizationSettings
+from vq4dit.config import QuantizationSettings, Recipe
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
@@ -21,7 +21,6 @@ from vq4dit.projects.workspace import Project, Status
 from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
 from vq4dit.web.messages import Trouble, clock, duration, escape, size
 
-UNLIKE_BITS = 0.5  # per weight, between layers: more than codebooks of small layers take
 LOG_LINES = 60
 STAGES = {
     "cluster": "Fitting codebooks",
@@ -177,22 +176,22 @@ def block_of(layer: str) -> str:
     return match.group(1) if match else layer
 
 
-def by_block(layers: Sequence[dict[str, Any]], figure: str) -> dict[str, list[float]]:
-    """A figure of all layers that have it, by block."""
-    blocks: dict[str, list[float]] = {}
+def by_block(layers: Sequence[dict[str, Any]], figure: str) -> dict[str, float]:
+    """The mean of a figure over the weights of each block's finished layers."""
+    blocks: dict[str, list[tuple[int, float]]] = {}
     for layer in layers:
         if figure in layer:
-            blocks.setdefault(block_of(layer["name"]), []).append(layer[figure])
-    return blocks
+            weights = layer.get("rows", 1) * layer.get("columns", 1)
+            blocks.setdefault(block_of(layer["name"]), []).append((weights, layer[figure]))
+    return {name: sum(n * value for n, value in of) / sum(n for n, _ in of) for name, of in blocks.items()}
 
 
-def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event]) -> str:
-    """Bars: bits per weight of each block's finished layers, or if they are alike, error. Lines: what calibration reports.
+def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event], recipe: Recipe = "kmeans") -> str:
+    """Bars: what each block's finished layers have of bits, or of error. Lines: what calibration reports.
 
     Where bits are shared out among layers, what hardly shows has a large error on purpose.
     """
-    bits = [layer.get("bits_per_weight", 0.0) for layer in layers if "relative_error" in layer]
-    if bits and max(bits) - min(bits) > UNLIKE_BITS:
+    if recipe == "best":
         what, how, digits = "Bits per weight of each block", "more where errors show more", 2
         blocks = by_block(layers, "bits_per_weight")
     else:
@@ -200,7 +199,7 @@ def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Ev
         blocks = by_block(layers, "relative_error")
     if not blocks:
         return empty("A bar appears here for every block, as soon as its first layer is finished.")
-    means = [sum(errors) / len(errors) for errors in blocks.values()]
+    means = list(blocks.values())
     count, top = max(num_blocks, len(means)), max(means) * 1.15
     width = 960 / count
     bar = min(46.0, 0.76 * width)

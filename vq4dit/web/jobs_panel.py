@@ -8,14 +8,23 @@ import gradio as gr
 
 from vq4dit.disk.space import folder_bytes
 from vq4dit.errors import JobError
+from vq4dit.printable import printable
+from vq4dit.projects.call_lines import written
 from vq4dit.projects.workspace import Project
 from vq4dit.web import html, links
 from vq4dit.web.answers import Answers
 from vq4dit.web.messages import explain, size
 
 NONE_YET = "Each model you quantize is listed here, with what it takes on the server's disk."
-QUESTION = "Delete this job, and all that was made in it?"
-CONFIRMED = f"(...given) => confirm('{QUESTION}') ? given : [given[0], given[1], null]"
+AT_WORK = "at work"
+# Visible while this page waits in a queue, works, draws or publishes: its streams would go on under another job.
+IS_AT_WORK = "[...document.querySelectorAll('#stop, #halt, #push-cancel')].some(button => button.offsetParent)"
+SHOWN = f"(visitor, shown, chosen, went) => [visitor, shown, {IS_AT_WORK} && chosen !== shown ? '{AT_WORK}' : chosen, went]"
+CONFIRMED = f"""(visitor, shown, chosen, went) => {{
+    if ({IS_AT_WORK} && chosen === shown) return [visitor, shown, '{AT_WORK}', went];
+    const job = document.querySelector('#jobs input:checked')?.closest('label').innerText;
+    return [visitor, shown, !job || confirm(`Delete this job, and all that was made in it?\\n${{job}}`) ? chosen : '', went];
+}}"""
 
 
 class JobAnswers:
@@ -24,51 +33,65 @@ class JobAnswers:
     def __init__(self, answers: Answers):
         self.answers, self.studio = answers, answers.studio
 
-    def listed(self, key: str, project_key: str) -> tuple:
-        """All jobs of this visitor, the shown one chosen."""
+    def listed(self, key: str, project_key: str, chosen: str | None = None) -> tuple:
+        """All jobs of this visitor, chosen what was, else the shown one."""
         own = self.studio.workspace.projects(self.studio.workspace.visitor(key))
-        jobs = [(line(project), project.key) for project in own]
-        is_there = bool(own)
+        lines = {project.key: told for project in own if (told := line(project))}
+        jobs, is_there = [(told, key) for key, told in lines.items()], bool(lines)
         buttons = gr.Button(visible=is_there), gr.Button(visible=is_there)
-        chosen = project_key if project_key in {project.key for project in own} else None
-        return gr.Radio(jobs, value=chosen, visible=is_there), *buttons, "" if is_there else html.empty(NONE_YET)
+        value = next((known for known in (chosen, project_key) if known in lines), None)
+        return gr.Radio(jobs, value=value, visible=is_there), *buttons, "" if is_there else html.empty(NONE_YET)
 
-    def show(self, key: str, project_key: str, chosen: str | None) -> tuple:
+    def show(self, key: str, project_key: str, chosen: str | None, went: int) -> tuple:
         """Go to a job: its key, its settings, its run step."""
         try:
-            if not chosen:
-                raise ValueError("a job is needed, and none is chosen: choose one of the list")
+            project = self._chosen(key, chosen)
             now = self.studio.found(key, project_key) if project_key else None
-            if now and now.key != chosen and now.status().phase in ("running", "waiting"):
-                raise JobError(f"this page follows {now.title}, which is at work: stop it first, or open a second tab")
-            return "", *self._shown(self.studio.project(key, chosen))
+            if now and now.key != project.key and now.status().phase in ("running", "waiting"):
+                raise JobError(PAGE_AT_WORK)
+            return "", went + 1, *self._shown(project)
         except Exception as error:
             return html.trouble(explain(error)), *UNCHANGED
 
-    def delete(self, key: str, project_key: str, chosen: str | None) -> tuple:
+    def delete(self, key: str, project_key: str, chosen: str | None, went: int) -> tuple:
         """Delete a job. If it is the one that the page shows, the newest of the others takes its place."""
-        if chosen is None:
+        if chosen == "":  # no was the answer
             return "", *UNCHANGED
         try:
-            self.studio.workspace.remove(self.studio.project(key, chosen))
+            self.studio.workspace.remove(self._chosen(key, chosen))
         except Exception as error:
             return html.trouble(explain(error)), *UNCHANGED
         if chosen != project_key:
             return "", *UNCHANGED
         own = self.studio.workspace.projects(key)
-        return "", *(self._shown(own[0]) if own else NOTHING)
+        return "", went + 1, *(self._shown(own[0]) if own else NOTHING)
+
+    def _chosen(self, key: str, chosen: str | None) -> Project:
+        if chosen == AT_WORK:
+            raise JobError(PAGE_AT_WORK)
+        if not chosen:
+            raise ValueError("a job is needed, and none is chosen: choose one of the list")
+        return self.studio.project(key, chosen)
 
     def _shown(self, project: Project) -> tuple:
         return project.key, *links.chosen({}, project), *self.answers.view(project)
 
 
 def line(project: Project) -> str:
-    """A job in one line."""
-    phase = html.PHASES[project.status().phase].lower()
-    return f"{project.title} · {phase} · {size(folder_bytes(project.folder))}"
+    """A job in one line, with all that tells it from others; "" if it is being removed."""
+    settings = project.settings
+    told = [project.model, f"{settings.bits} bits", settings.recipe, f"seed {settings.seed}"]
+    told += [f"keeping {' '.join(settings.keep)}"] * bool(settings.keep) + written(settings.call_arguments)
+    told += ["parts fetched"] * (project.components == "reference")
+    try:
+        told += [html.PHASES[project.status().phase].lower(), size(folder_bytes(project.folder))]
+    except OSError:
+        return ""
+    return printable(" · ".join(told))
 
 
-UNCHANGED = (gr.skip(),) * 15  # of project, choice and run step
+PAGE_AT_WORK = "this page follows a job that is at work: stop it first, or open a second tab"
+UNCHANGED = (gr.skip(),) * 16  # of counter, project, choice and run step
 NOTHING = (
     "",
     *(gr.skip(),) * 7,
@@ -88,6 +111,7 @@ class JobsPanel:
     def __init__(self, answers: Answers):
         self.answers = JobAnswers(answers)
         with gr.Accordion("All your jobs", open=False, elem_id="jobs-box"):
+            self.went = gr.State(0)  # counts how often another job came onto the page
             self.none = gr.HTML(html.empty(NONE_YET))
             self.jobs = gr.Radio([], label="Job", visible=False, elem_id="jobs")
             self.trouble = gr.HTML(elem_id="jobs-trouble")
@@ -95,17 +119,18 @@ class JobsPanel:
                 self.show = gr.Button("Show it", visible=False, elem_id="jobs-show")
                 self.delete = gr.Button("Delete it", visible=False, elem_id="jobs-delete")
 
-    def wire(self, job: list, shown: list, occasions: list[Any]) -> list[Any]:
-        """List anew on the `occasions`; returns the events after which another job may be on the page.
+    def wire(self, job: list, shown: list, occasions: list[Any], turned: Any) -> None:
+        """List anew on the `occasions` and when a turn is over; `went` changes when another job is on the page.
 
         Args:
             job: visitor and project.
             shown: project, choice and run step.
         """
-        answers, chosen = self.answers, [*job, self.jobs]
+        answers, chosen, outputs = self.answers, [*job, self.jobs], [self.trouble, self.went, *shown]
+        listing = [self.jobs, self.show, self.delete, self.none]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        went = self.show.click(answers.show, chosen, [self.trouble, *shown], **hidden)
-        deleted = self.delete.click(answers.delete, chosen, [self.trouble, *shown], js=CONFIRMED, **hidden)
-        for event in (*occasions, went, deleted):
-            event.then(answers.listed, job, [self.jobs, self.show, self.delete, self.none], **hidden)
-        return [went, deleted]
+        self.show.click(answers.show, [*chosen, self.went], outputs, js=SHOWN, **hidden)
+        deleted = self.delete.click(answers.delete, [*chosen, self.went], outputs, js=CONFIRMED, **hidden)
+        for event in (*occasions, deleted):
+            event.then(answers.listed, job, listing, **hidden)
+        turned.then(answers.listed, chosen, listing, **hidden)

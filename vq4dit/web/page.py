@@ -186,18 +186,19 @@ class Page:
         started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
         started.then(**self.private(answers.conditions, asked, conditions))
         self.on(self.resume.click, answers.resume, [*job, self.turn], [*run_view, self.turn])
-        presses = partial(gr.on, [self.start.click, self.resume.click])  # what the greeting says is then over
+        presses = partial(gr.on, [self.start.click, self.resume.click, self.jobs.went.change])  # what it says is then over
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
         self.on(self.stop.click, answers.stop, job, run_view, queue=False)
         turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
         of_job = self.private(compare.of_job, job, [*drawn_view, self.file, self.kept])
-        self.project.change(**of_job)
         turned.then(**of_job)
 
         drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
         self.on(self.draw.click, compare.begin_drawing, drawing, [self.drawn, self.halt, self.drawing])
         self.on(self.halt.click, compare.halt, job, [], queue=False)
-        self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
+        drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
+        self.project.change(**of_job, cancels=[drawn])
+        self.on(self.project.change, lambda: gr.Button(visible=False), [], [self.halt], queue=False)
         self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
 
         self.on(self.another.click, compare.deal, [*job, self.game], guessed, show_progress="hidden")
@@ -206,11 +207,10 @@ class Page:
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
         names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds")
         settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds), strict=True))
-        went = self.jobs.wire(job, [self.project, *choice, *run_view], [arrived, started, turned])
-        for event in went:
-            event.then(**self.private(answers.conditions, asked, conditions))
-            event.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
-        self.push.wire(job, settings, arrived, [started, turned, *went])
+        self.jobs.wire(job, [self.project, *choice, *run_view], [arrived, started], turned)
+        went = self.on(self.jobs.went.change, answers.conditions, asked, conditions)
+        went.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
+        self.push.wire(job, settings, arrived, [started, turned, went])
 
         gr.api(answers.inspect, api_name="inspect")
         gr.api(answers.estimate, api_name="estimate")

@@ -23,7 +23,8 @@ FORM = ["owner", "name", "private", "existing"]  # as they are called in the lin
 # the old link has it. Quoted, because Gradio's button appends the link to another address as it is.
 TAKE_ALONG = """(...values) => {
     const search = location.search.slice(1), query = new URLSearchParams();
-    const link = new URLSearchParams(search.includes('=') ? search : decodeURIComponent(search));
+    const asked = new URLSearchParams(search), quoted = new URLSearchParams([...asked.keys()].join('&'));
+    const link = asked.has('model') ? asked : quoted;
     const arrived = document.querySelector('#card .card, #card .trouble'), filled = values[NAMES.indexOf('name')];
     NAMES.forEach((name, i) => {
         const known = FORM.includes(name) ? filled : arrived;

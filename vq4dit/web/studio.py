@@ -53,7 +53,7 @@ class Choice:
 
     def settings(self) -> QuantizationSettings:
         seed = self.seed or 0
-        if seed != int(seed) or not 0 <= seed < SEEDS:
+        if not 0 <= seed < SEEDS or seed != int(seed):
             raise ValueError(f"seed must be a whole number from 0 to 2^53 - 1, got {seed:g}")
         recipe: Any = self.recipe
         if recipe not in RECIPES:
