@@ -116,9 +116,38 @@ def test_a_job_is_deleted_when_its_visitor_says_so_twice(server, browser):
             nothing_is_drawn_of(visitor, left)
     visitor.see("#jobs-box", "Each model you quantize is listed here")
     visitor.see("#drawn", "When a model is packed, its pictures appear here")
+    assert visitor.page.locator(".toast-body").count() == 0
     visitor.arrive()
     assert not visitor.page.locator("#welcome").is_visible()
     assert visitor.errors == []
+
+
+def test_while_this_page_is_at_work_no_other_job_comes_onto_it(server, browser):
+    visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=kmeans")
+    quantize(visitor, 2)
+    visitor.page.locator("#recipe label").nth(1).click()
+    visitor.see("#command", "--recipe paper")
+    visitor.press("#start")
+    visitor.see("#progress .running", "tiny-2bit · paper · seed 0")
+    visitor.open("#jobs-box")
+    jobs = visitor.page.locator("#jobs label")
+    expect(jobs).to_have_count(2)
+    expect(jobs.nth(0).locator("input")).to_be_checked()
+    visitor.page.once("dialog", lambda dialog: dialog.accept())
+    visitor.press("#jobs-delete")
+    visitor.see("#jobs-trouble", "is at work")
+    jobs.nth(1).click()
+    visitor.press("#jobs-show")
+    visitor.see("#jobs-trouble", "is at work")
+    visitor.see("#progress .running", "tiny-2bit · paper · seed 0")
+    visitor.press("#stop")
+    visitor.see("#progress .trouble.calm", "You stopped it")
+    expect(jobs.nth(1).locator("input")).to_be_checked()  # as it was chosen
+    visitor.press("#jobs-show")
+    visitor.see("#progress .done", title(2))
+    expect(visitor.page.locator("#jobs-trouble .trouble")).to_have_count(0)
+    expect(visitor.page.locator("#resume")).to_be_hidden()
+    assert visitor.page.locator(".toast-body").count() == 0 and visitor.errors == []
 
 
 def test_nonsense_is_told_in_words(server, browser):

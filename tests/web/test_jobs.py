@@ -6,7 +6,7 @@ import pytest
 from test_web import answers, compare, quantized, studio, visitor  # noqa: F401  fixtures
 
 from vq4dit.projects.workspace import Status
-from vq4dit.web.jobs_panel import AT_WORK, UNCHANGED, JobAnswers
+from vq4dit.web.jobs_panel import AT_WORK, DECLINED, UNCHANGED, JobAnswers
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_all_jobs_are_listed_and_any_can_be_shown(answers, jobs, visitor):  # no
     assert {key for _, key in radio.choices} == {first, second} and radio.value == second
     assert all(re.fullmatch(r"folder:tiny · [23] bits · kmeans · seed 0 · done · \d+ kB", line) for line, _ in radio.choices)
     assert jobs.listed(visitor, second, first)[0].value == first and jobs.listed(visitor, second, "a" * 32)[0].value == second
-    told, went, key, model, bits, recipe, *_ = jobs.show(visitor, second, first, 3)
+    told, went, key, model, bits, recipe, *_ = jobs.show(visitor, second, first, 3, "")
     assert (told, went, key, model, bits, recipe) == ("", 4, first, "folder:tiny", 2, "kmeans")
 
 
@@ -34,27 +34,29 @@ def test_what_cannot_be_shown_is_told_and_leaves_the_page_as_it_is(answers, stud
     first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
     studio.project(visitor, first).set_status(Status("waiting"))
     refused = (
-        (second, None, "none is chosen"),
-        (second, "a" * 32, "There is no job here"),
-        (first, second, "is at work"),
-        (second, AT_WORK, "is at work"),  # as the browser sees it
+        (second, None, "", "none is chosen"),
+        (second, "a" * 32, "", "There is no job here"),
+        (first, second, "", "is at work"),
+        (second, first, AT_WORK, "is at work"),  # as the browser sees it
     )
-    for shown, chosen, words in refused:
-        told, *rest = jobs.show(visitor, shown, chosen, 0)
+    for shown, chosen, added, words in refused:
+        told, *rest = jobs.show(visitor, shown, chosen, 0, added)
         assert words in told and tuple(rest) == UNCHANGED
-    assert jobs.show(visitor, first, first, 0)[0] == "", "the page follows it anyway"
+    assert jobs.show(visitor, first, first, 0, AT_WORK)[0] == "", "the page follows it anyway"
 
 
 def test_only_a_job_that_nobody_works_on_is_deleted(answers, studio, jobs, visitor):  # noqa: F811
     first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
     folder = studio.project(visitor, second).folder
-    assert jobs.delete(visitor, first, "", 0) == ("", *UNCHANGED)  # the question was answered with no
+    assert jobs.delete(visitor, first, second, 0, DECLINED) == ("", *UNCHANGED)
+    for told, *rest in (jobs.delete(visitor, second, second, 0, AT_WORK), jobs.delete(visitor, first, None, 0, "")):
+        assert ("is at work" in told or "none is chosen" in told) and tuple(rest) == UNCHANGED and folder.exists()
     with studio.project(visitor, second).claim():
-        told, *rest = jobs.delete(visitor, first, second, 0)
+        told, *rest = jobs.delete(visitor, first, second, 0, "")
         assert "Stop that or wait for it" in told and tuple(rest) == UNCHANGED and folder.exists()
-    assert "There is no job here" in jobs.delete(studio.workspace.visitor(None), "", second, 0)[0], "another's"
-    assert jobs.delete(visitor, first, second, 0) == ("", *UNCHANGED) and not folder.exists()
-    assert len(jobs.delete(visitor, first, first, 0)) == 1 + len(UNCHANGED)
+    assert "There is no job here" in jobs.delete(studio.workspace.visitor(None), "", second, 0, "")[0], "another's"
+    assert jobs.delete(visitor, first, second, 0, AT_WORK) == ("", *UNCHANGED) and not folder.exists()
+    assert len(jobs.delete(visitor, first, first, 0, "")) == 1 + len(UNCHANGED)
     assert studio.workspace.projects(visitor) == []
 
 

@@ -14,7 +14,8 @@ It takes many gradients to know B, and layers that see no tokens have one for an
 later steps, where g² is largest, are probed with several v. Of large models, where a matrix for every layer would fill the
 memory, only the diagonal is kept.
 
-Layers that see no tokens know by their inputs which step it is, so for them it is kept how g² changes from step to step.
+Layers that see no tokens know by their inputs which step it is, so for them it is kept how g² changes from step to step. And
+that errors of different tokens add up, or cancel, is told by combinations of the gradients of the weights (`kronecker.py`).
 """
 
 from __future__ import annotations

@@ -16,14 +16,15 @@ from vq4dit.web.answers import Answers
 from vq4dit.web.messages import explain, size
 
 NONE_YET = "Each model you quantize is listed here, with what it takes on the server's disk."
-AT_WORK = "at work"
-# Visible while this page waits in a queue, works, draws or publishes: its streams would go on under another job.
-IS_AT_WORK = "[...document.querySelectorAll('#stop, #halt, #push-cancel')].some(button => button.offsetParent)"
-SHOWN = f"(visitor, shown, chosen, went) => [visitor, shown, {IS_AT_WORK} && chosen !== shown ? '{AT_WORK}' : chosen, went]"
-CONFIRMED = f"""(visitor, shown, chosen, went) => {{
-    if ({IS_AT_WORK} && chosen === shown) return [visitor, shown, '{AT_WORK}', went];
+# What the page adds to a click. It is at work while it waits in a queue, computes, draws or publishes: its streams would go on
+# under another job.
+AT_WORK, DECLINED = "at work", "declined"
+BUTTONS = "[...document.querySelectorAll('#stop, #halt, #push-cancel')].some(button => button.offsetParent)"
+SHOWN = f"(...given) => [...given.slice(0, -1), {BUTTONS} ? '{AT_WORK}' : '']"
+CONFIRMED = f"""(...given) => {{
     const job = document.querySelector('#jobs input:checked')?.closest('label').innerText;
-    return [visitor, shown, !job || confirm(`Delete this job, and all that was made in it?\\n${{job}}`) ? chosen : '', went];
+    const is_meant = !job || confirm(`Delete this job, and all that was made in it?\\n${{job}}`);
+    return [...given.slice(0, -1), !is_meant ? '{DECLINED}' : {BUTTONS} ? '{AT_WORK}' : ''];
 }}"""
 
 
@@ -42,36 +43,39 @@ class JobAnswers:
         value = next((known for known in (chosen, project_key) if known in lines), None)
         return gr.Radio(jobs, value=value, visible=is_there), *buttons, "" if is_there else html.empty(NONE_YET)
 
-    def show(self, key: str, project_key: str, chosen: str | None, went: int) -> tuple:
+    def show(self, key: str, project_key: str, chosen: str | None, went: int, added: str) -> tuple:
         """Go to a job: its key, its settings, its run step."""
         try:
-            project = self._chosen(key, chosen)
-            now = self.studio.found(key, project_key) if project_key else None
-            if now and now.key != project.key and now.status().phase in ("running", "waiting"):
+            project, is_at_work = self._chosen(key, project_key, chosen, added)
+            if is_at_work and project.key != project_key:
                 raise JobError(PAGE_AT_WORK)
             return "", went + 1, *self._shown(project)
         except Exception as error:
             return html.trouble(explain(error)), *UNCHANGED
 
-    def delete(self, key: str, project_key: str, chosen: str | None, went: int) -> tuple:
+    def delete(self, key: str, project_key: str, chosen: str | None, went: int, added: str) -> tuple:
         """Delete a job. If it is the one that the page shows, the newest of the others takes its place."""
-        if chosen == "":  # no was the answer
+        if added == DECLINED:
             return "", *UNCHANGED
         try:
-            self.studio.workspace.remove(self._chosen(key, chosen))
+            project, is_at_work = self._chosen(key, project_key, chosen, added)
+            if is_at_work and project.key == project_key:
+                raise JobError(PAGE_AT_WORK)
+            self.studio.workspace.remove(project)
         except Exception as error:
             return html.trouble(explain(error)), *UNCHANGED
-        if chosen != project_key:
+        if project.key != project_key:
             return "", *UNCHANGED
         own = self.studio.workspace.projects(key)
         return "", went + 1, *(self._shown(own[0]) if own else NOTHING)
 
-    def _chosen(self, key: str, chosen: str | None) -> Project:
-        if chosen == AT_WORK:
-            raise JobError(PAGE_AT_WORK)
+    def _chosen(self, key: str, project_key: str, chosen: str | None, added: str) -> tuple[Project, bool]:
+        """The chosen job, and whether the page is at work on the one that it shows."""
         if not chosen:
             raise ValueError("a job is needed, and none is chosen: choose one of the list")
-        return self.studio.project(key, chosen)
+        shown = self.studio.found(key, project_key) if project_key else None
+        is_at_work = added == AT_WORK or (shown is not None and shown.status().phase in ("running", "waiting"))
+        return self.studio.project(key, chosen), is_at_work
 
     def _shown(self, project: Project) -> tuple:
         return project.key, *links.chosen({}, project), *self.answers.view(project)
@@ -114,6 +118,7 @@ class JobsPanel:
             self.went = gr.State(0)  # counts how often another job came onto the page
             self.none = gr.HTML(html.empty(NONE_YET))
             self.jobs = gr.Radio([], label="Job", visible=False, elem_id="jobs")
+            self.added = gr.Textbox(visible=False)
             self.trouble = gr.HTML(elem_id="jobs-trouble")
             with gr.Row(elem_classes="buttons"):
                 self.show = gr.Button("Show it", visible=False, elem_id="jobs-show")
@@ -129,8 +134,8 @@ class JobsPanel:
         answers, chosen, outputs = self.answers, [*job, self.jobs], [self.trouble, self.went, *shown]
         listing = [self.jobs, self.show, self.delete, self.none]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        self.show.click(answers.show, [*chosen, self.went], outputs, js=SHOWN, **hidden)
-        deleted = self.delete.click(answers.delete, [*chosen, self.went], outputs, js=CONFIRMED, **hidden)
+        self.show.click(answers.show, [*chosen, self.went, self.added], outputs, js=SHOWN, **hidden)
+        deleted = self.delete.click(answers.delete, [*chosen, self.went, self.added], outputs, js=CONFIRMED, **hidden)
         for event in (*occasions, deleted):
             event.then(answers.listed, job, listing, **hidden)
         turned.then(answers.listed, chosen, listing, **hidden)
