@@ -192,7 +192,7 @@ def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(se
     visitor.see("#card h3", "ann/tiny-dit")
     visitor.see("#card dl", "mit")
     visitor.press("#start")
-    visitor.see("#progress .done", "is packed")
+    visitor.see("#progress .done", "tiny-dit-2bit · ")
 
 
 def test_the_choices_are_those_of_the_whole_word_however_fast_it_is_typed(server, browser, hub, monkeypatch):

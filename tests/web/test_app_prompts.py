@@ -31,7 +31,7 @@ def test_the_whole_way_with_prompts(server, browser):
     expect(prompts).to_have_value("a clock\na banana\na green frog on a leaf, macro")
     expect(visitor.page.locator("#labels")).not_to_be_visible()
     visitor.press("#start")
-    visitor.see("#progress .done", "is packed")
+    visitor.see("#progress .done", "flux-2bit · kmeans · seed 0 is packed")
 
     prompts.fill("  ")
     visitor.press("#draw")
@@ -60,7 +60,7 @@ def test_a_film_is_a_strip_of_frames(server, browser):
     query = "?model=folder:wan&recipe=kmeans&call=height%3D32%0Awidth%3D32%0Anum_frames%3D5"
     visitor = Visitor(browser, server.url).arrive(query)
     visitor.press("#start")
-    visitor.see("#progress .done", "is packed")
+    visitor.see("#progress .done", "wan-2bit · kmeans · seed 0 is packed")
     visitor.page.locator("#prompts textarea").fill("a fox")
     visitor.press("#draw")
     visitor.see("#figures", "noise error")

@@ -69,3 +69,7 @@ def test_a_job_without_pictures_shows_none_of_another(answers, compare, visitor)
     assert "Press Draw pairs" in of_second[0] and "When a model is packed" in of_none[0]
     for empty in (of_second, of_none):
         assert not any("<img" in str(part) or "<dd>" in str(part) for part in empty)
+    picture = next((answers.studio.project(visitor, first).report).glob("*-original.png"))
+    picture.unlink()  # as if another tab were deleting the job
+    words = [[part for part in view if isinstance(part, str)] for view in (compare.of_job(visitor, first), of_none)]
+    assert words[0] == words[1]

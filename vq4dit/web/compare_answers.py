@@ -87,15 +87,22 @@ class CompareAnswers:
 
         That is the compare step, a blind test not yet begun, and a download not yet prepared.
         """
-        project = self.studio.found(key, project_key) if project_key else None
-        pairs = drawn_pairs(project) if project else []
-        told = html.empty(NOTHING_YET)
-        if project and pairs:
+        nothing = html.empty(NOTHING_YET), *nothing_drawn()
+        try:
+            project = self.studio.found(key, project_key) if project_key else None
+            view = self._drawn_of(key, project) if project else nothing
+        except OSError:  # another tab has just deleted it
+            view = nothing
+        return *view, gr.DownloadButton(visible=False), ""
+
+    def _drawn_of(self, key: str, project: Project) -> tuple:
+        """A line, and what is shown of its pairs."""
+        pairs, told = drawn_pairs(project), html.empty(NOTHING_YET)
+        if pairs:
             told = html.note(f"{project.title}: {_counted(len(pairs))}")
-        elif project and project.status().phase == "done":
+        elif project.status().phase == "done":
             told = html.empty(f"{project.title} is packed. Press Draw pairs to see its pictures beside the original's.")
-        shown = self.shown(key, project, pairs) if project else nothing_drawn()
-        return told, *shown, gr.DownloadButton(visible=False), ""
+        return told, *self.shown(key, project, pairs)
 
     def shown(self, key: str, project: Project, pairs: list[Pair], on_page: Sequence[Pair] = ()) -> tuple:
         """Chips, slider, figures, grid, widths; blind test, its score and state, which begin anew with other pairs.
