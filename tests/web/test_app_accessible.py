@@ -33,7 +33,7 @@ def test_by_day_by_night_and_on_a_telephone_it_fits_and_can_be_read_by_all(serve
         visitor.page.locator("#bits label").filter(has_text=f"{bits} bits").click()
         visitor.see("#command", f"--bits {bits}")
         visitor.press("#start")
-        visitor.see("#progress .done", f"tiny-{bits}bit is packed")
+        visitor.see("#progress .done", f"tiny-{bits}bit · kmeans · seed 11 is packed")
         visitor.press("#draw")
         visitor.see("#figures", "noise error")
     storage = visitor.context.storage_state()

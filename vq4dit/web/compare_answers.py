@@ -83,17 +83,13 @@ class CompareAnswers:
         yield told, *shown, gr.Button(visible=not finished), gr.skip() if finished else drawing + 1
 
     def of_job(self, key: str, project_key: str) -> tuple:
-        """All that stands below the run step, as the project's folder has it: of the job before nothing stays.
-
-        That is the compare step, a blind test not yet begun, and a download not yet prepared.
-        """
+        """The compare step, as the project's folder has it: of the job before nothing stays."""
         nothing = html.empty(NOTHING_YET), *nothing_drawn()
         try:
             project = self.studio.found(key, project_key) if project_key else None
-            view = self._drawn_of(key, project) if project else nothing
+            return self._drawn_of(key, project) if project else nothing
         except OSError:  # another tab has just deleted it
-            view = nothing
-        return *view, gr.DownloadButton(visible=False), ""
+            return nothing
 
     def _drawn_of(self, key: str, project: Project) -> tuple:
         """A line, and what is shown of its pairs."""

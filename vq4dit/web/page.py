@@ -190,7 +190,7 @@ class Page:
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
         self.on(self.stop.click, answers.stop, job, run_view, queue=False)
         turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
-        of_job = self.private(compare.of_job, job, [*drawn_view, self.file, self.kept])
+        of_job = self.private(compare.of_job, job, drawn_view)
         turned.then(**of_job)
 
         drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
@@ -198,7 +198,9 @@ class Page:
         self.on(self.halt.click, compare.halt, job, [], queue=False)
         drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
         self.project.change(**of_job, cancels=[drawn])
-        self.on(self.project.change, lambda: gr.Button(visible=False), [], [self.halt], queue=False)
+        # What was prepared or is being drawn is of the job before; after a turn of the same job it may be new.
+        gone = lambda: (gr.Button(visible=False), gr.DownloadButton(visible=False), "")  # noqa: E731
+        self.on(self.project.change, gone, [], [self.halt, self.file, self.kept], queue=False)
         self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
 
         self.on(self.another.click, compare.deal, [*job, self.game], guessed, show_progress="hidden")
