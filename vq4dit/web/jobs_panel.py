@@ -35,13 +35,13 @@ class JobAnswers:
         self.answers, self.studio = answers, answers.studio
 
     def listed(self, key: str, project_key: str, chosen: str | None = None) -> tuple:
-        """All jobs of this visitor, chosen what was, else the shown one."""
+        """All jobs of this visitor; what was chosen stays so, a later choice too, else the shown one is."""
         own = self.studio.workspace.projects(self.studio.workspace.visitor(key))
         lines = {project.key: told for project in own if (told := line(project))}
         jobs, is_there = [(told, key) for key, told in lines.items()], bool(lines)
         buttons = gr.Button(visible=is_there), gr.Button(visible=is_there)
-        value = next((known for known in (chosen, project_key) if known in lines), None)
-        return gr.Radio(jobs, value=value, visible=is_there), *buttons, "" if is_there else html.empty(NONE_YET)
+        value: dict[str, Any] = {} if chosen in lines else {"value": project_key if project_key in lines else None}
+        return gr.Radio(jobs, **value, visible=is_there), *buttons, "" if is_there else html.empty(NONE_YET)
 
     def show(self, key: str, project_key: str, chosen: str | None, went: int, added: str) -> tuple:
         """Go to a job: its key, its settings, its run step."""
@@ -136,6 +136,7 @@ class JobsPanel:
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.show.click(answers.show, [*chosen, self.went, self.added], outputs, js=SHOWN, **hidden)
         deleted = self.delete.click(answers.delete, [*chosen, self.went, self.added], outputs, js=CONFIRMED, **hidden)
-        for event in (*occasions, deleted):
+        for event in occasions:
             event.then(answers.listed, job, listing, **hidden)
-        turned.then(answers.listed, chosen, listing, **hidden)
+        for event in (deleted, turned):
+            event.then(answers.listed, chosen, listing, **hidden)
