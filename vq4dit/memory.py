@@ -6,6 +6,8 @@ taken in the end.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
@@ -43,6 +45,13 @@ def check_memory(needed: int, what: str, device: torch.device | str = "cpu") -> 
 
 def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def give_back() -> None:
+    """Let the system have what is not used any more: Python's circles, and what the C library keeps for the next time."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it, musl has not
+        trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -79,7 +79,7 @@ def test_closing_a_stream_stops_its_task_without_waiting_for_it():
         finally:
             ended.set()
 
-    running = stream(task, lambda: False)
+    running = stream(task)
     next(running)
     running.close()
     assert not ended.is_set()
@@ -89,7 +89,7 @@ def test_closing_a_stream_stops_its_task_without_waiting_for_it():
 
 def test_a_stream_ticks_though_nothing_happens():
     may_end = threading.Event()
-    running = stream(lambda on_progress: may_end.wait() and None, lambda: False)
+    running = stream(lambda on_progress: may_end.wait() and None)
     for _ in range(3):
         next(running)
     may_end.set()
@@ -103,28 +103,6 @@ def test_a_job_streams_whatever_stage_it_is_in(new_project, loader):
         started = time.monotonic()
         ticks = sum(1 for _ in work(project, loader))
         assert project.status().phase == "done" and ticks > time.monotonic() - started
-
-
-def test_turns_wait_for_one_that_was_left_but_has_not_ended(new_project, loader, monkeypatch):
-    """They share pipelines, and recording hangs hooks into them."""
-    begun, may_end, order = threading.Event(), threading.Event(), []
-
-    def quantize(project, *_):
-        order.append(f"{project.settings.seed} begins")
-        begun.set()
-        may_end.wait(10)
-        order.append(f"{project.settings.seed} ends")
-
-    monkeypatch.setattr("vq4dit.projects.worker._quantize", quantize)
-    left, other = (work(new_project(QuantizationSettings(recipe="kmeans", seed=seed)), loader) for seed in (1, 2))
-    next(left)
-    assert begun.wait(10)
-    left.close()  # the page was closed; the turn goes on to its next piece
-    next(other)
-    next(other)
-    may_end.set()
-    list(other)
-    assert order == ["1 begins", "1 ends", "2 begins", "2 ends"]
 
 
 def test_a_job_that_another_tab_has_finished_is_not_done_again(new_project, loader, monkeypatch):

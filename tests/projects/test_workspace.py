@@ -141,15 +141,26 @@ def test_a_project_that_waits_for_its_next_turn_is_not_swept(workspace):
     waiting, paused = (workspace.open(workspace.visitor(None), "folder:tiny", SETTINGS) for _ in range(2))
     for project, phase in ((waiting, "waiting"), (paused, "paused")):
         project.set_status(Status(phase))
-        age(project, 10 * 86400)
+        age(project, 5 * 3600)
     assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=0) == [paused.folder]
     assert waiting.status().phase == "waiting"
 
 
 def test_a_project_that_nobody_will_come_back_to_is_swept_though_it_waits(workspace, project):
     project.set_status(Status("waiting"))
-    age(project, 40 * 86400)
-    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=10**9) == [project.folder]
+    age(project, 7 * 3600)
+    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=10**9) == [], "it may stay"
+    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=0) == [project.folder]
+
+
+def test_a_project_in_a_queue_is_never_swept(workspace, project):
+    with project.lined_up():
+        project.set_status(Status("queued"))
+        age(project, 40 * 86400)
+        assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=0) == []
+        with pytest.raises(JobError, match="at work, or waits|being worked on"):
+            workspace.remove(project)
+    assert workspace.sweep(max_age_seconds=7 * 86400.0, max_bytes=0) == [project.folder]
 
 
 def test_a_project_that_is_being_packed_is_not_swept_and_may_be_worked_on(workspace, project, tmp_path, monkeypatch):

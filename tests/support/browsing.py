@@ -88,10 +88,16 @@ class Visitor:
             **({"viewport": {"width": 1280, "height": 900}, "accept_downloads": True} | settings)
         )
         self.context.route("**/*", stay_on_loopback)
+        self.url, self.errors = url, list[str]()
+        self.reopen()
+
+    def reopen(self) -> Visitor:
+        """A new tab of the same browser."""
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(1000 * PATIENCE)
-        self.url, self.errors, self.events = url, [], Events(self.page)
+        self.events = Events(self.page)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        return self
 
     def arrive(self, query: str = "") -> Visitor:
         self.page.goto(self.url + query)

@@ -117,7 +117,8 @@ def play_blind(visitor: Visitor) -> None:
 
 # The stated position may be seen for a moment only.
 WATCH_POSITION = """() => {
-    const look = () => { window.hadPosition ||= document.querySelector("#progress").textContent.includes("queue: 1"); };
+    const shown = () => document.querySelector("#progress").textContent;
+    const look = () => { window.hadPosition ||= shown().includes("1 job before yours"); };
     new MutationObserver(look).observe(document.body, { childList: true, characterData: true, subtree: true });
 }"""
 
@@ -167,19 +168,6 @@ def test_nothing_starts_before_the_settings_of_the_link_have_arrived(server, bro
     held[0].continue_()
     expect(start).to_be_enabled()
     expect(visitor.page.locator("#command")).to_contain_text("folder:tiny")
-
-
-def test_a_page_reloaded_in_the_middle_finds_its_job(server, browser, root, tmp_path):
-    visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=paper&seed=7")
-    visitor.press("#start")
-    visitor.see("#progress", "Calibrating")
-    visitor.arrive()
-    visitor.see("#welcome", "tiny-2bit")
-    expect(visitor.page.locator("#resume").or_(visitor.page.locator("#progress .done")).first).to_be_visible()
-    if visitor.page.locator("#resume").is_visible():
-        visitor.press("#resume")
-    visitor.see("#progress .done")
-    assert weights(visitor.download(tmp_path)) == made_by_the_command(str(root / "tiny"), "--recipe", "paper", "--seed", "7")
 
 
 def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(server, browser, hub):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_web import answers, compare, quantized, studio, visitor  # noqa: F401  fixtures
+from test_web import answers, compare, drawn, quantized, studio, visitor  # noqa: F401  fixtures
 
 from vq4dit.projects.workspace import Status
 from vq4dit.web.jobs_panel import AT_WORK, DECLINED, UNCHANGED, JobAnswers
@@ -62,8 +62,7 @@ def test_only_a_job_that_nobody_works_on_is_deleted(answers, studio, jobs, visit
 
 def test_a_job_without_pictures_shows_none_of_another(answers, compare, visitor):  # noqa: F811
     first, second = (quantized(answers, visitor, bits=bits) for bits in (2, 3))
-    drawn = list(compare.draw(visitor, first, 1, [0, 1], 1))
-    assert any("<img" in str(answer[2]) for answer in drawn)
+    assert any("<img" in str(answer[2]) for answer in drawn(compare, visitor, first, [0, 1]))
     of_first, of_second, of_none = (compare.of_job(visitor, key) for key in (first, second, ""))
     assert "<img" in of_first[2] and "2 pairs" in of_first[0]
     assert "Press Draw pairs" in of_second[0] and "When a model is packed" in of_none[0]

@@ -9,9 +9,11 @@ from urllib.parse import quote, urlencode
 
 import gradio as gr
 import pytest
+from held_task import PATIENCE, Steps
 from starlette.datastructures import QueryParams
 
 from vq4dit.bundled import BUNDLED
+from vq4dit.config import QuantizationSettings
 from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.progress import Event
 from vq4dit.projects.catalog import Catalog
@@ -56,6 +58,12 @@ def quantized(answers, visitor, **changes) -> str:
     assert turn == 1
     list(answers.quantize(visitor, key, turn))
     return key
+
+
+def drawn(compare, visitor, key, labels, seeds=1) -> list[tuple]:
+    """Draw pairs to the end; all that the page is sent."""
+    assert compare.begin_drawing(visitor, key, 0, labels, seeds)[2] == 1
+    return list(compare.draw(visitor, key, 1, labels, seeds))
 
 
 def test_classes_are_listed_once_for_a_model_so_that_a_late_answer_undoes_no_choice(answers, visitor):
@@ -240,21 +248,46 @@ def test_a_job_streams_ends_and_is_not_done_twice(answers, visitor):
 
 
 def test_a_stop_before_the_turn_pauses_at_once(answers, visitor, studio):
-    *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    other = Steps(studio.workspace.open(visitor, "folder:tiny", QuantizationSettings(seed=9)), [], left=40.0)
+    entry = studio.queue.put(other)
+    assert other.begun.wait(PATIENCE)
+    shown, *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    assert "Queued" in shown and "1 job before yours, about 40 s" in shown
+    *_, again = answers.watch(visitor, key, turn)
+    assert again == turn + 1, "a page that was reloaded looks on"
+    stream = answers.quantize(visitor, key, turn)
+    assert "1 job before yours, about 40 s" in next(stream)[0]
     assert "before its turn came" in answers.stop(visitor, key)[0].lower()
-    list(answers.quantize(visitor, key, turn))
+    *_, last = stream
+    assert "before its turn came" in last[0].lower() and last[7] == gr.skip()
+    other.go()
+    assert entry.over.wait(PATIENCE)
     assert studio.project(visitor, key).status().phase == "paused"
+    *_, again = answers.watch(visitor, key, turn)
+    assert again == gr.skip()
+
+
+def test_no_more_jobs_wait_than_may_and_whoever_comes_then_is_told(answers, visitor, studio):
+    studio.queue.length = 0
+    other = Steps(studio.workspace.open(visitor, "folder:tiny", QuantizationSettings(seed=9)), [])
+    studio.queue.put(other)
+    told, *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
+    assert "0 jobs wait here already, more are not taken" in told
+    assert key == gr.skip() and turn == 0 and len(studio.workspace.projects(visitor)) == 1
+    other.go()
 
 
 def test_a_stop_while_somebody_works_is_told_by_the_stream_of_that_work(answers, visitor, studio):
     """An answer of its own could arrive after the last word of the stream, and hide the Resume button."""
-    *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
-    project = studio.project(visitor, key)
+    project = studio.workspace.open(visitor, "folder:tiny", QuantizationSettings(recipe="kmeans"))
+    key, turn = project.key, 1
     with project.claim():
         project.set_status(Status("running"))
         assert "Stopping" not in answers.view(project)[0]
         assert all(answer == gr.skip() for answer in answers.stop(visitor, key))
         assert "Stopping after this piece" in answers.view(project)[0]
+    project.set_status(Status("waiting"))
+    assert answers.watch(visitor, key, turn)[-1] == turn + 1
     *_, last = answers.quantize(visitor, key, turn)
     assert "You stopped it" in last[0] and "Stopping" not in last[0] and last[6].visible
     assert "trouble calm" in last[0] and "alert" not in last[0]  # it was asked for
@@ -285,23 +318,21 @@ def test_a_page_older_than_the_server_goes_on_with_the_last_job(answers, visitor
 
 def test_a_stop_of_the_drawing_is_told_by_its_own_stream(answers, visitor, studio, compare):
     key = quantized(answers, visitor)
-    project = studio.project(visitor, key)
-    assert compare.begin_drawing(visitor, key, 0, [0])[2] == 1
+    assert compare.begin_drawing(visitor, key, 0, [0, 1], 40)[2] == 1
     drawing = compare.draw(visitor, key, 1, [0, 1], 40)  # more than can be drawn before the first word
     assert re.search(r"Drawing: \d+ of 80 pairs …", next(drawing)[0])
     assert compare.halt(visitor, key) is None
     *_, last = drawing
     assert re.search(r"You stopped it: \d+ of 80 pairs. Press Draw pairs to go on.", last[0])
     assert not last[9].visible and last[10] == gr.skip()
-    assert compare.begin_drawing(visitor, key, 1, [0])[2] == 2 and not project.is_asked_to_stop()
-    *_, last = compare.draw(visitor, key, 2, [0, 1], 1)
+    *_, last = drawn(compare, visitor, key, [0, 1])
     assert "2 pairs" in last[0] and "stopped" not in last[0]
 
 
 def test_the_chosen_pair_stays_while_more_are_drawn(answers, visitor, compare):
     key = quantized(answers, visitor)
     for labels in ([0, 1], [1, 2]):
-        sent = [answer[2] for answer in compare.draw(visitor, key, 1, labels, 10)]
+        sent = [answer[2] for answer in drawn(compare, visitor, key, labels, 10)]
         assert sum("<img" in slider for slider in sent if slider != gr.skip()) in (1, 2)  # of those before, and its own
     project = compare.studio.project(visitor, key)
     pairs = drawn_pairs(project)
@@ -313,7 +344,7 @@ def test_the_chosen_pair_stays_while_more_are_drawn(answers, visitor, compare):
 
 def test_a_page_that_has_no_job_is_told_nothing_by_the_watch(answers, visitor):
     """Its answer might arrive after that to a first click."""
-    assert list(answers.watch(visitor, "", 0)) == [(gr.skip(),) * 8], "a stream without a word would empty its outputs"
+    assert answers.watch(visitor, "", 0) == (gr.skip(),) * 8
 
 
 def test_a_pasted_address_is_the_model_of_its_page():
@@ -348,7 +379,7 @@ def test_a_stop_that_comes_too_late_leaves_the_job_done(answers, visitor, studio
 
 def test_the_blind_test_hides_the_answer_until_the_guess_and_counts(answers, visitor, compare):
     key = quantized(answers, visitor)
-    list(compare.draw(visitor, key, 1, [0], 1))
+    drawn(compare, visitor, key, [0])
     game: dict = {}
     for round_number in range(1, 4):
         shown, _, game = compare.deal(visitor, key, game)
@@ -361,7 +392,7 @@ def test_the_blind_test_hides_the_answer_until_the_guess_and_counts(answers, vis
 def test_all_widths_of_a_model_stand_side_by_side(answers, visitor, compare):
     for bits in (2, 4):
         key = quantized(answers, visitor, bits=bits)
-        *_, last = compare.draw(visitor, key, 1, [0, 1], 1)
+        *_, last = drawn(compare, visitor, key, [0, 1])
     widths = last[5]
     assert widths.count("<img") == 6 and "4 bits · kmeans" in widths and "original" in widths
 

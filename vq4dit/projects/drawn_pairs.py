@@ -17,12 +17,14 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vq4dit.disk.files import write_atomically
+from vq4dit.disk.job import TimeBudget
 from vq4dit.evaluation.images import SamplePair, as_image, sample
 from vq4dit.evaluation.metrics import Comparison, noise_nmse
 from vq4dit.memory import peak_memory
@@ -32,7 +34,7 @@ from vq4dit.pipelines.repository import read_json
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.projects.pipeline_cache import Loader
-from vq4dit.projects.worker import COMPUTING, Stopped, stream
+from vq4dit.projects.worker import Stopped, heed, stream
 from vq4dit.projects.workspace import Project
 
 KINDS = ("original", "quantized", "difference")
@@ -162,11 +164,37 @@ def draw(project: Project, loader: Loader, settings: PairSettings, seconds: floa
     Raises:
         JobError: if somebody else works on the project; others as loading and sampling do.
     """
-    end = None if seconds is None else time.monotonic() + seconds
-    try:
-        yield from stream(lambda on_progress: _draw(project, loader, settings, end, on_progress), project.is_asked_to_stop)
-    except Stopped:
-        return
+    task = Drawing(project, loader, settings)
+    yield from stream(lambda check_stop: task.turn(TimeBudget(seconds), check_stop), heed(project))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pairs to draw as a task with turns."""
+
+    project: Project
+    loader: Loader
+    settings: PairSettings
+
+    def lined_up(self) -> AbstractContextManager[None]:
+        return nullcontext()  # its project stays what it is
+
+    def turn(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
+        """Draw what is missing; whether another turn is wanted."""
+        if is_complete(self.project, self.settings):
+            return False
+        try:
+            with self.project.claim():
+                return _draw_missing(self.project, self.loader, self.settings, budget, check_stop)
+        except Stopped:
+            return False
+
+    def seconds_left(self) -> float | None:
+        """By the pace of the pairs that are drawn."""
+        drawn = [pair for pair in drawn_pairs(self.project) if pair.key in self.settings.wanted()]
+        per_step = [pair.original_seconds + pair.quantized_seconds for pair in drawn]
+        missing = len(self.settings.wanted()) - len(drawn)
+        return float(np.mean(per_step)) * self.settings.num_inference_steps * missing if drawn else None
 
 
 def is_complete(project: Project, settings: PairSettings) -> bool:
@@ -174,12 +202,9 @@ def is_complete(project: Project, settings: PairSettings) -> bool:
     return report(project) is not None and [pair.key for pair in drawn_pairs(project)] == settings.wanted()
 
 
-def _draw(project: Project, loader: Loader, settings: PairSettings, end: float | None, on_progress: OnProgress) -> None:
-    with COMPUTING, project.claim():
-        _draw_missing(project, loader, settings, end, on_progress)
-
-
-def _draw_missing(project: Project, loader: Loader, settings: PairSettings, end: float | None, on_progress: OnProgress) -> None:
+def _draw_missing(
+    project: Project, loader: Loader, settings: PairSettings, budget: TimeBudget, on_progress: OnProgress
+) -> bool:
     pipelines = loader.original(project), loader.quantized(project)
     names: dict[Condition, str] = {index: name for name, index in (getattr(pipelines[0], "labels", None) or {}).items()}
     wanted = settings.wanted()
@@ -189,8 +214,8 @@ def _draw_missing(project: Project, loader: Loader, settings: PairSettings, end:
     for key in wanted:
         if key in pairs:
             continue
-        if drew and end is not None and time.monotonic() > end:  # every turn draws a pair, else it might never end
-            return
+        if drew and not budget.allows(0.0):  # every turn draws a pair, else it might never end
+            return True
         drawn = [_timed_sample(pipeline, key, project, settings, on_progress) for pipeline in pipelines]
         pair = SamplePair(key.condition, key.seed, drawn[0][0], drawn[1][0])
         seconds_per_step = [seconds / settings.num_inference_steps for _, seconds in drawn]
@@ -198,9 +223,11 @@ def _draw_missing(project: Project, loader: Loader, settings: PairSettings, end:
         _keep(project, pairs, wanted)
         drew = True
         on_progress(Progress("sample", len(pairs), len(wanted)))
-    if not drew or end is None or time.monotonic() < end:
-        _keep(project, pairs, wanted)  # fewer than before, if the choice is narrower
-        _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], on_progress)
+    if drew and not budget.allows(0.0):
+        return True
+    _keep(project, pairs, wanted)  # fewer than before, if the choice is narrower
+    _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], on_progress)
+    return False
 
 
 def _keep(project: Project, pairs: dict[Key, Pair], wanted: list[Key]) -> None:

@@ -29,7 +29,7 @@ from vq4dit.hub.push import Pushed, Target, push, same_image
 from vq4dit.pipelines.provenance import read_origin
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.projects.drawn_pairs import KINDS, drawn_pairs
-from vq4dit.projects.worker import Stopped, stream
+from vq4dit.projects.worker import Stopped, heed, stream
 from vq4dit.projects.workspace import Project
 
 ALIKE = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed", "call")  # of reports in one table
@@ -84,7 +84,7 @@ def publish(project: Project, others: list[Project], target: Target, account: Ac
             write_atomically(project.folder / "pushed.json", json.dumps(asdict(pushed)).encode())
 
     project.forget_stop()
-    for _ in stream(task, project.is_asked_to_stop):
+    for _ in stream(task, heed(project)):
         yield latest[0]
 
 
@@ -101,7 +101,7 @@ def check_download(project: Project, account: Account, found: list[bool]) -> Ite
         HubError: if the download fails.
     """
     pushed: Any = pushed_of(project)
-    yield from stream(lambda _: found.append(same_image(project.result, pushed, account)), lambda: False)
+    yield from stream(lambda _: found.append(same_image(project.result, pushed, account)))
 
 
 def _report(project: Project) -> Comparison | None:

@@ -1,11 +1,12 @@
-"""Work on a project for a while: a lease of some seconds, after which everything finished is on disk.
+"""Work on a project for a while: a turn of some seconds, after which everything finished is on disk.
 
-A lease may end in five ways: the work is done, its time is over, somebody asked to stop, something failed, or the process
+A turn may end in five ways: the work is done, its time is over, somebody asked to stop, something failed, or the process
 is killed. In the first four the project's status says so; after the last nobody holds its lock any more, which says it too.
-The next lease goes on from there and ends in the same bytes.
+The next turn goes on from there and ends in the same bytes.
 
-`work` is a generator, because that is what a page (and a GPU worker in another process) can stream: it yields at least
-twice a second, whether something happened or not. What happened is in the project's folder.
+A server's queue takes the turns of a `Quantization` (`work_queue.py`). `work` is one turn as a generator, because that is what
+a GPU worker in another process can stream: it yields at least twice a second, whether something happened or not, and who closes
+it ends the turn. What happened is in the project's folder.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from vq4dit.denoisers import denoiser_of
-from vq4dit.disk.job import Job
+from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import HubError, VQ4DiTError
 from vq4dit.evaluation.metrics import LayerError, layer_errors
 from vq4dit.layers.entropy_coded import EntropyCodedLinear
@@ -33,26 +35,41 @@ from vq4dit.models.blocks import find_targets
 from vq4dit.pipelines.hub_errors import without_tokens
 from vq4dit.pipelines.provenance import origin_of
 from vq4dit.pipelines.save import save
-from vq4dit.progress import Event, OnProgress, Progress
+from vq4dit.progress import Event, OnProgress, Progress, ignore
 from vq4dit.projects.messages import on_page, without_paths
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.workspace import Project, Status
+from vq4dit.recipes.estimate import seconds_left
 from vq4dit.recipes.quantize import run
 
 TICK_SECONDS = 0.5
-# Pipelines are shared, and recording hangs hooks into them: a turn begins when the one before has really ended, though its
-# page was closed long ago.
-COMPUTING = threading.Lock()
 
 
 class Stopped(Exception):
     """Raised in a listener to leave a long task, with the reason; finished pieces are on disk."""
 
 
-def stream(task: Callable[[OnProgress], None], stop_asked: Callable[[], bool]) -> Iterator[None]:
+class Left(Stopped):
+    """Nobody looks on any more at work that needs its visitor."""
+
+
+def heed(project: Project) -> OnProgress:
+    """A listener that leaves the work when somebody asked to stop."""
+
+    def on_progress(progress: Progress) -> None:
+        if project.is_asked_to_stop():
+            raise Stopped("You stopped it. Every finished layer is kept.")
+
+    return on_progress
+
+
+def stream(task: Callable[[OnProgress], Any], check_stop: OnProgress = ignore) -> Iterator[None]:
     """Run a task in a thread and yield twice a second until it ends.
 
     Closing the generator stops the task at its next progress, but does not wait for that: pages are closed at any time.
+
+    Args:
+        check_stop: raises `Stopped` where the task shall end.
 
     Raises:
         what the task raises.
@@ -61,10 +78,9 @@ def stream(task: Callable[[OnProgress], None], stop_asked: Callable[[], bool]) -
     closed = threading.Event()
 
     def on_progress(progress: Progress) -> None:
-        if stop_asked():
-            raise Stopped("You stopped it. Every finished layer is kept.")
+        check_stop(progress)
         if closed.is_set():
-            raise Stopped("The page was closed or reloaded. Every finished layer is kept.")
+            raise Left("The page was closed or reloaded. Every finished layer is kept.")
 
     def body() -> None:
         try:
@@ -94,28 +110,55 @@ def work(project: Project, loader: Loader, seconds: float | None = None) -> Iter
     Raises:
         JobError: if somebody else works on it.
     """
-    yield from stream(lambda check_stop: _turn(project, loader, seconds, check_stop), project.is_asked_to_stop)
+    task = Quantization(project, loader)
+    yield from stream(lambda check_stop: task.turn(TimeBudget(seconds), check_stop), heed(project))
 
 
-def _turn(project: Project, loader: Loader, seconds: float | None, check_stop: OnProgress) -> None:
-    """The work itself, in its own thread, so that the project stays claimed until it has really ended."""
-    with COMPUTING, project.claim():
-        if project.status().phase == "done":  # by another tab, while this one waited for its turn
-            return
-        before = project.status().seconds
-        started = time.monotonic()
+@dataclass(frozen=True)
+class Quantization:
+    """The work of a project as a task with turns."""
 
-        def spent() -> float:
-            return before + time.monotonic() - started
+    project: Project
+    loader: Loader
 
-        project.set_status(Status("running", seconds=before))
-        try:
-            check_stop(Progress("cluster", 0, 1))
-            _quantize(project, loader, seconds, spent, check_stop)
-        except Stopped as stop:
-            project.set_status(Status("paused", str(stop), seconds=spent()))
-        except Exception as error:
-            project.set_status(failure(error, spent()))
+    @contextmanager
+    def lined_up(self) -> Iterator[None]:
+        with self.project.lined_up():
+            self.project.set_status(Status("queued", seconds=self.project.status().seconds))
+            yield
+
+    def turn(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
+        """Go on, in a thread that keeps the project claimed until it has really ended; whether it wants another turn."""
+        project = self.project
+        with project.claim():
+            if project.status().phase == "done":  # by another server, while this one waited for its turn
+                return False
+            before = project.status().seconds
+            started = time.monotonic()
+
+            def spent() -> float:
+                return before + time.monotonic() - started
+
+            project.set_status(Status("running", seconds=before))
+            try:
+                check_stop(Progress("cluster", 0, 1))
+                return _quantize(project, self.loader, budget, spent, check_stop)
+            except Left as left:
+                project.set_status(Status("waiting", str(left), seconds=spent()))
+            except Stopped as stop:
+                project.set_status(Status("paused", str(stop), seconds=spent()))
+            except Exception as error:
+                project.set_status(failure(error, spent()))
+        return False
+
+    def seconds_left(self) -> float | None:
+        return time_left(self.project)
+
+
+def time_left(project: Project) -> float | None:
+    """Seconds of work to the end of a project, about; None if nobody can know yet."""
+    events = project.events()
+    return seconds_left(events, project.forecast().stages) if events else None
 
 
 def failure(error: Exception, seconds: float = 0.0) -> Status:
@@ -143,9 +186,8 @@ def failure(error: Exception, seconds: float = 0.0) -> Status:
     )
 
 
-def _quantize(
-    project: Project, loader: Loader, seconds: float | None, spent: Callable[[], float], check_stop: OnProgress
-) -> None:
+def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Callable[[], float], check_stop: OnProgress) -> bool:
+    """The work of a turn; whether it wants another one."""
     pipeline = loader.original(project)
     settings = project.settings
     targets, _ = find_targets(denoiser_of(pipeline), settings.subvector_dim, settings.num_codewords, settings.keep)
@@ -169,10 +211,10 @@ def _quantize(
         check_stop(progress)
 
     with Job.open(project.work, project.settings, pipeline, resume=True) as job:
-        quantized = run(job, pipeline, seconds, on_progress)
+        quantized = run(job, pipeline, budget, on_progress)
         if quantized is None:
             project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
-            return
+            return True
         origin = replace(origin, fingerprint=job.fingerprint)
         source = loader.source(project)
         where: dict[str, Any] = {"source": source, "scratch": project.work, "components": project.components}
@@ -180,6 +222,7 @@ def _quantize(
         project.set_layers([asdict(layer) for layer in layer_errors(denoiser_of(pipeline), denoiser_of(quantized))])
         project.set_status(Status("done", seconds=spent()))
         job.remove()
+        return False
 
 
 def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ folder, so a reloaded page, a second tab or a restarted server shows the same.
     ROOT/VISITOR/PROJECT/report/          pictures and report.json
     ROOT/VISITOR/PROJECT/lock             held by whoever works on it; the system lets go of it when a process dies
     ROOT/VISITOR/PROJECT/held             held by whoever packs it up to be taken home
+    ROOT/VISITOR/PROJECT/place            held by the server in whose queue it stands
     ROOT/VISITOR/PROJECT/stop             asks that worker to stop
 
 VISITOR is the only key to its projects: 128 random bits that the visitor's browser keeps. All folders are closed to other users
@@ -46,10 +47,10 @@ from vq4dit.progress import Event
 KEY = re.compile(r"[0-9a-f]{32}")
 LEAVING_SECONDS = 10.0
 READING_SECONDS = 120.0
-ABANDONED_SECONDS = 30 * 86400.0  # after which whoever drove a waiting project will not come back
+ABANDONED_SECONDS = 6 * 3600.0  # after which whoever drove a waiting project will hardly come back
 LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
-# "waiting" is between two turns: whoever drives the work goes on with the next one.
-Phase = Literal["new", "running", "waiting", "paused", "done", "failed"]
+# "queued" is in a server's queue; "waiting" is before its next turn: whoever drives the work goes on with it.
+Phase = Literal["new", "queued", "running", "waiting", "paused", "done", "failed"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Status:
     details: str = ""
     seconds: float = 0.0
     wait_seconds: float = 0.0  # until it makes sense to go on
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.phase in ("queued", "running", "waiting")
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,13 @@ class Project:
         write_atomically(self.folder / "forecast.json", json.dumps(asdict(forecast)).encode())
 
     def status(self) -> Status:
-        """The phase; a project said to be running that nobody works on was interrupted, and is paused."""
+        """The phase; a project that is said to run or to be queued, and does not, was interrupted, and is paused."""
         path = self.folder / "status.json"
         status = Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Status()
         if status.phase == "running" and not self.is_busy():
             return Status("paused", "The work was interrupted: the server or its worker was stopped.", seconds=status.seconds)
+        if status.phase == "queued" and not self._is_locked("place"):
+            return Status("paused", "The server was stopped while this job waited for its turn.", seconds=status.seconds)
         return status
 
     def seconds_so_far(self, status: Status) -> float:
@@ -187,8 +194,23 @@ class Project:
                 raise JobError("this project is being packed already, perhaps in another tab: try again when that is done")
             yield
 
+    @contextmanager
+    def lined_up(self) -> Iterator[None]:
+        """Stand in a server's queue.
+
+        Raises:
+            JobError: if it stands in another one's.
+        """
+        with locked(self.folder / "place", 4 * LOOKING_SECONDS) as is_mine:
+            if not is_mine:
+                raise JobError("this project waits in the queue of another server of this machine: stop it there first")
+            yield
+
     def is_busy(self) -> bool:
-        with locked(self.folder / "lock", LOOKING_SECONDS) as is_free:
+        return self._is_locked("lock")
+
+    def _is_locked(self, name: str) -> bool:
+        with locked(self.folder / name, LOOKING_SECONDS) as is_free:
             return not is_free
 
     def ask_to_stop(self) -> None:
@@ -286,7 +308,9 @@ def _removed(project: Project, age: float) -> bool:
     """Remove a project unless it is at work; whether that was done."""
     lock, held = (locked(project.folder / name) for name in ("lock", "held"))
     with lock as is_free, held as is_unread:
-        if not (is_free and is_unread) or (project.status().phase == "waiting" and age < ABANDONED_SECONDS):
+        status = project.status()
+        is_expected = status.phase == "queued" or (status.phase == "waiting" and age < ABANDONED_SECONDS)
+        if not (is_free and is_unread) or is_expected:
             return False
         (project.folder / "project.json").unlink()  # first, so that half a removal is no project
         shutil.rmtree(project.folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from vq4dit.bundled import BUNDLED
 from vq4dit.pipelines.references import Components
 from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
+from vq4dit.projects.worker import time_left
 from vq4dit.projects.workspace import Project, Status
 from vq4dit.web import fields, html, links
 from vq4dit.web.messages import Trouble, explain, in_words, size
@@ -107,18 +108,21 @@ class Answers:
         visitor = self.studio.workspace.visitor(key)
         try:
             project = self.studio.begin(visitor, Choice(*values), secret(token))
+            if project.status().phase == "done":
+                return *self.view(project), visitor, project.key, turn
+            self.studio.line_up(project, secret(token))
         except Exception as error:
             return *idle(html.trouble(explain(error))), visitor, gr.skip(), turn  # without a key it would be the last job
-        if project.status().phase == "done":
-            return *self.view(project), visitor, project.key, turn
-        return *started(), visitor, project.key, turn + 1
+        return *self.view(project), visitor, project.key, turn + 1
 
-    def resume(self, key: str, project_key: str, turn: int) -> tuple:
+    def resume(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> tuple:
         try:
-            self.studio.project(key, project_key).forget_stop()
+            project = self.studio.project(key, project_key)
+            project.forget_stop()
+            self.studio.line_up(project, secret(token))
         except Exception as error:
             return *idle(html.trouble(explain(error))), turn
-        return *started(), turn + 1
+        return *self.view(project), turn + 1
 
     def stop(self, key: str, project_key: str) -> tuple:
         """Ask the worker to stop; if the job only waits for its turn, it is paused at once.
@@ -130,12 +134,13 @@ class Answers:
         project.ask_to_stop()
         if project.is_busy():
             return (gr.skip(),) * 7
-        if project.status().phase in ("new", "waiting"):
+        if project.status().phase in ("new", "queued", "waiting"):
             project.set_status(replace(project.status(), phase="paused", message="You stopped it before its turn came."))
+        self.studio.drop(project)
         return self.view(project)
 
     def quantize(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> Iterator[tuple]:
-        """One turn of the work, streamed; a new turn follows if time ran out."""
+        """The work, streamed: to its end, or under ZeroGPU one turn, which a new one follows if time ran out."""
         try:
             project = self.studio.project(key, project_key)
         except Exception as error:
@@ -144,29 +149,28 @@ class Answers:
         found = None
         for found in self.studio.quantize(project, secret(token)):
             yield *self.view(project, found), gr.skip()
-        goes_on = project.status().phase == "waiting" and found is None
+        goes_on = project.status().phase == "waiting" and found is None and not self.studio.queue
         yield *self.view(project, found), turn + 1 if goes_on else gr.skip()
 
-    def watch(self, key: str, project_key: str, turn: int) -> Iterator[tuple]:
-        """After a reload: look on while an earlier turn still works, then drive on."""
+    def watch(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> tuple:
+        """After a reload: look on at work that goes on, and go on with what waits for somebody to do so."""
         try:
             project = self.studio.project(key, project_key)
+            if project.status().phase == "waiting":
+                self.studio.line_up(project, secret(token))
         except Exception:  # nothing runs, and the page says so; an answer might overtake that of a first click
-            yield (gr.skip(),) * 8  # a stream without a word would empty what it feeds, labels of buttons included
-            return
-        for _ in self.studio.until_free(project):
-            yield *self.view(project), gr.skip()
-        yield *self.view(project), turn + 1 if project.status().phase == "waiting" else gr.skip()
+            return (gr.skip(),) * 8
+        return *self.view(project), turn + 1 if project.status().is_under_way else gr.skip()
 
     def view(self, project: Project, found: Trouble | None = None) -> tuple:
         """All that the run step shows of a project, from its folder."""
         status, events, layers = project.status(), project.events(), project.layers()
-        left = self.studio.time_left(project) if status.phase in ("running", "waiting") else None
-        bar = html.progress(project, status, events, left)
+        left = time_left(project) if status.is_under_way else None
+        bar = html.progress(project, status, events, left, self.studio.place(project))
         if found or status.phase in ("paused", "failed"):
             told = found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
             bar += html.trouble(told, is_asked_for=status.phase == "paused" and project.is_asked_to_stop())
-        working = status.phase in ("running", "waiting")
+        working = status.is_under_way
         if working and project.is_asked_to_stop():
             bar += html.note("Stopping after this piece …")
         paused = status.phase in PAUSES
@@ -237,12 +241,6 @@ def idle(message: str) -> tuple:
     """The run step when no work can be shown."""
     keep = (gr.skip(),) * 3
     return message, *keep, gr.Button(visible=True), gr.Button(visible=False), gr.Button(visible=False)
-
-
-def started() -> tuple:
-    """The run step while the first turn waits in the queue."""
-    told = html.note("Your job is in the queue; it begins when its turn comes.")
-    return told, *(gr.skip(),) * 3, gr.Button(visible=False), gr.Button(visible=True), gr.Button(visible=False)
 
 
 def greeting(last: Project) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import gradio as gr
 
@@ -37,15 +38,17 @@ class CompareAnswers:
         seeds: int | float = 1,
         prompts: str = "",
         guidance: str = "",
+        token: gr.OAuthToken | None = None,
     ) -> tuple:
         try:
             project = self.studio.project(key, project_key)
             if project.status().phase != "done":
                 return html.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
-            PairSettings.of(project, classes, prompts, int(seeds), guidance)
+            settings = PairSettings.of(project, classes, prompts, int(seeds), guidance)
+            project.forget_stop()
+            self.studio.line_up_drawing(project, settings, secret(token))
         except Exception as error:
             return html.trouble(explain(error)), gr.skip(), drawing
-        project.forget_stop()
         return html.note("Your pictures are in the queue."), gr.Button(visible=True), drawing + 1
 
     def halt(self, key: str, project_key: str) -> None:
@@ -63,10 +66,10 @@ class CompareAnswers:
         prompts: str = "",
         guidance: str = "",
     ) -> Iterator[tuple]:
-        """One turn of drawing, streamed; a new turn follows if time ran out."""
+        """The drawing, streamed: to its end, or under ZeroGPU one turn, which a new one follows if time ran out."""
         try:
             project = self.studio.project(key, project_key)
-            settings = PairSettings.of(project, classes, prompts, int(seeds), guidance)
+            settings = self.studio.drawing(project) or PairSettings.of(project, classes, prompts, int(seeds), guidance)
         except Exception as error:
             yield html.trouble(explain(error)), *SAME, gr.Button(visible=False), gr.skip()
             return
@@ -76,11 +79,19 @@ class CompareAnswers:
             pairs = drawn_pairs(project)
             shown = self.shown(key, project, pairs, on_page) if on_page != pairs else SAME
             on_page = pairs
-            yield counted(project, settings, working=True), *shown, gr.skip(), gr.skip()
-        finished = found is not None or self.studio.is_drawn(project, settings) or project.is_asked_to_stop()
+            place = self.studio.place(project)
+            told = html.note(html.turn_comes(place)) if place else counted(project, settings, working=True)
+            yield told, *shown, gr.Button(visible=True), gr.skip()
+        is_over = self.studio.queue or found is not None or project.is_asked_to_stop()
+        finished = is_over or self.studio.is_drawn(project, settings)
         told = html.trouble(found) if found else counted(project, settings, working=not finished)
         shown = self.shown(key, project, drawn_pairs(project), on_page)
         yield told, *shown, gr.Button(visible=not finished), gr.skip() if finished else drawing + 1
+
+    def watch(self, key: str, project_key: str, drawing: int) -> Any:
+        """After a reload, or when the page comes back to a job: look on at pairs that are drawn."""
+        project = self.studio.found(key, project_key) if project_key else None
+        return drawing + 1 if project and self.studio.drawing(project) else gr.skip()
 
     def of_job(self, key: str, project_key: str) -> tuple:
         """The compare step, as the project's folder has it: of the job before nothing stays."""

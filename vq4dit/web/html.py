@@ -7,6 +7,7 @@ ever a file that others could fetch.
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
 from vq4dit.projects.catalog import ModelCard
+from vq4dit.projects.work_queue import Place
 from vq4dit.projects.workspace import Project, Status
 from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
 from vq4dit.web.messages import Trouble, clock, duration, escape, size
@@ -32,7 +34,15 @@ STAGES = {
     "sample": "Drawing",
     "measure": "Measuring",
 }
-PHASES = {"new": "Ready", "running": "Running", "waiting": "Running", "paused": "Paused", "done": "Done", "failed": "Failed"}
+PHASES = {
+    "new": "Ready",
+    "queued": "Queued",
+    "running": "Running",
+    "waiting": "Waiting",
+    "paused": "Paused",
+    "done": "Done",
+    "failed": "Failed",
+}
 
 
 def data_uri(content: bytes) -> str:
@@ -145,8 +155,10 @@ def copyable(label: str, text: str, element: str) -> str:
     )
 
 
-def progress(project: Project, status: Status, events: Sequence[Event], seconds_left: float | None) -> str:
-    """The state of a project in one line and one bar."""
+def progress(
+    project: Project, status: Status, events: Sequence[Event], seconds_left: float | None, place: Place | None = None
+) -> str:
+    """The state of a project in one line and one bar, and where it waits."""
     last = events[-1] if events else None
     share = last.done / max(1, last.total) if last else 0.0
     if status.phase == "done":
@@ -155,8 +167,10 @@ def progress(project: Project, status: Status, events: Sequence[Event], seconds_
     far = f"{stage}: {last.done} of {last.total}" if last else stage
     if status.phase == "running":
         far += f" · {clock(project.seconds_so_far(status))} so far"
-    if status.phase in ("running", "waiting") and seconds_left is not None:
+    if status.is_under_way and seconds_left is not None:
         far += f" · about {duration(seconds_left)} left"
+    if status.is_under_way and place is not None:
+        far = turn_comes(place) + (f" · {far}" if last else "")
     told = f"<b>{escape(project.title)}</b>"
     line = f"<p>{far}</p>"  # no status for screen readers: it changes twice a second
     if status.phase == "done":
@@ -168,6 +182,14 @@ def progress(project: Project, status: Status, events: Sequence[Event], seconds_
         f'<div class="bar" role="progressbar" aria-label="{label}" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div></div>'
     )
+
+
+def turn_comes(place: Place) -> str:
+    """When a job that waits will go on; in steps that can be read."""
+    if not place.before:
+        return "Its turn comes now"
+    jobs = "1 job" if place.before == 1 else f"{place.before} jobs"
+    return f"{jobs} before yours, about {duration(10 * math.ceil(place.seconds / 10))}"
 
 
 def block_of(layer: str) -> str:

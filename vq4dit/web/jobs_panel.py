@@ -74,7 +74,7 @@ class JobAnswers:
         if not chosen:
             raise ValueError("a job is needed, and none is chosen: choose one of the list")
         shown = self.studio.found(key, project_key) if project_key else None
-        is_at_work = added == AT_WORK or (shown is not None and shown.status().phase in ("running", "waiting"))
+        is_at_work = added == AT_WORK or (shown is not None and shown.status().is_under_way)
         return self.studio.project(key, chosen), is_at_work
 
     def _shown(self, project: Project) -> tuple:

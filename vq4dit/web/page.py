@@ -15,9 +15,9 @@ from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import NO_PAIRS, NOTHING_YET, CompareAnswers
 from vq4dit.web.jobs_panel import JobsPanel
 from vq4dit.web.push_panel import Login, PushPanel
-from vq4dit.web.studio import Studio, widths_offered
+from vq4dit.web.studio import QUEUE_LENGTH, Studio, widths_offered
 
-QUEUE_LENGTH = 24
+MOST_STREAMS = 200  # pages that look on at the same time: each takes a thread, which mostly sleeps
 # A dropdown's value changes only when something is chosen; who comes to type replaces what stands there.
 TYPED = "(_, seen) => [document.querySelector('#model input').value, seen]"
 SELECT = "() => document.querySelector('#model input').select()"
@@ -96,7 +96,8 @@ class Page:
 
     def _run(self) -> None:
         with gr.Column(elem_classes="step", elem_id="run"):
-            told = f"Stop whenever you like: every finished layer is kept. One job works at a time, up to {QUEUE_LENGTH} wait."
+            away = "You may close this page: the work goes on." if self.studio.queue else "Who closes the page goes on later."
+            told = f"Stop whenever you like: every finished layer is kept. {away} One job at a time, up to {QUEUE_LENGTH} wait."
             gr.HTML(html.heading(3, "Watch it shrink", told))
             with gr.Row(elem_classes="buttons"):
                 self.start = gr.Button("Quantize", variant="primary", interactive=False, elem_id="start")
@@ -162,7 +163,9 @@ class Page:
         drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths, *guessed]
         job = [self.visitor, self.project]
         answers, compare = self.answers, self.compare
+        # Under ZeroGPU the work is in these events, one at a time; else they only look on, as many as come.
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
+        streams: dict[str, Any] = {"concurrency_limit": None} if self.studio.queue else gpu
 
         asked, conditions = [self.model, self.listed, *job], [self.labels, self.prompts, self.guidance, self.listed]
         restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *conditions]
@@ -189,15 +192,16 @@ class Page:
         presses = partial(gr.on, [self.start.click, self.resume.click, self.jobs.went.change])  # what it says is then over
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
         self.on(self.stop.click, answers.stop, job, run_view, queue=False)
-        turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **gpu)
+        turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **streams)
         of_job = self.private(compare.of_job, job, drawn_view)
         turned.then(**of_job)
 
         drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
         self.on(self.draw.click, compare.begin_drawing, drawing, [self.drawn, self.halt, self.drawing])
         self.on(self.halt.click, compare.halt, job, [], queue=False)
-        drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **gpu)
-        self.project.change(**of_job, cancels=[drawn])
+        drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **streams)
+        looked_up = self.project.change(**of_job, cancels=[drawn])
+        looked_up.then(**self.private(compare.watch, [*job, self.drawing], [self.drawing]))
         # What was prepared or is being drawn is of the job before; after a turn of the same job it may be new.
         gone = lambda: (gr.Button(visible=False), gr.DownloadButton(visible=False), "")  # noqa: E731
         self.on(self.project.change, gone, [], [self.halt, self.file, self.kept], queue=False)

@@ -22,15 +22,17 @@ from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
 from vq4dit.projects.call_lines import check_fitting, read_call
 from vq4dit.projects.catalog import Catalog, ModelCard
-from vq4dit.projects.drawn_pairs import PairSettings, draw, is_complete
+from vq4dit.projects.drawn_pairs import Drawing, PairSettings, draw, is_complete
 from vq4dit.projects.pipeline_cache import Loader
-from vq4dit.projects.worker import TICK_SECONDS, work
+from vq4dit.projects.work_queue import Place, WorkQueue
+from vq4dit.projects.worker import TICK_SECONDS, Quantization, work
 from vq4dit.projects.workspace import Forecast, Project, Workspace
-from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate, seconds_left
+from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate
 from vq4dit.web import gpu
 from vq4dit.web.links import SEEDS
 from vq4dit.web.messages import Trouble, explain
 
+QUEUE_LENGTH = 24
 MAX_AGE_SECONDS = 7 * 86400.0
 MAX_TOTAL_BYTES = 20 * 10**9
 CARDS_KEPT = 64
@@ -68,6 +70,8 @@ class Studio:
     def __init__(self, catalog: Catalog, workspace: Workspace):
         self.catalog, self.workspace = catalog, workspace
         self.loader = Loader(catalog)
+        # Under ZeroGPU each turn is an event of the visitor's page, and Gradio's queue is the only one.
+        self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.turn_seconds(), QUEUE_LENGTH)
         self.device: Device = "gpu" if gpu.is_zero_gpu() else "cpu"
         self.quantize_turn = gpu.on_gpu(self._quantize_turn)
         self.draw_turn = gpu.on_gpu(self._draw_turn)
@@ -128,6 +132,8 @@ class Studio:
         Raises:
             VQ4DiTError: if the model or the settings are refused, or the disk is too full.
         """
+        if self.queue:
+            self.queue.check_room()
         settings = choice.settings()
         card = self.chosen(choice, token)
         cost = self.costs(card, choice)[settings.bits]
@@ -166,7 +172,73 @@ class Studio:
         except JobError:
             return None
 
-    # --- the work; under ZeroGPU these two run in another process, and the login travels there in memory ---
+    # --- the work: the server's own, at which pages look on, or under ZeroGPU that of a page's events, turn by turn ---
+
+    def line_up(self, project: Project, token: str | None = None) -> None:
+        """Let a project be worked on: by this server, or by the page's next events.
+
+        Raises:
+            JobError: if too many wait.
+        """
+        if project.status().phase == "running":
+            return  # it is at work
+        if self.queue:
+            self.queue.put(Quantization(project, self.loader.with_login(token)))
+        else:
+            project.set_status(replace(project.status(), phase="waiting"))
+
+    def line_up_drawing(self, project: Project, settings: PairSettings, token: str | None = None) -> None:
+        """The same for pairs to draw."""
+        if self.queue:
+            self.queue.put(Drawing(project, self.loader.with_login(token), settings))
+
+    def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
+        """Look on at a project's work to its end, or do a turn of it; yields at least twice a second."""
+        if self.queue:
+            yield from self._looked_at(project, self.queue)
+            return
+        try:
+            yield from self.quantize_turn(str(project.folder), token)
+        except gr.Error as error:  # the scheduler's, not ours
+            project.set_status(gpu.refused(error, project.status()))
+            yield None
+
+    def draw(self, project: Project, settings: PairSettings, token: str | None = None) -> Iterator[Trouble | None]:
+        """The same of pairs."""
+        if self.queue:
+            yield from self._looked_at(project, self.queue)
+            return
+        try:
+            yield from self.draw_turn(str(project.folder), settings, token)
+        except gr.Error as error:
+            status = gpu.refused(error, project.status())
+            yield Trouble(status.message, status.details, status.next_step)
+
+    def _looked_at(self, project: Project, queue: WorkQueue) -> Iterator[Trouble | None]:
+        if entry := queue.find(project):
+            yield from entry.follow()
+            if entry.error:
+                yield explain(entry.error)
+        while project.is_busy():  # another server of this machine works on it
+            yield None
+            time.sleep(TICK_SECONDS)
+
+    def drawing(self, project: Project) -> PairSettings | None:
+        """The pairs that this server draws, or will draw, of a project."""
+        entry = self.queue.find(project) if self.queue else None
+        task = entry and (entry.next or entry.task)
+        return task.settings if isinstance(task, Drawing) else None
+
+    def place(self, project: Project) -> Place | None:
+        """Where a project stands in the server's queue, if it waits there."""
+        return self.queue.place(project) if self.queue else None
+
+    def drop(self, project: Project) -> None:
+        """Take a project out of the server's queue, if it waits there."""
+        if self.queue:
+            self.queue.drop(project)
+
+    # --- the turns under ZeroGPU: these two run in another process, and the login travels there in memory ---
 
     def _quantize_turn(self, folder: str, token: str | None) -> Iterator[Trouble | None]:
         try:
@@ -180,34 +252,8 @@ class Studio:
         except Exception as error:
             yield explain(error)
 
-    def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
-        """One turn; yields at least twice a second."""
-        try:
-            yield from self.quantize_turn(str(project.folder), token)
-        except gr.Error as error:  # the scheduler's, not ours
-            project.set_status(gpu.refused(error, project.status()))
-            yield None
-
-    def until_free(self, project: Project) -> Iterator[None]:
-        """Yield twice a second while somebody works on a project."""
-        while project.is_busy():
-            yield
-            time.sleep(TICK_SECONDS)
-
-    def draw(self, project: Project, settings: PairSettings, token: str | None = None) -> Iterator[Trouble | None]:
-        """One turn of drawing pairs."""
-        try:
-            yield from self.draw_turn(str(project.folder), settings, token)
-        except gr.Error as error:
-            status = gpu.refused(error, project.status())
-            yield Trouble(status.message, status.details, status.next_step)
-
     def is_drawn(self, project: Project, settings: PairSettings) -> bool:
         return is_complete(project, settings)
-
-    def time_left(self, project: Project) -> float | None:
-        events = project.events()
-        return seconds_left(events, project.forecast().stages) if events else None
 
     # --- after the work ---
 

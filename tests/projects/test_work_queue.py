@@ -1,0 +1,172 @@
+"""The server's queue: first come first served, turns while others wait, nothing lost when a page or a server goes."""
+
+from pathlib import Path
+
+import pytest
+from held_task import PATIENCE, Steps
+
+import vq4dit
+from vq4dit.config import QuantizationSettings
+from vq4dit.errors import JobError
+from vq4dit.pipelines.load import load_pipeline
+from vq4dit.projects.catalog import Catalog
+from vq4dit.projects.drawn_pairs import Drawing, PairSettings, drawn_pairs, is_complete, report
+from vq4dit.projects.pipeline_cache import Loader
+from vq4dit.projects.work_queue import WorkQueue
+from vq4dit.projects.worker import Quantization
+from vq4dit.projects.workspace import Project, Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "jobs")
+
+
+@pytest.fixture
+def new_project(workspace):
+    visitor = workspace.visitor(None)
+    return lambda seed=0, **settings: workspace.open(
+        visitor, "folder:tiny", QuantizationSettings(**({"recipe": "kmeans", "seed": seed} | settings))
+    )
+
+
+@pytest.fixture
+def loader(model_folder, tmp_path):
+    return Loader(Catalog(tmp_path, Path(model_folder).parent))
+
+
+def wait(*entries):
+    for entry in entries:
+        assert entry.over.wait(PATIENCE)
+
+
+def test_tasks_take_turns_while_others_wait_and_go_on_while_nobody_does(new_project):
+    queue, log = WorkQueue(turn_seconds=0.0, length=9), []
+    tasks = [Steps(new_project(seed), log, count=3) for seed in (1, 2)]
+    entries = [queue.put(tasks[0])]
+    assert tasks[0].begun.wait(PATIENCE)
+    tasks[0].go()
+    while not log:
+        pass
+    entries.append(queue.put(tasks[1]))
+    for task in tasks:
+        task.go(3)
+    wait(*entries)
+    assert log[0] == 1 and sorted(log[1:]) == [1, 1, 2, 2, 2] and log[1:] != [1, 1, 2, 2, 2] and log != [1, 1, 1, 2, 2, 2]
+    alone = queue.put(Steps(new_project(3), log, count=3).go(3))
+    wait(alone)
+    assert log[6:] == [3, 3, 3]
+
+
+def test_a_place_says_how_many_are_before_it_and_how_long_that_takes(new_project):
+    queue, log = WorkQueue(turn_seconds=100.0, length=9), []
+    tasks = [Steps(new_project(seed), log, left=left) for seed, left in enumerate((30.0, None, 7.0, 500.0))]
+    entries = [queue.put(task) for task in tasks]
+    assert tasks[0].begun.wait(PATIENCE)
+    places = [queue.place(task.project) for task in tasks]
+    assert places[0] is None and [place.before for place in places[1:]] == [1, 2, 3]
+    assert [place.seconds for place in places[1:]] == [30.0, 130.0, 137.0]
+    assert queue.place(new_project(99)) is None
+    for task in tasks:
+        task.go()
+    wait(*entries)
+    assert log == [0, 1, 2, 3] and all(queue.place(task.project) is None for task in tasks)
+
+
+def test_who_waits_can_go_and_who_is_at_work_cannot(new_project):
+    queue, log = WorkQueue(turn_seconds=100.0, length=9), []
+    first, second, third = (Steps(new_project(seed), log) for seed in range(3))
+    entries = [queue.put(task) for task in (first, second, third)]
+    assert first.begun.wait(PATIENCE)
+    assert queue.drop(second.project) and not queue.drop(second.project) and not queue.drop(first.project)
+    assert entries[1].over.is_set() and queue.place(third.project).before == 1
+    first.go(), third.go()
+    wait(*entries)
+    assert log == [0, 2]
+
+
+def test_no_more_wait_than_may(new_project):
+    queue, log = WorkQueue(turn_seconds=100.0, length=2), []
+    tasks = [Steps(new_project(seed), log) for seed in range(3)]
+    entries = [queue.put(task) for task in tasks]
+    with pytest.raises(JobError, match="2 jobs wait here already, more are not taken: try again in a while"):
+        queue.put(Steps(new_project(3), log))
+    for task in tasks:
+        task.go()
+    wait(*entries)
+
+
+def test_a_project_stands_in_the_queue_once_and_what_comes_when_it_is_ending_comes_next(new_project):
+    queue, log = WorkQueue(turn_seconds=100.0, length=9), []
+    project, other = new_project(1), new_project(2)
+    first, waiting = Steps(project, log), Steps(other, log)
+    entry, of_other = queue.put(first), queue.put(waiting)
+    assert first.begun.wait(PATIENCE)
+    assert queue.put(Steps(other, log)) is of_other
+    again = Steps(project, log).go()
+    assert queue.put(again) is entry, "pages that follow it see the end of all"
+    first.go(), waiting.go()
+    wait(entry, of_other)
+    assert log == [1, 2, 1]
+
+
+def test_what_fails_is_kept_for_who_looks_on_and_the_next_one_works(new_project):
+    queue, log = WorkQueue(turn_seconds=100.0, length=9), []
+    broken, good = Steps(new_project(1), log), Steps(new_project(2), log).go()
+    broken.turn = lambda budget, check_stop: 1 / 0
+    entries = [queue.put(task) for task in (broken, good)]
+    wait(*entries)
+    assert isinstance(entries[0].error, ZeroDivisionError) and entries[1].error is None and log == [2]
+
+
+def test_work_goes_on_though_nobody_looks_on_and_the_bytes_are_those_of_the_library(
+    new_project, loader, model_folder, tmp_path
+):
+    queue = WorkQueue(turn_seconds=0.01, length=9)
+    projects = [new_project(seed) for seed in (1, 2)]
+    entries = [queue.put(Quantization(project, loader)) for project in projects]
+    looking = entries[0].follow()
+    next(looking)
+    looking.close()  # the page is closed
+    wait(*entries)
+    for project in projects:
+        assert project.status().phase == "done"
+        vq4dit.save(vq4dit.quantize(load_pipeline(model_folder), project.settings), tmp_path / project.key)
+        name = "transformer/diffusion_pytorch_model.safetensors"
+        assert (project.result / name).read_bytes() == (tmp_path / project.key / name).read_bytes()
+
+
+def test_a_stop_ends_the_work_and_pictures_come_after_it(new_project, loader):
+    queue, project = WorkQueue(turn_seconds=100.0, length=9), new_project(1)
+    project.ask_to_stop()
+    wait(queue.put(Quantization(project, loader)))
+    assert project.status().phase == "paused" and "You stopped it" in project.status().message
+    project.forget_stop()
+    wait(queue.put(Quantization(project, loader)))
+    assert project.status().phase == "done"
+    settings = PairSettings((0, 2), num_inference_steps=2)
+    task = Drawing(project, loader, settings)
+    assert task.seconds_left() is None
+    project.ask_to_stop()
+    wait(queue.put(task))
+    assert drawn_pairs(project) == []
+    project.forget_stop()
+    wait(queue.put(task))
+    assert is_complete(project, settings) and task.seconds_left() == 0.0
+    written = (project.report / "report.json").stat().st_mtime_ns
+    wait(queue.put(task))
+    assert (project.report / "report.json").stat().st_mtime_ns == written and report(project)["num_pairs"] == 2
+
+
+def test_a_project_knows_that_it_is_queued_and_that_its_server_is_gone(new_project, loader):
+    queue, log = WorkQueue(turn_seconds=100.0, length=9), []
+    before = Steps(new_project(1), log)
+    entries = [queue.put(before), queue.put(Quantization(project := new_project(2), loader))]
+    assert project.status().phase == "queued"
+    with pytest.raises(JobError, match="waits in the queue of another server"):
+        WorkQueue(1.0, 9).put(Quantization(project, loader))
+    entries[1]._mark.close()  # as the system does when the server dies
+    assert project.status().phase == "paused" and "while this job waited" in Project(project.folder).status().message
+    queue.drop(project)
+    before.go()
+    wait(entries[0])
