@@ -12,7 +12,8 @@ from PIL import Image
 from vq4dit.config import QuantizationSettings
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.projects.catalog import Catalog
-from vq4dit.projects.drawn_pairs import PairSettings, draw, drawn_pairs, file_stem, is_complete, prompts_in, report
+from vq4dit.projects.drawn_pairs import draw, drawn_pairs, file_stem, is_complete, report
+from vq4dit.projects.pair_settings import PairSettings, prompts_in
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.publish import _evidence
 from vq4dit.projects.worker import work

@@ -10,7 +10,8 @@ from vq4dit.config import QuantizationSettings
 from vq4dit.errors import JobError
 from vq4dit.pipelines.load import load_pipeline
 from vq4dit.projects.catalog import Catalog
-from vq4dit.projects.drawn_pairs import Drawing, PairSettings, drawn_pairs, is_complete, report
+from vq4dit.projects.drawn_pairs import Drawing, drawn_pairs, is_complete, report
+from vq4dit.projects.pair_settings import PairSettings
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.work_queue import WorkQueue
 from vq4dit.projects.worker import Quantization

@@ -15,7 +15,8 @@ from vq4dit.pipelines.provenance import read_origin
 from vq4dit.progress import Progress
 from vq4dit.projects.archive import pack
 from vq4dit.projects.catalog import Catalog
-from vq4dit.projects.drawn_pairs import PairSettings, draw, drawn_pairs, is_complete, report
+from vq4dit.projects.drawn_pairs import draw, drawn_pairs, is_complete, report
+from vq4dit.projects.pair_settings import PairSettings
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.worker import failure, stream, work
 from vq4dit.projects.workspace import Workspace

@@ -84,6 +84,18 @@ def test_a_job_of_several_leases_streams_and_outlives_a_kill_a_refusal_and_an_ex
     assert all(lease["durationSeconds"] == "60" and lease["token"] == permission() for lease in scheduler.leases)
 
 
+def test_a_job_goes_on_when_its_visitor_returns(server, browser, root, tmp_path):
+    visitor = Visitor(browser, server.url, extra_http_headers={"x-ip-token": permission()})
+    visitor.arrive("?model=folder:tiny&recipe=paper&seed=8")
+    visitor.press("#start")
+    visitor.see("#progress", "Calibrating")
+    visitor.page.close()
+    time.sleep(2)  # longer than a step: the lease is over
+    visitor.reopen().arrive()
+    visitor.see("#progress .done", "tiny-2bit · paper · seed 8 is packed")
+    assert weights(visitor.download(tmp_path)) == made_by_the_command(str(root / "tiny"), "--recipe", "paper", "--seed", "8")
+
+
 def test_a_permission_that_stays_expired_pauses_the_job(visitor, scheduler):
     visitor.press("#start")
     visitor.see("#progress", "Calibrating")

@@ -84,7 +84,12 @@ def noise_nmse(
     state = generator.get_state()
     steps: list[tuple[Tensor, Tensor]] = []
     sampled = partial(sample_trajectories, num_inference_steps=num_inference_steps, call=sampling.call)
-    sampled(original, conditions, generator, lambda step: steps.append((step.prediction, step.latents)))
+
+    def keep_step(step: GuidedStep) -> None:
+        steps.append((step.prediction, step.latents))
+        on_progress(Progress("measure", len(steps), 2 * max(len(steps), num_inference_steps)))
+
+    sampled(original, conditions, generator, keep_step)
     error = power = 0.0
 
     def compare_step(step: GuidedStep) -> Tensor:
@@ -92,7 +97,8 @@ def noise_nmse(
         wanted, latents = steps[step.number]
         error += exact(wanted - step.prediction).square().sum().item()
         power += exact(wanted).square().sum().item()
-        on_progress(Progress("measure", step.number + 1, len(steps), {"noise_nmse": _part(error, power)}))
+        done, total = len(steps) + step.number + 1, 2 * len(steps)
+        on_progress(Progress("measure", done, total, {"noise_nmse": _part(error, power)}))
         return latents
 
     sampled(quantized, conditions, generator.set_state(state), compare_step)

@@ -5,6 +5,7 @@ the first one while the others are being made, and a comparison that is cut shor
 
     report/pairs.json                     condition, seed, PSNR and SSIM of each pair so far
     report/NAME-seedN-original.png        and -quantized.png, -difference.png; of a film, some frames side by side
+    report/measuring.json                 how far that came, while figures are measured
     report/report.json                    all figures, at the end
 """
 
@@ -13,13 +14,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,99 +28,16 @@ from vq4dit.disk.job import TimeBudget
 from vq4dit.evaluation.images import SamplePair, as_image, sample
 from vq4dit.evaluation.metrics import Comparison, noise_nmse
 from vq4dit.memory import peak_memory
-from vq4dit.models.conditions import Condition, condition_kind, guided_call, parameters_of
+from vq4dit.models.conditions import Condition, guided_call
 from vq4dit.pipelines.inspect import tensor_bytes
-from vq4dit.pipelines.repository import read_json
-from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.progress import OnProgress, Progress
+from vq4dit.projects.pair_settings import Key, PairSettings
 from vq4dit.projects.pipeline_cache import Loader
-from vq4dit.projects.worker import Stopped, heed, stream
+from vq4dit.projects.worker import TICK_SECONDS, Stopped, heed, stream
 from vq4dit.projects.workspace import Project
 
 KINDS = ("original", "quantized", "difference")
-MOST_PROMPTS, LONGEST_PROMPT = 12, 500  # that a page draws at once, and their characters
 NAME_LENGTH = 40  # of a file's name: the words of a class or a prompt
-
-
-class Key(NamedTuple):
-    """What a pair is of."""
-
-    condition: Condition
-    seed: int
-    guidance_scale: float | None  # None: as the project's settings have it, or the pipeline by default
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """Which pictures to draw: every condition with every seed."""
-
-    conditions: tuple[Condition, ...]
-    num_seeds: int = 1
-    seed: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float | None = None
-
-    @classmethod
-    def of(cls, project: Project, classes: Sequence[int], prompts: str, num_seeds: int, guidance: str) -> PairSettings:
-        """Those of what a page holds for both kinds of models: classes and prompts, of which this project's takes one.
-
-        Args:
-            prompts: one a line.
-            guidance: a number, or nothing: then it is that of the project.
-
-        Raises:
-            UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no classes, no
-                prompts or too many, or the guidance is no number.
-        """
-        index = read_json(str(project.result), "model_index.json")
-        pipeline = pipeline_class(index["_class_name"])
-        labels = classes if index.get("id2label") else classes or (0,)  # without names there is nothing to choose
-        conditions: Sequence[Condition] = prompts_in(prompts) if condition_kind(pipeline) == "prompt" else labels
-        if not conditions:
-            raise ValueError("classes are needed to draw, and none is chosen: choose at least one")
-        scale = number_in(guidance) if "guidance_scale" in parameters_of(pipeline) else None
-        return cls(tuple(conditions), num_seeds, guidance_scale=scale)
-
-    def wanted(self) -> list[Key]:
-        """All conditions of the first seed before the second seed."""
-        seeds = range(self.seed, self.seed + self.num_seeds)
-        return [Key(condition, seed, self.guidance_scale) for seed in seeds for condition in self.conditions]
-
-    def call(self, project: Project) -> dict[str, Any]:
-        """What both pipelines' calls are told."""
-        own = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
-        return project.settings.call_arguments | own
-
-
-def number_in(text: str) -> float | None:
-    """The number in a field; None of an empty one."""
-    if not text.strip():
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"guidance must be a number, such as 4.5, got {text!r:.60}")
-    return number
-
-
-def prompts_in(text: str) -> list[str]:
-    """The prompts in a text, one a line, each once.
-
-    Raises:
-        ValueError: if there are none, or more than a page draws.
-    """
-    lines = text.encode(errors="ignore").decode().splitlines()  # a half of a character is no text
-    prompts = list(dict.fromkeys(filter(None, map(str.strip, lines))))
-    if not prompts:
-        raise ValueError("prompts are needed to draw, and there are none: write one a line")
-    if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > LONGEST_PROMPT:
-        raise ValueError(
-            f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters are drawn at once, got {len(prompts)} of up to "
-            f"{max(map(len, prompts))}: take fewer or shorter ones"
-        )
-    return prompts
 
 
 @dataclass(frozen=True)
@@ -156,6 +73,30 @@ def report(project: Project) -> dict[str, Any] | None:
     """The figures of a comparison that came to its end."""
     path = project.report / "report.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def measuring(project: Project) -> tuple[int, int] | None:
+    """How many steps of how many, while all figures of the pairs are measured."""
+    path = project.report / "measuring.json"
+    try:
+        done, total = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return done, total
+
+
+def _tell_measuring(project: Project, on_progress: OnProgress) -> OnProgress:
+    """A listener that also keeps what `measuring` tells, twice a second at most."""
+    told = 0.0
+
+    def tell(progress: Progress) -> None:
+        nonlocal told
+        if time.monotonic() - told >= TICK_SECONDS:
+            told = time.monotonic()
+            write_atomically(project.report / "measuring.json", json.dumps([progress.done, progress.total]).encode())
+        on_progress(progress)
+
+    return tell
 
 
 def draw(project: Project, loader: Loader, settings: PairSettings, seconds: float | None = None) -> Iterator[None]:
@@ -226,7 +167,11 @@ def _draw_missing(
     if drew and not budget.allows(0.0):
         return True
     _keep(project, pairs, wanted)  # fewer than before, if the choice is narrower
-    _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], on_progress)
+    measured = _tell_measuring(project, on_progress)
+    try:
+        _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], measured)
+    finally:
+        (project.report / "measuring.json").unlink(missing_ok=True)
     return False
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 
 from vq4dit.printable import printable
-from vq4dit.projects.drawn_pairs import Pair, PairSettings, drawn_pairs, report
+from vq4dit.projects.drawn_pairs import Pair, drawn_pairs, measuring, report
+from vq4dit.projects.pair_settings import PairSettings
 from vq4dit.projects.workspace import Project
 from vq4dit.web import html, pictures
 from vq4dit.web.answers import secret
@@ -183,9 +184,14 @@ def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
     if stopped and not working:
         return html.note(f"You stopped it: {told}. Press Draw pairs to go on.")
     if working:
-        told = f"Drawing: {told}" if done < len(wanted) else f"{told}, measuring the noise"
+        told = f"Drawing: {told}" if done < len(wanted) else f"{told}, {_measuring(project)}"
         return html.note(f"{told}, stopping …" if stopped else f"{told} …")
     return html.note(told)
+
+
+def _measuring(project: Project) -> str:
+    steps = measuring(project)
+    return f"measuring the noise: step {steps[0]} of {steps[1]}" if steps else "measuring the noise"
 
 
 def _counted(pairs: int) -> str:

@@ -22,7 +22,8 @@ from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
 from vq4dit.projects.call_lines import check_fitting, read_call
 from vq4dit.projects.catalog import Catalog, ModelCard
-from vq4dit.projects.drawn_pairs import Drawing, PairSettings, draw, is_complete
+from vq4dit.projects.drawn_pairs import Drawing, draw, is_complete
+from vq4dit.projects.pair_settings import PairSettings
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.work_queue import Place, WorkQueue
 from vq4dit.projects.worker import TICK_SECONDS, Quantization, work
