@@ -74,7 +74,7 @@ def executed_blocks(transformer: nn.Module, call: DenoiserCall) -> list[str]:
     if twice := [name for name in order if order.count(name) > 1]:
         raise UnsupportedModelError(
             f"{twice[0]} runs more than once in a pass of this {kind_of(transformer)}, so what enters it is not one "
-            "thing; only quantizing with --recipe kmeans needs no inputs"
+            "thing: choose the recipe kmeans, which needs no inputs"
         )
     return order
 
@@ -167,7 +167,7 @@ def _arguments(
     if not reached:
         raise UnsupportedModelError(
             f"{order[index]} does not run in every call of this {kind_of(transformer)}, so layers cannot be fitted one "
-            "after the other; only quantizing with --recipe kmeans needs no inputs"
+            "after the other: choose the recipe kmeans, which needs no inputs"
         )
     return reached[0]
 

@@ -49,21 +49,16 @@ def condition_kind(pipeline: Any) -> str:
         UnsupportedModelError: if it wants neither, or needs something else as well (a picture, say).
     """
     made_for = "vq4dit samples pipelines that draw from a prompt or a class"
+    advice = "choose the recipe kmeans, which needs no samples"
     name = _class_of(pipeline).__name__
     if not hasattr(pipeline, "components"):
-        raise UnsupportedModelError(
-            f"{made_for}, this is a {name}; only quantizing with --recipe kmeans needs no samples",
-            page=f"{made_for}, this is a {type(pipeline).__name__}: choose the recipe kmeans, which needs no samples",
-        )
+        raise UnsupportedModelError(f"{made_for}, this is a {name}: {advice}")
     parameters = parameters_of(pipeline)
     kind = next((kind for kind in KINDS if kind in parameters), None)
     required = [other for other, parameter in parameters.items() if other != kind and _is_required(parameter)]
     if kind is None or required:
         needs = f"needs {', '.join(required)}" if required else "takes neither"
-        raise UnsupportedModelError(
-            f"{made_for}, and {name} {needs}; only quantizing with --recipe kmeans needs no samples",
-            page=f"{made_for}, and {name} {needs}: choose the recipe kmeans, which needs no samples",
-        )
+        raise UnsupportedModelError(f"{made_for}, and {name} {needs}: {advice}")
     return kind
 
 

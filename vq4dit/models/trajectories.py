@@ -133,8 +133,8 @@ def sample_trajectories(
                 pass
         if not recorder.step:
             raise UnsupportedModelError(
-                f"{type(pipeline).__name__} does not ask its scheduler for steps, so its trajectories cannot be watched; only "
-                "quantizing with --recipe kmeans needs none"
+                f"{type(pipeline).__name__} does not ask its scheduler for steps, so its trajectories cannot be watched: "
+                "choose the recipe kmeans, which needs none"
             )
 
 

@@ -167,7 +167,7 @@ def probe_outputs(
         if not step.prediction.requires_grad:
             raise UnsupportedModelError(
                 f"the prediction of {type(pipeline).__name__} has no gradient at its scheduler, so what matters cannot be "
-                "measured; only quantizing with --recipe kmeans needs no gradients"
+                "measured: choose the recipe kmeans, which needs no gradients"
             )
         compared = [_relative(step.prediction)]
         if before_guidance:
