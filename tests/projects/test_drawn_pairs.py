@@ -10,7 +10,7 @@ import tiny_pipelines
 from PIL import Image
 
 from vq4dit.config import QuantizationSettings
-from vq4dit.errors import UnsupportedModelError
+from vq4dit.errors import VQ4DiTError
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import draw, drawn_pairs, file_stem, is_complete, report
 from vq4dit.projects.pair_settings import PairSettings, prompts_in
@@ -103,7 +103,7 @@ def test_what_a_page_holds_becomes_what_the_projects_model_takes(packed):
     with pytest.raises(ValueError, match="none is chosen: choose at least one"):
         PairSettings.of(project, [], "a", 1, "")
     path.write_text(json.dumps(index | {"_class_name": "WanImageToVideoPipeline"}))
-    with pytest.raises(UnsupportedModelError, match="needs image"):
+    with pytest.raises(VQ4DiTError, match="WanImageToVideoPipeline needs more: load the packed model and call it yourself"):
         PairSettings.of(project, [], "a", 1, "")
 
 

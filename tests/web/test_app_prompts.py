@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny_pipelines
 from app_server import AppServer
@@ -72,6 +74,26 @@ def test_a_film_is_a_strip_of_frames(server, browser):
     visitor.page.set_viewport_size({"width": 390, "height": 844})
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     visitor.shoot("6-film-small", "#compare")
+
+
+def test_a_model_that_the_recipe_cannot_do_says_which_one_can(server, browser, root):
+    folder = root / "of-a-picture"
+    shutil.copytree(root / "wan", folder)
+    path = folder / "model_index.json"
+    path.write_text(path.read_text().replace("WanPipeline", "WanImageToVideoPipeline"))
+    visitor = Visitor(browser, server.url).arrive("?model=folder:of-a-picture")
+    visitor.press("#start")
+    for place in ("#card", "#progress"):
+        visitor.see(f"{place} .trouble", "This cannot be done")
+        visitor.see(f"{place} .trouble", "WanImageToVideoPipeline needs image.")
+        visitor.see(f"{place} .trouble", "What to do: Choose the recipe kmeans, which needs no samples.")
+        assert "--" not in visitor.text(place) and str(root) not in visitor.text(place)
+    visitor.page.locator("#recipe label").filter(has_text="kmeans").click()
+    visitor.see("#card h3", "folder:of-a-picture")
+    visitor.see("#command", "--recipe kmeans")
+    for field in ("#labels", "#prompts", "#guidance"):
+        expect(visitor.page.locator(field)).not_to_be_visible()
+    assert visitor.errors == []
 
 
 def test_the_fields_follow_the_model_that_is_picked(server, browser):

@@ -135,6 +135,7 @@ def test_a_pipeline_that_needs_more_than_words_is_told_which_recipe_takes_it(ans
     monkeypatch.setattr(answers.studio, "card", lambda *_, **__: card)
     told = answers.look(None, "folder:flux", 2, "best", 0, "", "")[0]
     assert "needs image" in told and "Choose the recipe kmeans, which needs no samples." in told
+    assert "This model cannot be quantized" not in told
     assert "trouble" not in answers.look(None, "folder:flux", 2, "kmeans", 0, "", "")[0]
     assert [field.visible for field in fields(answers, "folder:flux", visitor)[:3]] == [False] * 3
 

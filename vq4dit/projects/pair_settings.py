@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.models.conditions import Condition, condition_kind, parameters_of
 from vq4dit.pipelines.repository import read_json
 from vq4dit.pipelines.trust import pipeline_class
@@ -42,13 +43,18 @@ class PairSettings:
             guidance: a number, or nothing: then it is that of the project.
 
         Raises:
-            UnsupportedModelError: if no pictures can be drawn of this kind of model; ValueError if there are no classes, no
-                prompts or too many, or the guidance is no number.
+            VQ4DiTError: if no pictures can be drawn of this kind of model; ValueError if there are no classes, no prompts or
+                too many, or the guidance is no number.
         """
         index = read_json(str(project.result), "model_index.json")
         pipeline = pipeline_class(index["_class_name"])
+        try:
+            kind = condition_kind(pipeline)
+        except UnsupportedModelError as error:  # its advice is of the recipe, and the model is packed
+            found = f"pairs are drawn of what needs a prompt or a class only, and {pipeline.__name__} needs more"
+            raise VQ4DiTError(f"{found}: load the packed model and call it yourself") from error
         labels = classes if index.get("id2label") else classes or (0,)  # without names there is nothing to choose
-        conditions: Sequence[Condition] = prompts_in(prompts) if condition_kind(pipeline) == "prompt" else labels
+        conditions: Sequence[Condition] = prompts_in(prompts) if kind == "prompt" else labels
         if not conditions:
             raise ValueError("classes are needed to draw, and none is chosen: choose at least one")
         scale = number_in(guidance) if "guidance_scale" in parameters_of(pipeline) else None

@@ -14,7 +14,7 @@ import gradio as gr
 
 from vq4dit.config import CODEBOOKS, RECIPES, CallValue, QuantizationSettings, Recipe
 from vq4dit.disk.space import check_space
-from vq4dit.errors import JobError, VQ4DiTError
+from vq4dit.errors import JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.models.conditions import condition_kind
 from vq4dit.pipelines.references import Components, check_base
 from vq4dit.pipelines.repository import hub_id
@@ -105,15 +105,18 @@ class Studio:
         """The card of a choice whose settings fit its model.
 
         Raises:
-            VQ4DiTError: as `Catalog.card`; UnsupportedModelError if the recipe needs samples that this pipeline cannot make;
-                ValueError if the pipeline's call has no such argument. VQ4DiTError if there is nothing to refer to.
+            VQ4DiTError: as `Catalog.card`; if the recipe needs samples that this pipeline cannot make, or there is nothing to
+                refer to. ValueError if the pipeline's call has no such argument.
         """
         settings = choice.settings()
         call = tuple(settings.call_arguments.items())
         card = self.card(choice.model, settings.keep, settings.recipe, token, call)
         pipeline = pipeline_class(card.pipeline)
         if settings.recipe != "kmeans":
-            condition_kind(pipeline)
+            try:
+                condition_kind(pipeline)
+            except UnsupportedModelError as error:  # the recipe is what does not fit: another one takes this model
+                raise VQ4DiTError(error.page) from error
         check_fitting(pipeline, settings.call_arguments)
         if choice.components == "reference":
             check_base(choice.model, card.commit if self.catalog.is_on_the_hub(choice.model) else None)
