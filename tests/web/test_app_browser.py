@@ -149,9 +149,6 @@ def test_a_link_restores_settings(server, browser):
     visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=paper&bits=3&seed=5&keep=*.ff.*")
     visitor.see("#command", "--bits 3 --recipe paper --seed 5 --keep '*.ff.*'")
     visitor.see("#card tr.chosen", "3 bits")
-    link = visitor.page.locator("#link a").get_attribute("href")
-    visitor.arrive(link)
-    visitor.see("#command", "--bits 3 --recipe paper --seed 5 --keep '*.ff.*'")
 
 
 def test_nothing_starts_before_the_settings_of_the_link_have_arrived(server, browser):

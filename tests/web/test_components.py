@@ -14,7 +14,7 @@ from vq4dit.pipelines.references import read_reference
 from vq4dit.pipelines.repository import read_json
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.workspace import Workspace
-from vq4dit.web.answers import Answers, commands
+from vq4dit.web.answers import Answers, command
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.links import chosen, link_of
 from vq4dit.web.studio import Choice, Studio
@@ -71,8 +71,9 @@ def test_a_model_of_the_hub_has(studio):
 
 def test_link_and_command_say_it_and_a_link_restores_it(studio):
     choice = Choice(*REFERENCE)
-    assert "--components reference --output" in commands(choice) and "components=reference" in commands(choice)
-    assert "components" not in commands(Choice(*REFERENCE[:-1]))
+    answers, drawn = Answers(studio), ("", [], "", 1, "")
+    assert "--components reference --output" in command(choice) and "components=reference" in answers.link(*drawn, *REFERENCE)
+    assert "components" not in command(Choice(*REFERENCE[:-1])) + answers.link(*drawn, *REFERENCE[:-1])
     link = dict(parse_qsl(link_of(choice.model, choice.settings(), choice.components).removeprefix("?")))
     assert chosen(link, None) == REFERENCE
     assert chosen(link | {"components": "<img>"}, None)[-1] == "copy"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
@@ -93,6 +94,39 @@ def test_a_link_restores_prompts_and_arguments(answers, visitor):
     assert prompts.value == "a fox\na car"
     _, prompts, _, _ = fields(answers, "folder:flux", visitor, link={"model": "another", "prompts": "a fox\na car"})
     assert prompts.value != "a fox\na car"
+
+
+def test_a_link_says_what_to_draw_and_restores_it(answers, visitor):
+    choice, examples = ("folder:flux", 2, "kmeans", 0, "", ""), "a clock\na banana\na green frog on a leaf, macro"
+
+    def drawn_in_link(listed, *drawn):
+        (href,) = re.findall('href="([^"]*)"', answers.link(listed, *drawn, *choice))
+        return dict(parse_qsl(unescape(href).removeprefix("?")))
+
+    made = drawn_in_link("folder:flux", None, " a fox & a hen \n\n100 %", 3, " 2.5 ")
+    assert (made["prompts"], made["seeds"], made["guidance"]) == ("a fox & a hen\n100 %", "3", "2.5")
+    classes, prompts, guidance, _ = fields(answers, "folder:flux", visitor, link=made)
+    assert (classes.value, prompts.value, guidance.value) == (None, "a fox & a hen\n100 %", "2.5")
+    assert drawn_in_link("folder:tiny", [1, 2], "", 1, "")["model"] == "folder:flux", "classes are of another model"
+    for drawn in ((None, examples, 1, ""), (None, "a\n" * 2 + "x" * 501, 1, "high"), ([], "", 1, "")):
+        assert not {"classes", "prompts", "seeds", "guidance"} & drawn_in_link("folder:flux", *drawn).keys(), drawn
+    assert drawn_in_link("folder:flux", [0, 7], "", 1, "")["classes"] == "0 7"
+    assert answers.link("", [], "", 1, "", "folder:flux", 2, "kmeans", -1, "", "") == "", "the card says what is wrong"
+
+
+def test_prompts_that_make_a_link_too_long_stay_out_and_the_page_says_so(answers):
+    long = "\n".join(f"{i} {'ü very long prompt ' * 20}" for i in range(6))
+    shown = answers.link("folder:flux", None, long, 2, "", "folder:flux", 2, "kmeans", 0, "", "")
+    assert "it says all but them" in shown and "prompts=" not in shown and "seeds=2" in shown
+    assert "it says all" not in answers.link("folder:flux", None, "a fox", 2, "", "folder:flux", 2, "kmeans", 0, "", "")
+
+
+def test_classes_of_a_link_that_the_model_does_not_have_are_told(answers, visitor):
+    link = {"model": "folder:tiny", "classes": "1 5000"}
+    classes, *_ = fields(answers, "folder:tiny", visitor, link=link)
+    assert classes.value == [1] and classes.info == "The link asks for classes that this model does not name: 5000."
+    classes, *_ = fields(answers, "folder:tiny", visitor, link=link | {"classes": "1 2"})
+    assert classes.value == [1, 2] and classes.info == ""
 
 
 def test_arguments_of_a_bundled_model_are_filled_in(answers):

@@ -23,7 +23,7 @@ from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.fields import default_labels
-from vq4dit.web.links import asked, chosen, link_of, misunderstood
+from vq4dit.web.links import asked, chosen, link_of, misunderstood, understood
 from vq4dit.web.page import Page
 from vq4dit.web.studio import Choice, Studio
 
@@ -181,13 +181,16 @@ def test_links_restore_settings_and_nonsense_in_them_is_harmless():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("bits", "7"), ("bits", "-1"), ("bits", "2.0"), ("recipe", "worst"), ("seed", "3.7"), ("seed", "-1"), ("seed", str(2**53))]
-    + [("seed", "9" * 400), ("seed", "<b>")],
+    + [("seed", "9" * 400), ("seed", "<b>"), ("components", "foo"), ("seeds", "9"), ("seeds", "x"), ("guidance", "abc")]
+    + [("guidance", "inf"), ("classes", "zebra"), ("classes", "1 " * 13), ("classes", "9" * 5000), ("prompts", "x" * 501)]
+    + [("prompts", "\n".join("abcdefghijklm"))],
 )
 def test_what_a_link_asks_for_and_cannot_be_is_told_and_the_page_has_its_own(name, value):
     link = {"model": "ann/x", name: value}
     assert chosen(link, None) == ("ann/x", 2, "best", 0, "", "", "copy")
     (told,) = misunderstood(link)
     assert told.startswith(f"{name}={value[:40]} is not understood: ")
+    assert understood(link) == {"model": "ann/x"}
 
 
 @pytest.mark.parametrize("seed", [-1, 3.7, 2**53, 1e300])

@@ -41,7 +41,7 @@ class Answers:
         choice = links.chosen(query, last)
         if choice[-1] == "reference" and not self.studio.catalog.is_on_the_hub(choice[0]):
             choice = *choice[:-1], "copy"
-        seeds = int(query["seeds"]) if query.get("seeds") in ("1", "2", "3", "4") else gr.skip()
+        seeds = int(links.understood(query).get("seeds", 0)) or gr.skip()
         told = "".join(map(html.note, links.misunderstood(query))) + (greeting(last) if last else "")
         welcome = gr.HTML(told, visible=True) if told else gr.skip()
         # Card and classes come along: looked up by an event of their own they might overtake, and undo, a first click.
@@ -62,7 +62,7 @@ class Answers:
         return gr.Dropdown(choices=choices, info="" if is_heard else HUB_IS_SILENT), choices
 
     def look(self, token: gr.OAuthToken | None, *values: Any) -> tuple[str, str]:
-        """The card, and the same thing as a command and a link."""
+        """The card, and the same thing as a command."""
         try:
             choice = Choice(*values)
             card = self.studio.chosen(choice, secret(token))
@@ -70,7 +70,21 @@ class Answers:
         except Exception as error:
             return html.trouble(explain(error)), ""
         shown = html.card(choice.model, card, costs, int(choice.bits), self.studio.device)
-        return shown, commands(choice)
+        return shown, command(choice)
+
+    def link(
+        self, listed: str, classes: list[int] | None, prompts: str, seeds: int | float, guidance: str, *values: Any
+    ) -> str:
+        """All that is chosen as a link, with what shall be drawn where those fields are of the chosen model."""
+        try:
+            choice = Choice(*values)
+            settings = choice.settings()
+        except ValueError:  # the card says what is wrong
+            return ""
+        drawn = fields.in_link(classes, prompts, seeds, guidance) if listed == choice.model else {}
+        link = links.link_of(choice.model, settings, choice.components, drawn)
+        told = html.note(TOO_LONG) if "prompts" in drawn and "&prompts=" not in link else ""
+        return html.copyable("Link to these settings", link, "link") + told if choice.model else ""
 
     def conditions(
         self, model: str, listed: str, key: str, project_key: str, request: gr.Request, token: gr.OAuthToken | None
@@ -86,12 +100,12 @@ class Answers:
             card = self.studio.card(model, token=secret(token))
         except Exception:  # the card says what is wrong
             return (*UNCHANGED, listed) if model == listed else (*fields.hidden(), "")
-        guidance = fields.guidance(card, project.settings.call_arguments if project else {})
+        call = project.settings.call_arguments if project else {}
         if model == listed:
-            return gr.skip(), gr.skip(), guidance, listed
-        query = links.asked(request)
-        link = query if query.get("model") == model else {}
-        return fields.classes(card, link), fields.prompts(card, link), guidance, model
+            return gr.skip(), gr.skip(), fields.guidance(card, call, {}), listed
+        asked = links.understood(links.asked(request))
+        link = asked if asked.get("model") == model else {}
+        return fields.classes(card, link), fields.prompts(card, link), fields.guidance(card, call, link), model
 
     def offer(self, model: str, components: Components) -> gr.Radio:
         """Parts can be fetched from the original only where it is a repository on the Hub."""
@@ -227,6 +241,7 @@ class Answers:
 UNCHANGED = (gr.skip(),) * 3
 AT_FIRST = (BUNDLED, 2, "best", 0, "", "", "copy")
 HUB_IS_SILENT = "The Hub does not answer: only what is known here is listed. A full name, owner/name, can be tried."
+TOO_LONG = "The prompts make the link too long for some programs: it says all but them."
 CHOICES = 100  # as many as Gradio shows
 PAUSES = {"paused": "The job is paused", "failed": "The job could not go on"}
 RESUME = "Press Resume to go on; it ends in the same bytes."
@@ -264,9 +279,9 @@ def inspection_values(found: ModelCard) -> dict[str, Any]:
     }
 
 
-def commands(choice: Choice) -> str:
+def command(choice: Choice) -> str:
     settings = choice.settings()
     output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
-    link = html.copyable("Link to these settings", links.link_of(choice.model, settings, choice.components), "link")
-    command = html.command_of(choice.model, settings, output, choice.components)
-    return html.copyable("The same in a terminal", command, "command") + link
+    return html.copyable(
+        "The same in a terminal", html.command_of(choice.model, settings, output, choice.components), "command"
+    )

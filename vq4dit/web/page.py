@@ -93,6 +93,7 @@ class Page:
                             elem_id="components",
                         )
             self.command = gr.HTML(elem_id="command-box")
+            self.link = gr.HTML(elem_id="link-box")
 
     def _run(self) -> None:
         with gr.Column(elem_classes="step", elem_id="run"):
@@ -121,10 +122,10 @@ class Page:
                     [], multiselect=True, max_choices=fields.MOST_CLASSES, label="Classes", elem_id="labels", scale=3
                 )
                 self.prompts = gr.Textbox(
-                    label="Prompts, one a line", lines=3, max_lines=12, visible=False, elem_id="prompts", scale=3
+                    "", label="Prompts, one a line", lines=3, max_lines=12, visible=False, elem_id="prompts", scale=3
                 )
-                self.guidance = gr.Textbox(label="Guidance", max_lines=1, visible=False, elem_id="guidance", scale=1)
-                self.seeds = gr.Slider(1, 4, value=1, step=1, label="Seeds of each", elem_id="seeds", scale=1)
+                self.guidance = gr.Textbox("", label="Guidance", max_lines=1, visible=False, elem_id="guidance", scale=1)
+                self.seeds = gr.Slider(1, fields.MOST_SEEDS, value=1, step=1, label="Seeds of each", elem_id="seeds", scale=1)
             with gr.Row(elem_classes="buttons"):
                 self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
                 self.halt = gr.Button("Stop drawing", elem_id="halt", visible=False)
@@ -181,6 +182,9 @@ class Page:
         self.on(self.model.key_up, answers.search, [self.model, seen], [self.model, seen], js=TYPED, queue=False, **one_by_one)
         changes = partial(gr.on, [control.change for control in choice])
         self.on(changes, answers.look, choice, looked, **one_by_one)
+        linked = [self.listed, self.labels, self.prompts, self.seeds, self.guidance, *choice]
+        follows = partial(gr.on, [control.change for control in linked])
+        self.on(follows, answers.link, linked, [self.link], **one_by_one)
         self.on(self.model.change, answers.conditions, asked, conditions, **one_by_one)
         self.on(self.model.change, answers.offer, [self.model, self.components], [self.components], **one_by_one)
         self.on(self.model.input, answers.suggest, [self.model], [self.call], **one_by_one)
@@ -211,8 +215,8 @@ class Page:
         self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
-        names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds")
-        settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds), strict=True))
+        names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds", "guidance")
+        settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds, self.guidance), strict=True))
         self.jobs.wire(job, [self.project, *choice, *run_view], [arrived, started], turned)
         went = self.on(self.jobs.went.change, answers.conditions, asked, conditions)
         went.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
