@@ -160,6 +160,13 @@ def test_the_chart_shows_bits_where_they_are_shared_out_and_errors_where_they_ar
     assert "1.67 to 1.67" in html.chart(of_one, 1, [], "best"), "weights count, not layers"
 
 
+@pytest.mark.parametrize("recipe", ["kmeans", "best"])
+def test_where_more_bits_take_less_the_card_says_why_and_only_there(answers, recipe):
+    of_tiny, of_bundled = (answers.look(None, model, 2, recipe, 0, "")[0] for model in ("folder:tiny", BUNDLED))
+    assert "3 bits take less than 2 here: a layer's codebook has 256 codewords at 2 bits and 64 codewords at 3 bits" in of_tiny
+    assert "take less than" not in of_bundled
+
+
 def test_the_command_says_what_the_page_would_do():
     settings = Choice("ann/my model", 3, "paper", 5, "*.ff.* a'b").settings()
     command = html.command_of("ann/my model", settings, "out")

@@ -19,7 +19,7 @@ from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
 from vq4dit.projects.worker import time_left
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.web import fields, html, links
+from vq4dit.web import card_html, fields, html, links
 from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Choice, Studio
 
@@ -69,7 +69,7 @@ class Answers:
             costs = self.studio.costs(card, choice)
         except Exception as error:
             return html.trouble(explain(error)), ""
-        shown = html.card(choice.model, card, costs, int(choice.bits), self.studio.device)
+        shown = card_html.card(choice.model, card, costs, int(choice.bits), self.studio.device)
         return shown, command(choice)
 
     def link(

@@ -1,4 +1,4 @@
-"""The page's pieces as HTML: hero, card, command, progress, chart, table, log, trouble.
+"""The page's pieces as HTML: hero, command, progress, chart, table, log, trouble.
 
 Everything that comes from outside is escaped here. Pictures travel inside the page (data URIs), so no visitor's picture is
 ever a file that others could fetch.
@@ -17,11 +17,9 @@ from vq4dit.config import QuantizationSettings, Recipe
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
-from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.work_queue import Place
 from vq4dit.projects.workspace import Project, Status
-from vq4dit.recipes.estimate import DAILY_GPU_SECONDS, Estimate
-from vq4dit.web.messages import Trouble, clock, duration, escape, size
+from vq4dit.web.messages import Trouble, clock, duration, escape
 
 LOG_LINES = 60
 STAGES = {
@@ -84,48 +82,6 @@ def trouble(found: Trouble, is_asked_for: bool = False) -> str:
 def linked(text: str) -> str:
     """Escaped text with its web addresses as links."""
     return re.sub(r"https?://[\w./:-]*\w", r'<a href="\g<0>" target="_blank" rel="noopener">\g<0></a>', text)
-
-
-def card(name: str, found: ModelCard, costs: dict[int, Estimate], chosen: int, device: str) -> str:
-    """What a model is, and what would become of it at each width."""
-    inspection = found.inspection
-    smallest = inspection.predictions[0]
-    facts = {
-        "family": f"{found.pipeline} · {inspection.class_name}",
-        "blocks": str(inspection.num_blocks),
-        "parameters": f"{inspection.parameters / 1e6:.1f} M",
-        "transformer file": size(inspection.file_bytes),
-        "licence": found.licence or "not stated",
-        "access": "gated, and your login may read it" if found.gated else "open",
-        "download": size(found.download_bytes) if found.download_bytes else "none",
-        "memory needed": size(costs[chosen].memory_bytes),
-    }
-    terms = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
-    rows = "".join(
-        f'<tr class="{"chosen" if p.bits == chosen else ""}"><th scope="row">{p.bits} bits</th><td>{size(p.file_bytes)}</td>'
-        f"<td>{inspection.file_bytes / p.file_bytes:.1f} × smaller</td><td>{duration(costs[p.bits].seconds)}</td></tr>"
-        for p in inspection.predictions
-    )
-    where = "on the GPU" if device == "gpu" else "here"
-    kept = "".join(f"<li><code>{escape(k.name)}</code> {escape(k.reason)}</li>" for k in smallest.kept[:80])
-    taken = "".join(f"<li><code>{escape(x.name)}</code> {x.rows} × {x.columns}</li>" for x in smallest.layers[:200])
-    return (
-        f'<article class="card"><h3>{escape(name)}</h3><dl>{terms}</dl><table><caption>Predicted, before anything is loaded'
-        f"</caption><thead><tr><th>width</th><th>transformer</th><th>against now</th><th>time {where}, about</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>{quota(costs[chosen]) if device == 'gpu' else ''}"
-        f"<details><summary>{len(smallest.layers)} layers are quantized, {len(smallest.kept)} stay in 16 bit</summary>"
-        f'<ul class="layers">{taken}{kept}</ul></details></article>'
-    )
-
-
-def quota(cost: Estimate) -> str:
-    """Whether a day's GPU time is enough, for each kind of visitor."""
-    fits = "".join(
-        f'<li class="{"yes" if ok else "no"}">{escape(visitor)}: {"fits" if ok else "does not fit"} a day of about '
-        f"{duration(DAILY_GPU_SECONDS[visitor])}</li>"
-        for visitor, ok in cost.fits().items()
-    )
-    return f'<ul class="quota">{fits}</ul>'
 
 
 def command_of(model: str, settings: QuantizationSettings, output: str, components: Components = "copy") -> str:
