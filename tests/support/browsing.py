@@ -150,6 +150,20 @@ def choose_from_search(visitor: Visitor, typed: str, name: str) -> None:
     found.click()
 
 
+SMALL = """() => {
+    const all = [...document.querySelectorAll('a, button, input, textarea, summary, [role=button], [role=option]')];
+    const target = e => e.matches('[type=radio], [type=checkbox]') && e.closest('label') || e;
+    const is_small = box => box.width && box.height && Math.min(box.width, box.height) < 24;
+    const found = all.filter(e => e.checkVisibility() && !e.matches('p a') && is_small(target(e).getBoundingClientRect()));
+    return found.map(e => e.outerHTML.slice(0, 200));
+}"""
+
+
+def small_targets(visitor: Visitor) -> list[str]:
+    """What is to be pressed and smaller than 24 px, which WCAG 2.2 asks of everything but links in a sentence (2.5.8)."""
+    return visitor.page.evaluate(SMALL)
+
+
 def complaints(visitor: Visitor) -> list[str]:
     """What axe finds serious or critical."""
     found = Axe().run(visitor.page).response["violations"]

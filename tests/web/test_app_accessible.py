@@ -6,7 +6,7 @@ import re
 
 import pytest
 from app_server import AppServer
-from browsing import Visitor, complaints, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
+from browsing import Visitor, complaints, needs_chromium, new_browser, new_root, small_targets  # noqa: F401  fixtures
 from playwright.sync_api import expect
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -49,6 +49,11 @@ def test_by_day_by_night_and_on_a_telephone_it_fits_and_can_be_read_by_all(serve
         assert guest.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than its screen"
         guest.shoot(f"4-{name}")
         assert complaints(guest) == [], name
+        guest.open("#jobs-box")
+        assert small_targets(guest) == [], name
+        guest.page.locator("#labels input").click()
+        guest.see("[role=option]")
+        assert small_targets(guest) == [], f"{name}, with a list open"
         guest.context.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from browsing import PATIENCE, Visitor, complaints, needs_chromium, new_browser  # noqa: F401  fixtures
+from browsing import PATIENCE, Visitor, complaints, needs_chromium, new_browser, small_targets  # noqa: F401  fixtures
 from playwright.sync_api import expect
 from space import name_of, new_hub, new_place, new_server, set_name, sign_in, sign_out, token_of, traces_of  # noqa: F401  fixtures
 
@@ -89,10 +89,12 @@ def test_what_was_chosen_survives_the_way_to_the_login_and_back(server, place, b
     visitor.page.keyboard.press("Escape")
     visitor.page.locator("#seeds input[type=number]").fill("2")
     visitor.page.locator("#seeds input[type=number]").blur()
+    visitor.page.locator("#guidance input, #guidance textarea").fill("2.5")
     sign_in(visitor)
     visitor.see("#command", "--bits 4 --recipe kmeans --seed 5 --keep '*.ff.*' --keep '*.1.*'")
     expect(visitor.page.locator("#labels .token")).to_have_count(2)
     expect(visitor.page.locator("#seeds input[type=number]")).to_have_value("2")
+    expect(visitor.page.locator("#guidance input, #guidance textarea")).to_have_value("2.5")
 
     make(visitor)
     visitor.see("#push-form")
@@ -143,7 +145,7 @@ def test_the_form_of_somebody_signed_in_fits_a_telephone_and_can_be_read_by_all(
             visitor.press("#push")
             visitor.see(f"#pushed .{moment}")
         assert visitor.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than its screen"
-        assert complaints(visitor) == [], moment
+        assert complaints(visitor) == [] and small_targets(visitor) == [], moment
         visitor.shoot(f"5-telephone-{look}-{moment}", "#keep-it")
 
 
