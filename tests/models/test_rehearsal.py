@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
+import tiny_pipelines
 import torch
 from tiny import guided_in_turn, new_pipeline
 
@@ -64,6 +65,13 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_refused(pipeline):
     pipeline.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(UnsupportedModelError, match="DiTPipeline does not work .*FlowMatchEulerDiscreteScheduler"):
         rehearse(pipeline, {})
+
+
+def test_a_pipeline_that_draws_only_from_a_picture_is_refused_though_its_call_could_do_without():
+    parts = tiny_pipelines.build("ltx").components
+    pipeline = diffusers.LTXImageToVideoPipeline(**parts)
+    with pytest.raises(UnsupportedModelError, match=r"told a prompt and no image \(.*\): choose the recipe kmeans"):
+        rehearse(pipeline, tiny_pipelines.CALLS["ltx"])
 
 
 def test_what_predicts_no_numbers_is_refused(pipeline):

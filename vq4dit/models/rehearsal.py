@@ -25,6 +25,7 @@ from vq4dit.models.trajectories import STEPS, GuidedStep, Sampling, random_traje
 MOST_POSITIONS = 1024  # of one sample's latents, where the pipeline can be told a size
 FEWEST_PIXELS = 64  # height and width are halved down to this
 MULTIPLE = 32  # of height and width in pixels
+PICTURES = ("image", "images", "video", "control_image", "conditions")  # some calls need one though it has a default, None
 FRAMES = ("num_frames", "video_length")
 SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -53,9 +54,15 @@ def rehearse(
     except BROKEN as error:
         if is_out_of_memory(error):
             raise
+        name, found = type(pipeline).__name__, brief(error)
+        if wanted := [other for other in PICTURES if other in parameters_of(pipeline) and other not in call]:
+            raise UnsupportedModelError(
+                f"{name} draws nothing when it is told a prompt and no {wanted[0]} ({found}): choose the recipe kmeans, which "
+                "needs no samples"
+            ) from error
         raise UnsupportedModelError(
-            f"{type(pipeline).__name__} does not work with the settings of its parts ({brief(error)}): correct their "
-            "config.json, install what it asks for, or download the model again"
+            f"{name} does not work with the settings of its parts ({found}): correct their config.json, install what it asks "
+            "for, or download the model again"
         ) from error
 
 
