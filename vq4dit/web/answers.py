@@ -182,7 +182,8 @@ class Answers:
         left = time_left(project) if status.is_under_way else None
         bar = html.progress(project, status, events, left, self.studio.place(project))
         if found or status.phase in ("paused", "failed"):
-            told = found or in_words(PAUSES[status.phase], status.message, status.next_step or RESUME, status.details)
+            next_step = status.next_step or (RESUME if status.phase == "paused" else "")  # what failed says what can help
+            told = found or in_words(PAUSES[status.phase], status.message, next_step, status.details)
             bar += html.trouble(told, is_asked_for=status.phase == "paused" and project.is_asked_to_stop())
         working = status.is_under_way
         if working and project.is_asked_to_stop():

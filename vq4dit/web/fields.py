@@ -14,7 +14,7 @@ from vq4dit.models.prompts import HELD_OUT
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.printable import printable
 from vq4dit.projects.catalog import ModelCard
-from vq4dit.projects.drawn_pairs import number_in, prompts_in
+from vq4dit.projects.pair_settings import number_in, prompts_in
 
 EXAMPLES = sorted(HELD_OUT, key=len)[:3]  # short ones: small models know few words
 MOST_CLASSES, MOST_SEEDS = 12, 4

@@ -12,7 +12,7 @@ from vq4dit.config import CODEBOOKS, RECIPES, QuantizationSettings
 from vq4dit.pipelines.references import COMPONENTS, Components
 from vq4dit.pipelines.repository import hub_id
 from vq4dit.projects.call_lines import written
-from vq4dit.projects.drawn_pairs import LONGEST_PROMPT, MOST_PROMPTS
+from vq4dit.projects.pair_settings import LONGEST_PROMPT, MOST_PROMPTS
 from vq4dit.projects.workspace import Project
 from vq4dit.web import fields
 
