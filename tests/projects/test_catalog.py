@@ -13,7 +13,7 @@ from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO, CALLS
 from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.call_lines import check_fitting
-from vq4dit.projects.catalog import Catalog
+from vq4dit.projects.catalog import Catalog, _found_on_the_hub
 
 HOME = Path(__file__).parents[2]
 
@@ -42,7 +42,8 @@ def offered(hub, model_folder):
     hub.add_repo("ann/pickled", pickled)
     config = json.loads(tiny["transformer/config.json"]) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     hub.add_repo("ann/quantized", tiny | {"transformer/config.json": json.dumps(config).encode()})
-    return hub
+    yield hub
+    _found_on_the_hub.cache_clear()  # other tests of this process have no Hub
 
 
 @pytest.mark.parametrize("name", [BUNDLED, BUNDLED_FLUX, BUNDLED_VIDEO])

@@ -58,6 +58,52 @@ def test_the_whole_way_with_prompts(server, browser):
     assert visitor.errors == small.errors == []
 
 
+def test_a_job_of_classes_then_one_of_prompts_then_classes_again_and_back(server, browser):
+    """Whatever is shown belongs to the job that is named, fields and figures too."""
+    visitor = Visitor(browser, server.url, viewport={"width": 390, "height": 844}).arrive("?model=folder:tiny&recipe=kmeans")
+
+    def make(title: str) -> dict[str, str]:
+        visitor.press("#start")
+        visitor.see("#progress .done", f"{title} is packed")
+        visitor.see("#drawn", f"{title} is packed. Press Draw pairs")
+        expect(visitor.page.locator("#slider-box img")).to_have_count(0)
+        visitor.press("#draw")
+        visitor.see("#figures", "noise error")
+        return shown()
+
+    def shown() -> dict[str, str]:
+        images = visitor.page.locator("#slider-box img")
+        return {name: images.first.get_attribute(name) for name in ("alt", "src")} | {"figures": visitor.text("#figures")}
+
+    of_classes = make("tiny-2bit · kmeans · seed 0")
+    expect(visitor.page.locator("#prompts")).to_be_hidden()
+    choose_from_search(visitor, "folder:flux", "folder:flux")
+    visitor.see("#card h3", "folder:flux")
+    visitor.open("#advanced-box")
+    visitor.page.locator("#call textarea").fill("height=32\nwidth=32")
+    visitor.see("#command", "--call height=32 --call width=32")
+    of_prompts = make("flux-2bit · kmeans · seed 0")
+    visitor.see("#prompts")
+    expect(visitor.page.locator("#labels")).to_be_hidden()
+    visitor.page.locator("#call textarea").fill("")
+    choose_from_search(visitor, "tiny", "folder:tiny")
+    visitor.page.locator("#bits label").nth(1).click()
+    visitor.see("#command", "'folder:tiny' --bits 3 --recipe kmeans --seed 0 --output")
+    again = make("tiny-3bit · kmeans · seed 0")
+    assert (of_classes["alt"], again["alt"]) == ("cat, seed 0, at 2 bits", "cat, seed 0, at 3 bits")
+    visitor.open("#jobs-box")
+    for line, title, found in ((2, "tiny-2bit", of_classes), (1, "flux-2bit", of_prompts)):
+        visitor.page.locator("#jobs label").nth(line).click()
+        visitor.press("#jobs-show")
+        visitor.see("#progress .done", f"{title} · kmeans · seed 0 is packed")
+        visitor.see("#drawn", f"{title} · kmeans · seed 0: 3 pairs")
+        expect(visitor.page.locator("#slider-box img").first).to_have_attribute("src", found["src"])
+        assert shown() == found
+        expect(visitor.page.locator("#prompts")).to_be_visible(visible=title == "flux-2bit")
+        expect(visitor.page.locator("#labels")).to_be_visible(visible=title == "tiny-2bit")
+    assert visitor.errors == []
+
+
 def test_a_film_is_a_strip_of_frames(server, browser):
     query = "?model=folder:wan&recipe=kmeans&call=height%3D32%0Awidth%3D32%0Anum_frames%3D5"
     visitor = Visitor(browser, server.url).arrive(query)

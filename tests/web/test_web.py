@@ -373,6 +373,12 @@ def test_search_does_not_look_for_what_is_chosen(answers):
     assert answers.search(everything[0][0], everything)[1] == everything
 
 
+def test_a_name_typed_to_its_end_is_the_first_choice(answers):
+    everything = answers.studio.catalog.offered()
+    for choice in everything:
+        assert answers.search(choice[0], everything)[1] == [choice, *(other for other in everything if other != choice)]
+
+
 def test_what_is_found_comes_first_and_the_list_never_becomes_shorter(answers):
     everything = answers.studio.catalog.offered()
     shown, seen = answers.search("tiny", everything)

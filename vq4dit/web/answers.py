@@ -53,11 +53,14 @@ class Answers:
     def search(self, typed: str, seen: list[tuple[str, str]]) -> tuple:
         """Choices for what is typed, then those seen before; a choice made before stands in the field too, and is no search.
 
+        A name that is typed to its end comes first, as it would while it is typed: Enter and a quick click take the first.
+
         The list never becomes shorter: Gradio draws the new one with the rows of the old one, and breaks off if one is gone.
         """
         offered = self.studio.catalog.offered()
         is_shown = any(typed == shown for shown, _ in offered)
-        found, is_heard = (offered, True) if is_shown else self.studio.catalog.search(typed)
+        in_full = sorted(offered, key=lambda choice: choice[0] != typed)
+        found, is_heard = (in_full, True) if is_shown else self.studio.catalog.search(typed)
         choices = (found + [choice for choice in seen if choice not in found])[:CHOICES]
         return gr.Dropdown(choices=choices, info="" if is_heard else HUB_IS_SILENT), choices
 
