@@ -2,14 +2,15 @@
 
     python tests/benchmarks/app.py [--recipe best]
 
-Starts `python app.py` on loopback, quantizes the bundled model at 2 bits, reloads the page in the middle and resumes, draws
-pairs, downloads the packed model and loads it with diffusers in another process. "Longest silence" is the longest time
-between two messages of the running job that reached Chromium, and between two changes that one could see. Screenshots are
-written to the folder VQ4DIT_SCREENSHOTS.
+Starts `python app.py` on loopback, quantizes the bundled model at 2 bits, reloads the page in the middle, draws pairs,
+downloads the packed model and loads it with diffusers in another process. "Longest silence" is the longest time between two
+messages of the running job that reached Chromium, and between two changes that one could see. The time left is read from the
+page every second and compared with what really was left. Screenshots are written to the folder VQ4DIT_SCREENSHOTS.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,40 @@ class Silence:
         return f"{len(self.times)} messages, longest silence {heard:.2f} s, on the screen {seen:.2f} s"
 
 
+UNITS = {"s": 1, "min": 60, "h": 3600}
+PATIENCE_SECONDS = 3600.0
+
+
+class TimeLeft:
+    """What the page says is left, second by second."""
+
+    def __init__(self, begun: float):
+        self.begun, self.told, self.first_counter = begun, list[tuple[float, float]](), 0.0
+
+    def read(self, text: str) -> None:
+        now = time.monotonic() - self.begun
+        if not self.first_counter and re.search(r"\d+ of \d+", text):
+            self.first_counter = now
+        if found := re.search(r"about ([\w ]+) left", text):
+            parts = re.findall(r"(\d+) (s|min|h)", found[1])
+            self.told.append((now, sum(int(number) * UNITS[unit] for number, unit in parts)))
+
+    def report(self, end: float) -> str:
+        ratios = [left / (end - at) for at, left in self.told if end - at >= 3]  # it is told in whole seconds
+        within = sum(2 / 3 <= ratio <= 4 / 3 for ratio in ratios)
+        return (
+            f"first named counter: {self.first_counter:.1f} s; first time left: {self.told[0][0]:.1f} s; of {len(ratios)} "
+            f"readings {100 * within / len(ratios):.0f} % within a third, told / real {min(ratios):.2f} to {max(ratios):.2f}"
+        )
+
+
+def watch_until(visitor: Visitor, left: TimeLeft, end: float) -> None:
+    """Read the progress once a second (at first as often as it goes), until it is done or the time is over."""
+    while time.monotonic() < end and not visitor.page.locator("#progress .done").count():
+        left.read(visitor.text("#progress"))
+        visitor.page.wait_for_timeout(1000 if left.told else 50)
+
+
 def walk(server: AppServer, visitor: Visitor, recipe: str, folder: Path) -> None:
     clock = time.monotonic
     print(f"server answers: {server.seconds_to_start:.1f} s")
@@ -57,19 +92,16 @@ def walk(server: AppServer, visitor: Visitor, recipe: str, folder: Path) -> None
 
     begun = clock()
     visitor.press("#start")
-    visitor.see("#progress .running")
-    silence = Silence(visitor)
-    visitor.see("#chart rect")
-    print(f"first layer finished: {clock() - begun:.1f} s")
-    visitor.page.wait_for_timeout(20_000 if recipe != "kmeans" else 2_000)
+    left, silence = TimeLeft(begun), Silence(visitor)
+    watch_until(visitor, left, begun + (20.0 if recipe != "kmeans" else 2.0))
     print(f"before the reload: {silence.told()}")
     visitor.arrive()
-    visitor.see("#resume")
-    visitor.press("#resume")
-    visitor.see("#progress .running")
+    visitor.see("#progress")
     silence = Silence(visitor)
-    expect(visitor.page.locator("#progress .done")).to_contain_text("is packed", timeout=3_600_000)
-    print(f"packed, reload and resume included: {clock() - begun:.1f} s; after the reload: {silence.told()}")
+    watch_until(visitor, left, begun + PATIENCE_SECONDS)
+    seconds = clock() - begun
+    expect(visitor.page.locator("#progress .done")).to_contain_text("is packed")
+    print(f"packed, a reload included: {seconds:.1f} s; after the reload: {silence.told()}\n{left.report(seconds)}")
 
     begun = clock()
     visitor.press("#draw")
