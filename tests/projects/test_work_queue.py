@@ -103,7 +103,8 @@ def test_a_project_stands_in_the_queue_once_and_what_comes_when_it_is_ending_com
     first, waiting = Steps(project, log), Steps(other, log)
     entry, of_other = queue.put(first), queue.put(waiting)
     assert first.begun.wait(PATIENCE)
-    assert queue.put(Steps(other, log)) is of_other
+    waiting = Steps(other, log)
+    assert queue.put(waiting) is of_other and of_other.task is waiting, "the later wish counts"
     again = Steps(project, log).go()
     assert queue.put(again) is entry, "pages that follow it see the end of all"
     first.go(), waiting.go()

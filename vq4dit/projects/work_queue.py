@@ -106,14 +106,18 @@ class WorkQueue:
         self._worker: threading.Thread | None = None
 
     def put(self, task: Task) -> Entry:
-        """Line up at the end. A project stands here once: what it waits for stays so, what is at work may be ending.
+        """Line up at the end. A project stands here once: a later task takes the place of one that waits, and comes after one
+        that is at work, which may be ending.
 
         Raises:
             JobError: if too many wait, or the project stands in another server's queue.
         """
         with self._changed:
             if (known := self._of(task.project)) is not None:
-                known.next = task if self._is_at_work(known) else None
+                if self._is_at_work(known):
+                    known.next = task
+                else:
+                    known.begin(task)
                 return known
             self.check_room()
             self._entries.append(entry := Entry(task))
