@@ -13,12 +13,17 @@ StageName = Literal["cluster", "calibrate", "sensitivity", "trajectories", "bits
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` pieces of a stage: layers, steps, images or bytes, with the figures measured on the way."""
+    """`done` of `total` pieces of a stage: layers, steps, images or bytes, with the figures measured on the way.
+
+    A stage of a job also tells where it begins, with 0 pieces or those that its checkpoint holds.
+    """
 
     stage: StageName
     done: int
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # {"block_mse": 3.1e-4}
+    is_kept: bool = True  # False: nothing of it is on disk, and every time slice of a job makes it anew
+    part: float | None = None  # of the stage's work that is done, where pieces are not alike
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,11 @@ class Event:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     layer: str = ""
+    part: float | None = None
+
+    def share(self) -> float:
+        """The part of its stage's work that is done."""
+        return self.done / max(1, self.total) if self.part is None else self.part
 
 
 OnProgress = Callable[[Progress], None]

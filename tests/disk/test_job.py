@@ -116,21 +116,24 @@ def test_progress_counts_every_layer_and_step_once(pipeline):
     seen = []
     vq4dit.quantize(pipeline, quick_settings(), seen.append)
     assert [(p.stage, p.done, p.total) for p in seen] == [
-        *(("cluster", i + 1, 14) for i in range(14)),
-        *(("calibrate", i + 1, 12) for i in range(12)),
+        *(("cluster", i, 14) for i in range(15)),  # 0: it begins
+        *(("calibrate", i, 12) for i in range(13)),
     ]
-    assert all(p.metrics["block_mse"] > 0 for p in seen[14:])
+    assert all(p.metrics["block_mse"] > 0 for p in seen[16:])
 
 
 def test_progress_of_best_names_its_stages_and_counts_every_step_and_layer_once(pipeline):
     seen = []
     vq4dit.quantize(pipeline, quick_settings(recipe="best"), seen.append)
     assert [(p.stage, p.done, p.total) for p in seen] == [
-        *(("sensitivity", i + 1, 10) for i in range(10)),  # denoising steps
-        *(("trajectories", i + 1, 10) for i in range(10)),
-        *(("bits", i + 1, 14) for i in range(14)),  # layers
-        *(("fit", i + 1, 14) for i in range(14)),
+        *(("sensitivity", i, 10) for i in range(11)),  # denoising steps
+        *(("trajectories", i, 10) for i in range(11)),
+        *(("bits", i, 14) for i in range(15)),  # layers
+        *(("fit", i, 14) for i in range(15)),
     ]
+    assert {p.stage for p in seen if not p.is_kept} == {"trajectories"}
+    parts = [p.part for p in seen if p.stage == "fit" and p.done]  # layers are not alike
+    assert parts == sorted(set(parts)) and parts[0] > 0 and parts[-1] == 1
 
 
 def test_a_job_of_best_that_was_killed_before_it_was_saved_walks_no_more(tmp_path, pipeline, monkeypatch):

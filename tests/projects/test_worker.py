@@ -44,7 +44,7 @@ def test_a_finished_project_is_what_quantize_and_save_make(new_project, loader, 
     vq4dit.save(vq4dit.quantize(load_pipeline(model_folder), project.settings), tmp_path / "direct")
     assert weights(project.result) == weights(tmp_path / "direct")
     assert read_origin(project.result).settings["recipe"] == "kmeans"
-    assert [layer["relative_error"] > 0 for layer in project.layers()] == [True] * len(project.events())
+    assert [layer["relative_error"] > 0 for layer in project.layers()] == [True] * project.events()[-1].total
 
 
 def test_many_short_turns_end_in_the_same_bytes(new_project, loader):
@@ -57,6 +57,18 @@ def test_many_short_turns_end_in_the_same_bytes(new_project, loader):
         assert in_turns.status().phase in ("waiting", "done")
     assert turns >= 3
     assert weights(at_once.result) == weights(in_turns.result)
+
+
+def test_what_a_turn_makes_anew_is_told_again_and_what_it_finds_on_disk_is_not(new_project, loader):
+    project, turns = new_project(quick_settings(recipe="best")), 0
+    while project.status().phase != "done":
+        list(work(project, loader, seconds=0.05))
+        turns += 1
+    done = {
+        name: [e.done for e in project.events() if e.stage == name] for name in ("sensitivity", "trajectories", "bits", "fit")
+    }
+    assert done["sensitivity"] == list(range(11)) and done["bits"] == done["fit"] == list(range(15))
+    assert turns >= done["trajectories"].count(10) > 2
 
 
 def test_a_wish_to_stop_is_heard_and_resuming_goes_on_to_the_same_bytes(new_project, loader):

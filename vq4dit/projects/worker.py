@@ -204,10 +204,10 @@ def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Calla
             layers.extend(_fitted(name, targets[name], job.read(f"layers/{name}")) for name in new)
             measured.update(new)
             project.set_layers(layers)
-        if progress.done > reached.get(progress.stage, -1):  # a resumed job passes its finished pieces again
+        if not progress.is_kept or progress.done > reached.get(progress.stage, -1):  # a resumed job passes what is on disk
             reached[progress.stage] = progress.done
-            finished = " ".join(new)
-            project.add_event(Event(progress.stage, progress.done, progress.total, spent(), dict(progress.metrics), finished))
+            counted = progress.stage, progress.done, progress.total
+            project.add_event(Event(*counted, spent(), dict(progress.metrics), " ".join(new), progress.part))
         check_stop(progress)
 
     with Job.open(project.work, project.settings, pipeline, resume=True) as job:

@@ -39,7 +39,7 @@ def entropy_coded_stages(pipeline: Any, plan: Plan, settings: QuantizationSettin
     yield Stage("sensitivity", of_all.count, [of_all], wanted)
     yield Stage("trajectories", STEPS, [Piece(fitting.record, count=STEPS)], wanted)
     yield Stage("bits", len(targets), [Piece(fitting.allocate, ("bits",), fitting.share_out, len(targets))], wanted)
-    yield Stage("fit", len(targets), fitting.layers())
+    yield Stage("fit", len(targets), fitting.layers(), work=fitting.work_of(targets))
     return fitting.student
 
 
@@ -98,14 +98,21 @@ class Fitting:
     def layers(self) -> Iterator[Piece]:
         """All layers in order of execution, each for the inputs that those before it leave; or as they are on disk."""
         if self.replays is None:  # all were fitted before the process ended
-            yield from (Piece(lambda _: (), (self.piece_names[name],), self._put(name)) for name in self.targets)
+            for name in self.targets:
+                yield Piece(lambda _: (), (self.piece_names[name],), self._put(name), work=self.work_of([name]))
             return
         teacher, student = self.replays.of(self.teacher), self.replays.of(self.student)
         names, classes = list(self.targets), self.replays.num_classes
         groups = groups_in_turn(teacher, student, names, self.sensitivities.steps, classes)
         for group in groups:
             files = tuple(self.piece_names[name] for name in group.names)
-            yield Piece(partial(self._fit, group), files, self._put(*group.names), len(group.names))
+            put, work = self._put(*group.names), self.work_of(group.names)
+            yield Piece(partial(self._fit, group), files, put, len(group.names), work)
+
+    def work_of(self, names: Iterable[str]) -> float:
+        """How long layers take to fit, in proportion: rounding by their weights, statistics by the square of their inputs."""
+        shapes = [matrix_shape(self.targets[name]) for name in names]
+        return float(sum(columns * (2 * rows + columns) for rows, columns in shapes))
 
     def _fit(self, group: LayerGroup, tick: Tick) -> Iterator[tuple[str, Tensors]]:
         """Layers that read the same input, together."""

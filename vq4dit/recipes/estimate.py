@@ -1,13 +1,13 @@
 """What a quantization will cost: seconds, memory, disk. Rough on purpose, and all in this one file.
 
 Two sums, each divided by a speed that was measured once (cpu) or is assumed (gpu). They are there so that nobody starts
-blindly; once the work runs, its own pace replaces them.
+blindly; once the work runs, its own pace corrects them (`seconds_left`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -42,11 +42,14 @@ FITTED_PER_SECOND: dict[Device, float] = {"cpu": 5e5, "gpu": 2e7}
 # for a column of a block of rows, however few (calls, not sums).
 SECONDS_PER_PATH, OTHER_PATHS = 3e-8, 3
 SECONDS_PER_COLUMN = 9e-5
-# Per weight and token of a trajectory:
-SAMPLING_OPERATIONS = 2  # forward, in every round
+# Per weight and token of a trajectory, at that speed; measured stage by stage, so that their parts of the whole are right:
+SAMPLING_OPERATIONS = 1.1  # forward, in every round: 2, but without gradients it is faster
 PROBING_OPERATIONS = 4  # backward (of later steps more), products of gradients
 RATE_OPERATIONS = 2  # forward, second moments, of half the steps
-FIT_OPERATIONS = 6  # teacher, then student behind every group, second moments
+FIT_OPERATIONS = 6.5  # teacher, then student behind every group, second moments
+
+DOUBT = 0.15  # what was expected counts beside what is measured as if such a part, of all work or of a stage, had taken as long
+MADE_ANEW = ("trajectories",)  # in every time slice: nothing of them is on disk
 
 # GPU seconds that ZeroGPU gives a visitor per day, about: assumed from what the platform publishes, which it may change.
 DAILY_GPU_SECONDS = {"anonymous": 120, "free": 210, "PRO": 2400}
@@ -174,15 +177,53 @@ def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -
         check_memory(cost.memory_bytes, f"quantizing {model}", place)
 
 
-def seconds_left(events: Sequence[Event], stages: dict[str, float]) -> float | None:
-    """The time to the end by the pace of the running stage; later stages by their estimate, corrected by that pace."""
-    same = [event for event in events if event.stage == events[-1].stage and event.done]  # the rest is preparation
-    if len(same) < 2 or same[-1].done <= same[0].done:
+def seconds_left(
+    events: Sequence[Event], stages: Mapping[str, float], now: float = 0.0, turn: float = math.inf, in_turn: float = 0.0
+) -> float | None:
+    """The time to the end, in seconds: what is left of every stage's estimate, corrected by the pace so far.
+
+    At first that is the estimate itself. Never negative; None in a stage that has no estimate.
+
+    Args:
+        stages: estimated seconds by stage, in their order.
+        now: seconds of work so far, as events count them: what has passed since the last one counts for the piece at work.
+        turn: seconds of a time slice; each further one makes `MADE_ANEW` again.
+        in_turn: seconds of the present one that are over.
+    """
+    if not events:
+        return sum(stages.values()) if stages else None
+    running = events[-1]
+    if running.stage not in stages:
         return None
-    last = same[-1]
-    pace = (last.seconds - same[0].seconds) / (last.done - same[0].done)
-    expected = stages.get(last.stage, 0.0)
-    correction = min(4.0, max(0.25, pace * last.total / expected)) if expected else 1.0
+    done, spent = _finished(events, stages)
+    seconds = _corrected(stages, done, spent)
+    done[running.stage] = running.share()  # less than was finished once where it is made again
     names = list(stages)
-    later = names[names.index(last.stage) + 1 :] if last.stage in stages else []
-    return pace * (last.total - last.done) + correction * sum(stages[name] for name in later)
+    left = sum(seconds[name] * (1 - done[name]) for name in names[names.index(running.stage) :])
+    piece = seconds[running.stage] / max(1, running.total)
+    left -= min(max(0.0, now - running.seconds), piece, left)
+    again = sum(seconds[name] for name in MADE_ANEW if name in stages)
+    of_later_turns = max(0.0, left - max(0.0, turn - in_turn))
+    return left + again * math.ceil(of_later_turns / max(turn - again, turn / 2, 1.0))
+
+
+def _finished(events: Sequence[Event], stages: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each stage the part that is finished, and the seconds that it took: without loading, and what was made again."""
+    done, spent = dict.fromkeys(stages, 0.0), dict.fromkeys(stages, 0.0)
+    before = 0.0
+    for event in events:
+        share = event.share()
+        if event.stage in stages and share > done[event.stage]:
+            done[event.stage] = share
+            spent[event.stage] += event.seconds - before
+        before = event.seconds
+    return done, spent
+
+
+def _corrected(stages: Mapping[str, float], done: Mapping[str, float], spent: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each whole stage: by its own pace as far as it has one, else by that of all; little of it tells little."""
+    total = sum(stages.values())
+    finished = sum(done[name] * seconds for name, seconds in stages.items())
+    of_all = (sum(spent.values()) + DOUBT * total) / (finished + DOUBT * total) if total else 1.0
+    expected = {name: of_all * seconds for name, seconds in stages.items()}
+    return {name: (spent[name] + DOUBT * seconds) / (done[name] + DOUBT) for name, seconds in expected.items()}

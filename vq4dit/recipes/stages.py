@@ -38,13 +38,15 @@ class Piece:
         make: gives its files' names and what is in them, and calls a `Tick` after each step of its own.
         names: of these files in the job. A piece that has none is made anew whenever the job goes on.
         use: what becomes of them, as they are on disk.
-        count: how much of its stage it is.
+        count: how much of its stage's `total` it is.
+        work: how much of its stage's `work` it is.
     """
 
     make: Callable[[Tick], Iterable[tuple[str, Tensors]]]
     names: tuple[str, ...] = ()
     use: Callable[[Mapping[str, Tensors]], None] = unused
     count: int = 1
+    work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Stage:
     Args:
         total: of the counts of all its pieces.
         needed_for: files of later stages that it is needed for: if they are all on disk, it is left out.
+        work: of all its pieces, in any unit; 0 if one takes as long as another.
     """
 
     name: StageName
     total: int
     pieces: Iterable[Piece]
     needed_for: tuple[str, ...] = ()
+    work: float = 0.0
 
 
 @runtime_checkable
@@ -118,36 +122,43 @@ class Pace:
 
 
 def _make_pieces(job: Job, stage: Stage, pace: Pace, on_progress: OnProgress) -> bool:
-    done, slowest = 0, 0.0
+    done, worked, slowest = 0, 0.0, 0.0
+    on_progress(Progress(stage.name, done, stage.total))
     for piece in stage.pieces:
         missing = [name for name in piece.names if not job.has(name)]
+        ticks = _Ticks(stage, piece, done, worked, on_progress)
         if missing or not piece.names:
             if missing and not pace.allows_another():
                 return False
-            tick = _Ticks(stage, done, piece.count, on_progress)
             started = time.monotonic()
-            for name, tensors in piece.make(tick):
+            for name, tensors in piece.make(ticks):
                 if name in missing:
                     job.write(name, tensors)
             if missing:
                 slowest = max(slowest, time.monotonic() - started)
                 pace.slowest = slowest  # of this stage: those of another take another time
         piece.use({name: job.read(name) for name in piece.names})
-        done += piece.count
-        on_progress(Progress(stage.name, done, stage.total))
+        done, worked = done + piece.count, worked + piece.work
+        ticks.tell(piece.count)
     return True
 
 
 class _Ticks:
     """Tells a piece's own steps; the last one is told when the piece is on disk and in use."""
 
-    def __init__(self, stage: Stage, done: int, count: int, on_progress: OnProgress):
-        self.stage, self.done, self.end, self.on_progress = stage, done, done + count, on_progress
+    def __init__(self, stage: Stage, piece: Piece, done: int, worked: float, on_progress: OnProgress):
+        self.stage, self.piece, self.done, self.worked, self.on_progress = stage, piece, done, worked, on_progress
+        self.steps = 0
 
     def __call__(self) -> None:
-        self.done += 1
-        if self.done < self.end:
-            self.on_progress(Progress(self.stage.name, self.done, self.stage.total))
+        self.steps += 1
+        if self.steps < self.piece.count:
+            self.tell(self.steps)
+
+    def tell(self, steps: int) -> None:
+        stage, piece = self.stage, self.piece
+        part = (self.worked + piece.work * steps / piece.count) / stage.work if stage.work else None
+        self.on_progress(Progress(stage.name, self.done + steps, stage.total, is_kept=bool(piece.names), part=part))
 
 
 def _learn(job: Job, stage: Learning, pace: Pace, on_progress: OnProgress) -> bool:
@@ -157,6 +168,7 @@ def _learn(job: Job, stage: Learning, pace: Pace, on_progress: OnProgress) -> bo
         learner.restore(job.read(stage.checkpoint))
     write_seconds = sum(tensor.nbytes for tensor in learner.tensors().values()) / WRITE_BYTES_PER_SECOND
     first_step, written, pace.slowest = learner.step, time.monotonic(), 0.0
+    on_progress(Progress(stage.name, first_step, stage.total))
     while learner.step < stage.total:
         started = time.monotonic()
         if not pace.allows_another(write_seconds):

@@ -116,7 +116,7 @@ def progress(
 ) -> str:
     """The state of a project in one line and one bar, and where it waits."""
     last = events[-1] if events else None
-    share = last.done / max(1, last.total) if last else 0.0
+    share = last.share() if last else 0.0
     if status.phase == "done":
         share = 1.0
     stage = STAGES.get(last.stage, last.stage.replace("_", " ").capitalize()) if last else "Reading the model"
