@@ -1,13 +1,14 @@
 """How right the time left is that the page tells, at every moment of a job.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/time_left.py [--model assets/emoji-dit] [--recipe best] [--turn 180] [--processor]
+    OMP_NUM_THREADS=1 python tests/benchmarks/time_left.py [--model assets/emoji-dit] [--recipe best] [--turn SECONDS] [--processor]
 
-Works on a job in turns, as the app does, and asks twice a second, as the page does, what is left; in the end that is compared
+Works on a job, at once or in turns, as the app does, and asks twice a second, as the page does, what is left; in the end that is compared
 with what was left. Time begins where the page gives the job to its worker. `--processor` counts the seconds that processors
 work for this process in place of those that pass: with one thread, what a machine takes that does nothing else.
 """
 
 import argparse
+import math
 import platform
 import sys
 import tempfile
@@ -27,7 +28,6 @@ from vq4dit.projects.pipeline_cache import Loader  # noqa: E402
 from vq4dit.projects.worker import work  # noqa: E402
 from vq4dit.projects.workspace import Forecast, Project, Workspace  # noqa: E402
 from vq4dit.recipes.estimate import estimate, seconds_left  # noqa: E402
-from vq4dit.web.gpu import LOCAL_TURN_SECONDS  # noqa: E402
 
 NEAR_SECONDS = 5.0  # the end: by so much the page may be wrong without anybody minding
 
@@ -63,7 +63,7 @@ def watch(project: Project, turn: float) -> tuple[list[Moment], float, int]:
     moments, turns, begun = [], 0, clock()
     while project.status().phase in ("new", "waiting"):
         turns, turn_begun = turns + 1, clock()
-        for _ in work(project, loader, turn):
+        for _ in work(project, loader, None if turn == math.inf else turn):
             now, events = clock() - begun, project.events()
             told = seconds_left(events, stages, now, turn, begun + now - turn_begun)
             moments.append(Moment(now, events[-1].stage if events else "", told))
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--recipe", default="best", choices=["best", "paper", "kmeans"])
-    parser.add_argument("--turn", type=float, default=LOCAL_TURN_SECONDS)
+    parser.add_argument("--turn", type=float, default=math.inf)
     parser.add_argument("--processor", action="store_true")
     args = parser.parse_args()
     if args.processor:

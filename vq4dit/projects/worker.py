@@ -11,6 +11,7 @@ it ends the turn. What happened is in the project's folder.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -152,13 +153,17 @@ class Quantization:
         return False
 
     def seconds_left(self) -> float | None:
-        return time_left(self.project)
+        return time_left(self.project, self.project.status())
 
 
-def time_left(project: Project) -> float | None:
-    """Seconds of work to the end of a project, about; None if nobody can know yet."""
-    events = project.events()
-    return seconds_left(events, project.forecast().stages) if events else None
+def time_left(project: Project, status: Status, turn: float = math.inf) -> float | None:
+    """Seconds of work to the end of a project, about; None if nobody can know yet.
+
+    Args:
+        turn: seconds after which the work begins a new turn.
+    """
+    now = project.seconds_so_far(status)
+    return seconds_left(project.events(), project.forecast().stages, now, turn, now - status.seconds)
 
 
 def failure(error: Exception, seconds: float = 0.0) -> Status:

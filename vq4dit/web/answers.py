@@ -182,7 +182,7 @@ class Answers:
     def view(self, project: Project, found: Trouble | None = None) -> tuple:
         """All that the run step shows of a project, from its folder."""
         status, events, layers = project.status(), project.events(), project.layers()
-        left = time_left(project) if status.is_under_way else None
+        left = time_left(project, status, self.studio.turn) if status.is_under_way else None
         bar = html.progress(project, status, events, left, self.studio.place(project))
         if found or status.phase in ("paused", "failed"):
             next_step = status.next_step or (RESUME if status.phase == "paused" else "")  # what failed says what can help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -73,6 +74,7 @@ class Studio:
         self.loader = Loader(catalog)
         # Under ZeroGPU each turn is an event of the visitor's page, and Gradio's queue is the only one.
         self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.turn_seconds(), QUEUE_LENGTH)
+        self.turn = math.inf if self.queue else gpu.turn_seconds()  # at home a turn ends only if others wait
         self.device: Device = "gpu" if gpu.is_zero_gpu() else "cpu"
         self.quantize_turn = gpu.on_gpu(self._quantize_turn)
         self.draw_turn = gpu.on_gpu(self._draw_turn)
