@@ -1,10 +1,11 @@
 """How right the time left is that the page tells, at every moment of a job.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/time_left.py [--model assets/emoji-dit] [--recipe best] [--turn SECONDS] [--processor]
+    OMP_NUM_THREADS=1 python tests/benchmarks/time_left.py [--model assets/emoji-dit] [--recipe best] [--processor]
 
-Works on a job, at once or in turns, as the app does, and asks twice a second, as the page does, what is left; in the end that is compared
-with what was left. Time begins where the page gives the job to its worker. `--processor` counts the seconds that processors
-work for this process in place of those that pass: with one thread, what a machine takes that does nothing else.
+Works on a job as the app does, with `--turn SECONDS` in turns, and asks twice a second, as the page does, what is left; in the
+end that is compared with what was left. Time begins where the page gives the job to its worker. `--processor` counts the
+seconds that processors work for this process in place of those that pass: with one thread, what a machine takes that does
+nothing else.
 """
 
 import argparse

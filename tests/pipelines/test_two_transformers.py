@@ -12,7 +12,7 @@ from tiny_pipelines import CALLS, build
 import vq4dit
 from vq4dit import CalibrationConfig, QuantizationSettings
 from vq4dit.denoisers import Denoisers, denoiser_of, denoisers_of, names_of_denoisers
-from vq4dit.disk.job import Job, TimeBudget, fingerprint
+from vq4dit.disk.job import Job, fingerprint
 from vq4dit.errors import FormatError, UnsupportedModelError
 from vq4dit.evaluation.images import sample
 from vq4dit.hub.base import Base
@@ -145,7 +145,7 @@ def test_a_calibrated_one_goes_on_where_it_was_stopped(recipe, original, tmp_pat
     while True:
         with Job.open(tmp_path / "job", settings, original, resume=True) as job:
             slices += 1
-            if (pieced := run(job, original, TimeBudget(0.0))) is not None:
+            if (pieced := run(job, original, seconds=0.0)) is not None:
                 break
     assert slices > 2
     made = denoiser_of(pieced).state_dict()

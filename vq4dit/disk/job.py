@@ -76,9 +76,6 @@ class TimeBudget:
         return self._end is None or time.monotonic() + seconds < self._end
 
 
-UNLIMITED = TimeBudget(None)
-
-
 class Job:
     """The folder of one quantization, locked while this object is open (use it in a `with`)."""
 

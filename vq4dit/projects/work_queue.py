@@ -155,7 +155,7 @@ class WorkQueue:
                 return None
             before = self._entries[: self._entries.index(entry)]
             at_work = self._turn
-        return Place(len(before), sum(self._seconds_of(e, at_work if i == 0 else None) for i, e in enumerate(before)))
+        return Place(len(before), sum((self._seconds_of(e, at_work if i == 0 else None) for i, e in enumerate(before)), 0.0))
 
     def _seconds_of(self, entry: Entry, turn: Turn | None) -> float:
         """What is left of a turn: the task's own rest, if that is shorter."""

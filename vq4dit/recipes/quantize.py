@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vq4dit.config import QuantizationSettings, Recipe, VQ4DiTConfig, check_settings
 from vq4dit.denoisers import denoiser_of, denoisers_of, names_in_denoiser, transformers_in
-from vq4dit.disk.job import UNLIMITED, Job, TimeBudget
+from vq4dit.disk.job import Job, TimeBudget
 from vq4dit.errors import UnsupportedModelError
 from vq4dit.layers.schema import format_version
 from vq4dit.models.adapters import adapter_layers, adapter_names
@@ -69,12 +69,16 @@ def quantize(pipeline: Any, settings: QuantizationSettings | None = None, on_pro
 
 
 @ordinary_torch()
-def run(job: Job, pipeline: Any, budget: TimeBudget = UNLIMITED, on_progress: OnProgress = ignore) -> Any | None:
-    """Go on with a job until it is done, or until the time is nearly over.
+def run(job: Job, pipeline: Any, seconds: float | TimeBudget | None = None, on_progress: OnProgress = ignore) -> Any | None:
+    """Go on with a job until it is done, or until `seconds` are nearly over.
+
+    Args:
+        seconds: from now on; None is as long as it takes, and a `TimeBudget` says it anew whenever it is asked.
 
     Returns:
         The quantized pipeline, or None if time ran out first: everything finished is on disk, call it again.
     """
+    budget = seconds if isinstance(seconds, TimeBudget) else TimeBudget(seconds)
     pipeline = with_gradients(pipeline)
     plan = check(pipeline, job.settings)
     stages = RECIPES[job.settings.recipe](pipeline, plan, job.settings)
