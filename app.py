@@ -93,7 +93,7 @@ def main() -> None:
         from vq4dit.projects.workspace import Workspace
         from vq4dit.web.gate import gates
         from vq4dit.web.link_preview import ICON, LinkPreview
-        from vq4dit.web.page import MOST_STREAMS, Page
+        from vq4dit.web.page import MOST_THREADS, Page
         from vq4dit.web.studio import Studio
         from vq4dit.web.theme import HEAD, STYLE, new_theme
 
@@ -115,7 +115,7 @@ def main() -> None:
             app_kwargs={"middleware": [*gates(own_name(args)), Middleware(LinkPreview, picture=picture)]},
             run_history=False,  # it would keep what visitors do
             enable_monitoring=False,
-            max_threads=MOST_STREAMS,
+            max_threads=MOST_THREADS,
             num_workers=0,  # they would serve uploads at doors of their own
             max_file_size=0,
         )

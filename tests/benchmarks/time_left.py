@@ -26,8 +26,9 @@ from vq4dit.bundled import BUNDLED, suggested_call  # noqa: E402
 from vq4dit.config import QuantizationSettings  # noqa: E402
 from vq4dit.projects.catalog import Catalog  # noqa: E402
 from vq4dit.projects.pipeline_cache import Loader  # noqa: E402
+from vq4dit.projects.project import Forecast, Project  # noqa: E402
 from vq4dit.projects.worker import work  # noqa: E402
-from vq4dit.projects.workspace import Forecast, Project, Workspace  # noqa: E402
+from vq4dit.projects.workspace import Workspace  # noqa: E402
 from vq4dit.recipes.estimate import estimate, seconds_left  # noqa: E402
 
 NEAR_SECONDS = 5.0  # the end: by so much the page may be wrong without anybody minding

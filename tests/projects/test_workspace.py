@@ -14,7 +14,8 @@ from vq4dit.disk.space import check_space, folder_bytes
 from vq4dit.errors import JobError
 from vq4dit.progress import Event
 from vq4dit.projects import archive
-from vq4dit.projects.workspace import Status, Workspace
+from vq4dit.projects.project import Status
+from vq4dit.projects.workspace import Workspace
 
 SETTINGS = QuantizationSettings(recipe="kmeans")
 
@@ -106,7 +107,7 @@ def test_a_project_that_nobody_works_on_does_not_run(project):
 
 
 def test_only_one_may_work_on_a_project(project, monkeypatch):
-    monkeypatch.setattr("vq4dit.projects.workspace.LEAVING_SECONDS", 0.1)
+    monkeypatch.setattr("vq4dit.projects.project.LEAVING_SECONDS", 0.1)
     with project.claim():
         with pytest.raises(JobError, match="worked on already, perhaps in another tab"):
             with project.claim():
@@ -186,7 +187,7 @@ def test_a_project_that_is_being_packed_is_not_swept_and_may_be_worked_on(worksp
 
 def test_who_comes_for_a_project_while_it_is_swept_is_told_so(project, monkeypatch):
     (project.folder / "project.json").unlink()
-    with pytest.raises(JobError, match="removed to make room.*press Quantize"):
+    with pytest.raises(JobError, match="deleted, perhaps to make room.*press Quantize"):
         with project.claim():
             pass
 

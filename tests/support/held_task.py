@@ -9,7 +9,7 @@ PATIENCE = 120.0
 
 
 class Steps:
-    """A task of some steps, each of which it must be allowed; a turn ends when the budget says so."""
+    """A task of some steps, each of which it must be allowed; a time slice ends when the budget says so."""
 
     def __init__(self, project, log, count=1, left=None):
         self.project, self.log, self.count, self.left = project, log, count, left
@@ -18,7 +18,7 @@ class Steps:
     def lined_up(self):
         return nullcontext()
 
-    def turn(self, budget, check_stop):
+    def work(self, budget, check_stop):
         self.begun.set()
         while self.count:
             assert self.may_go_on.acquire(timeout=PATIENCE)

@@ -12,7 +12,8 @@ from app_server import AppServer, made_by_the_command, weights
 from browsing import PATIENCE, Visitor, needs_chromium, new_browser, new_root  # noqa: F401  fixtures
 from playwright.sync_api import expect
 
-from vq4dit.projects.workspace import Project, Workspace
+from vq4dit.projects.project import Project
+from vq4dit.projects.workspace import Workspace
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 

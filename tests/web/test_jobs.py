@@ -5,7 +5,7 @@ import re
 import pytest
 from test_web import answers, compare, drawn, quantized, studio, visitor  # noqa: F401  fixtures
 
-from vq4dit.projects.workspace import Status
+from vq4dit.projects.project import Status
 from vq4dit.web.jobs_panel import AT_WORK, DECLINED, UNCHANGED, JobAnswers
 
 

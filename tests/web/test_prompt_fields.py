@@ -179,7 +179,7 @@ def test_a_pipeline_that_needs_more_than_words_is_told_which_recipe_takes_it(ans
 
 def test_prompts_are_drawn_named_and_escaped(answers, visitor, compare):
     key, written = packed(answers, visitor), f"a fox\n{NASTY}\n{'a very long prompt ' * 10}"
-    assert compare.begin_drawing(visitor, key, 0, [], 1, written, "")[2] == 1
+    assert compare.begin_drawing(visitor, key, 0, [], 1, written, "2")[2] == 1
     *_, last = compare.draw(visitor, key, 1, [], 1, None, written, "2")
     pairs = drawn_pairs(answers.studio.project(visitor, key))
     assert [pair.name for pair in pairs] == [line.strip() for line in written.splitlines()]

@@ -18,10 +18,12 @@ from vq4dit.errors import CalibrationDivergedError, FormatError, HubError, JobEr
 from vq4dit.progress import Event
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
-from vq4dit.projects.workspace import Status, Workspace
+from vq4dit.projects.project import Status
+from vq4dit.projects.workspace import Workspace
 from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import CompareAnswers
+from vq4dit.web.endpoints import Endpoints
 from vq4dit.web.fields import default_labels
 from vq4dit.web.links import asked, chosen, link_of, misunderstood, understood
 from vq4dit.web.page import Page
@@ -237,8 +239,7 @@ def test_anothers_project_opens_nothing(answers, studio, visitor, compare):
     assert "There is no job here" in answers.download(stranger, key)[1]
     for _ in answers.quantize(stranger, key, 1):
         pass
-    with pytest.raises(JobError):
-        answers.stop(stranger, key)
+    assert "There is no job here" in answers.stop(stranger, key)[0]
     assert list(studio.workspace.projects(stranger)) == []
 
 
@@ -263,7 +264,7 @@ def test_a_stop_before_the_turn_pauses_at_once(answers, visitor, studio):
     assert other.begun.wait(PATIENCE)
     shown, *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
     assert "Queued" in shown and "1 job before yours, about 40 s" in shown
-    *_, again = answers.watch(visitor, key, turn)
+    *_, (*_, again) = answers.watch(visitor, key, turn)
     assert again == turn + 1, "a page that was reloaded looks on"
     stream = answers.quantize(visitor, key, turn)
     assert "1 job before yours, about 40 s" in next(stream)[0]
@@ -273,7 +274,7 @@ def test_a_stop_before_the_turn_pauses_at_once(answers, visitor, studio):
     other.go()
     assert entry.over.wait(PATIENCE)
     assert studio.project(visitor, key).status().phase == "paused"
-    *_, again = answers.watch(visitor, key, turn)
+    *_, (*_, again) = answers.watch(visitor, key, turn)
     assert again == gr.skip()
 
 
@@ -283,7 +284,7 @@ def test_no_more_jobs_wait_than_may_and_whoever_comes_then_is_told(answers, visi
     studio.queue.put(other)
     told, *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")
     assert "0 jobs wait here already, more are not taken" in told
-    assert key == gr.skip() and turn == 0 and len(studio.workspace.projects(visitor)) == 1
+    assert key == gr.skip() and turn == 0
     other.go()
 
 
@@ -296,8 +297,7 @@ def test_a_stop_while_somebody_works_is_told_by_the_stream_of_that_work(answers,
         assert "Stopping" not in answers.view(project)[0]
         assert all(answer == gr.skip() for answer in answers.stop(visitor, key))
         assert "Stopping after this piece" in answers.view(project)[0]
-    project.set_status(Status("waiting"))
-    assert answers.watch(visitor, key, turn)[-1] == turn + 1
+    project.set_status(Status("paused", "You stopped it."))
     *_, last = answers.quantize(visitor, key, turn)
     assert "You stopped it" in last[0] and "Stopping" not in last[0] and last[6].visible
     assert "trouble calm" in last[0] and "alert" not in last[0]  # it was asked for
@@ -330,7 +330,7 @@ def test_a_stop_of_the_drawing_is_told_by_its_own_stream(answers, visitor, studi
     key = quantized(answers, visitor)
     assert compare.begin_drawing(visitor, key, 0, [0, 1], 40)[2] == 1
     drawing = compare.draw(visitor, key, 1, [0, 1], 40)  # more than can be drawn before the first word
-    assert re.search(r"Drawing: \d+ of 80 pairs …", next(drawing)[0])
+    assert re.search(r"Drawing: \d+ of 80 pairs …|Its turn comes now", next(drawing)[0])
     assert compare.halt(visitor, key) is None
     *_, last = drawing
     assert re.search(r"You stopped it: \d+ of 80 pairs. Press Draw pairs to go on.", last[0])
@@ -354,7 +354,7 @@ def test_the_chosen_pair_stays_while_more_are_drawn(answers, visitor, compare):
 
 def test_a_page_that_has_no_job_is_told_nothing_by_the_watch(answers, visitor):
     """Its answer might arrive after that to a first click."""
-    assert answers.watch(visitor, "", 0) == (gr.skip(),) * 8
+    assert list(answers.watch(visitor, "", 0)) == [(gr.skip(),) * 8], "a stream without a word would empty its outputs"
 
 
 def test_a_pasted_address_is_the_model_of_its_page():
@@ -430,10 +430,11 @@ def test_programs_may_only_inspect_and_estimate(studio):
     assert page.blocks._queue.max_size == 24 and "up to 24 wait" in str(page.blocks.get_config_file())
 
 
-def test_the_readonly_endpoints_answer(answers):
-    values = answers.inspect(BUNDLED)
+def test_the_readonly_endpoints_answer(studio):
+    endpoints = Endpoints(studio)
+    values = endpoints.inspect(BUNDLED)
     assert values["blocks"] == 8 and 3_500_000 < values["predicted_bytes"]["2"] < 3_700_000
     assert str(HOME) not in json.dumps(values)
-    assert answers.estimate(BUNDLED, 2, "kmeans")["seconds"] > 0
+    assert endpoints.estimate(BUNDLED, 2, "kmeans")["seconds"] > 0
     with pytest.raises(gr.Error, match="no model that can be opened here"):
-        answers.inspect("/etc/passwd")
+        endpoints.inspect("/etc/passwd")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vq4dit.disk.space import check_space, folder_bytes
 from vq4dit.errors import JobError
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 
 
 def pack(project: Project, folder: Path) -> Path:

@@ -5,8 +5,9 @@ the first one while the others are being made, and a comparison that is cut shor
 
     report/pairs.json                     condition, seed, PSNR and SSIM of each pair so far
     report/NAME-seedN-original.png        and -quantized.png, -difference.png; of a film, some frames side by side
-    report/measuring.json                 how far that came, while figures are measured
     report/report.json                    all figures, at the end
+    measuring.json                        how far that came, while figures are measured
+    not_drawn.json                        why pairs could not be drawn
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +34,8 @@ from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.projects.pair_settings import Key, PairSettings
 from vq4dit.projects.pipeline_cache import Loader
-from vq4dit.projects.worker import TICK_SECONDS, Stopped, heed, stream
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project, Status
+from vq4dit.projects.worker import TICK_SECONDS, Stopped, failure, heed, stream
 
 KINDS = ("original", "quantized", "difference")
 NAME_LENGTH = 40  # of a file's name: the words of a class or a prompt
@@ -75,9 +76,15 @@ def report(project: Project) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def why_not_drawn(project: Project) -> Status | None:
+    """What the last drawing failed with, if it did."""
+    path = project.folder / "not_drawn.json"
+    return Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def measuring(project: Project) -> tuple[int, int] | None:
     """How many steps of how many, while all figures of the pairs are measured."""
-    path = project.report / "measuring.json"
+    path = project.folder / "measuring.json"
     try:
         done, total = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,7 +100,7 @@ def _tell_measuring(project: Project, on_progress: OnProgress) -> OnProgress:
         nonlocal told
         if time.monotonic() - told >= TICK_SECONDS:
             told = time.monotonic()
-            write_atomically(project.report / "measuring.json", json.dumps([progress.done, progress.total]).encode())
+            write_atomically(project.folder / "measuring.json", json.dumps([progress.done, progress.total]).encode())
         on_progress(progress)
 
     return tell
@@ -106,29 +113,38 @@ def draw(project: Project, loader: Loader, settings: PairSettings, seconds: floa
         JobError: if somebody else works on the project; others as loading and sampling do.
     """
     task = Drawing(project, loader, settings)
-    yield from stream(lambda check_stop: task.turn(TimeBudget(seconds), check_stop), heed(project))
+    yield from stream(lambda check_stop: task.work(TimeBudget(seconds), check_stop), heed(project))
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pairs to draw as a task with turns."""
+    """Pairs to draw as a task of the queue."""
 
     project: Project
     loader: Loader
     settings: PairSettings
 
     def lined_up(self) -> AbstractContextManager[None]:
-        return nullcontext()  # its project stays what it is
+        return self.project.lined_up()
 
-    def turn(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
-        """Draw what is missing; whether another turn is wanted."""
-        if is_complete(self.project, self.settings):
+    def work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
+        """Draw what is missing; whether another time slice is wanted. Why it failed is kept in the project's folder."""
+        project = self.project
+        if is_complete(project, self.settings):
             return False
         try:
-            with self.project.claim():
-                return _draw_missing(self.project, self.loader, self.settings, budget, check_stop)
+            with project.claim():
+                for old in ("not_drawn.json", "measuring.json"):  # of a drawing that failed, of a server that was killed
+                    (project.folder / old).unlink(missing_ok=True)
+                check_stop(Progress("sample", 0, 1))
+                return _draw_missing(project, self.loader, self.settings, budget, check_stop)
         except Stopped:
-            return False
+            pass
+        except Exception as error:
+            if not (project.folder / "project.json").exists():
+                raise  # it was removed
+            write_atomically(project.folder / "not_drawn.json", json.dumps(asdict(failure(error))).encode())
+        return False
 
     def seconds_left(self) -> float | None:
         """By the pace of the pairs that are drawn."""
@@ -171,7 +187,7 @@ def _draw_missing(
     try:
         _measure(project, loader.original_bytes(project), pipelines, settings, [pairs[key] for key in wanted], measured)
     finally:
-        (project.report / "measuring.json").unlink(missing_ok=True)
+        (project.folder / "measuring.json").unlink(missing_ok=True)
     return False
 
 

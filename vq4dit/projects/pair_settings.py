@@ -11,7 +11,7 @@ from vq4dit.errors import UnsupportedModelError, VQ4DiTError
 from vq4dit.models.conditions import Condition, condition_kind, parameters_of
 from vq4dit.pipelines.repository import read_json
 from vq4dit.pipelines.trust import pipeline_class
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 
 MOST_PROMPTS, LONGEST_PROMPT = 12, 500  # that a page draws at once, and their characters
 

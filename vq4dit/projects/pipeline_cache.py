@@ -12,7 +12,7 @@ from vq4dit.errors import JobError
 from vq4dit.pipelines.inspect import tensor_bytes
 from vq4dit.pipelines.load import check_access, load_pipeline, source_folder
 from vq4dit.projects.catalog import Catalog
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 
 KEPT_IN_MEMORY = 3
 
@@ -21,7 +21,7 @@ class Loader:
     """Originals by model and content, packed ones by project.
 
     Pipelines are shared by those who ask for the same one, so only one of them may compute at a time: recording block
-    outputs hangs hooks into the model. The page's queue sees to that.
+    outputs hangs hooks into the model. The server's queue sees to that (`work_queue.py`), or that of ZeroGPU.
 
     Sharing must not lend one visitor's access to another: before an original is handed out, the Hub is asked whether this
     login may read it.
@@ -32,7 +32,7 @@ class Loader:
         self._kept: OrderedDict[str, Any] = OrderedDict() if kept is None else kept
 
     def with_login(self, token: str | None) -> Loader:
-        """The same pipelines, for as long as one visitor's answer takes."""
+        """The same pipelines, for one visitor's job: while it waits and works its login is kept, in memory only."""
         return Loader(self.catalog, token, self._kept)
 
     def original(self, project: Project) -> Any:

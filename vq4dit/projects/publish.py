@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vq4dit.disk.files import write_atomically
+from vq4dit.disk.job import TimeBudget
 from vq4dit.evaluation.images import grid
 from vq4dit.evaluation.metrics import Comparison
 from vq4dit.hub.account import Account, look_up_base
@@ -29,8 +30,8 @@ from vq4dit.hub.push import Pushed, Target, push, same_image
 from vq4dit.pipelines.provenance import read_origin
 from vq4dit.progress import OnProgress, Progress
 from vq4dit.projects.drawn_pairs import KINDS, drawn_pairs
+from vq4dit.projects.project import Project
 from vq4dit.projects.worker import Stopped, heed, stream
-from vq4dit.projects.workspace import Project
 
 ALIKE = ("original_bytes", "num_pairs", "num_inference_steps", "guidance_scale", "seed", "call")  # of reports in one table
 
@@ -94,14 +95,29 @@ def pushed_of(project: Project) -> Pushed | None:
     return Pushed(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def check_download(project: Project, account: Account, found: list[bool]) -> Iterator[None]:
-    """Download what was published and compare one image bit by bit; yields twice a second, then `found` has the answer.
+@dataclass(frozen=True)
+class DownloadCheck:
+    """Downloading what was published and comparing one image bit by bit, as a task of the queue; `found` has the answer."""
 
-    Raises:
-        HubError: if the download fails.
-    """
-    pushed: Any = pushed_of(project)
-    yield from stream(lambda _: found.append(same_image(project.result, pushed, account)))
+    project: Project
+    account: Account
+    found: list[bool]
+
+    def lined_up(self) -> AbstractContextManager[None]:
+        return self.project.lined_up()
+
+    def work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
+        """Do it; it never wants another time slice.
+
+        Raises:
+            HubError: if the download fails.
+        """
+        pushed: Any = pushed_of(self.project)
+        self.found.append(same_image(self.project.result, pushed, self.account))
+        return False
+
+    def seconds_left(self) -> float | None:
+        """Nobody knows how fast the Hub is."""
 
 
 def _report(project: Project) -> Comparison | None:

@@ -1,12 +1,12 @@
-"""Work on a project for a while: a turn of some seconds, after which everything finished is on disk.
+"""Work on a project for a while: a time slice of some seconds, after which everything finished is on disk.
 
-A turn may end in five ways: the work is done, its time is over, somebody asked to stop, something failed, or the process
+It may end in five ways: the work is done, its time is over, somebody asked to stop, something failed, or the process
 is killed. In the first four the project's status says so; after the last nobody holds its lock any more, which says it too.
-The next turn goes on from there and ends in the same bytes.
+The next time slice goes on from there and ends in the same bytes.
 
-A server's queue takes the turns of a `Quantization` (`work_queue.py`). `work` is one turn as a generator, because that is what
-a GPU worker in another process can stream: it yields at least twice a second, whether something happened or not, and who closes
-it ends the turn. What happened is in the project's folder.
+A server's queue works on a `Quantization` (`work_queue.py`). `work` is one time slice as a generator, because that is what a
+GPU worker in another process can stream: it yields at least twice a second, whether something happened or not, and who closes
+it ends the time slice. What happened is in the project's folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vq4dit.pipelines.save import save
 from vq4dit.progress import Event, OnProgress, Progress, ignore
 from vq4dit.projects.messages import on_page, without_paths
 from vq4dit.projects.pipeline_cache import Loader
-from vq4dit.projects.workspace import Project, Status
+from vq4dit.projects.project import Project, Status
 from vq4dit.recipes.estimate import seconds_left
 from vq4dit.recipes.quantize import run
 
@@ -112,12 +112,12 @@ def work(project: Project, loader: Loader, seconds: float | None = None) -> Iter
         JobError: if somebody else works on it.
     """
     task = Quantization(project, loader)
-    yield from stream(lambda check_stop: task.turn(TimeBudget(seconds), check_stop), heed(project))
+    yield from stream(lambda check_stop: task.work(TimeBudget(seconds), check_stop), heed(project))
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The work of a project as a task with turns."""
+    """The work of a project as a task of the queue."""
 
     project: Project
     loader: Loader
@@ -125,11 +125,24 @@ class Quantization:
     @contextmanager
     def lined_up(self) -> Iterator[None]:
         with self.project.lined_up():
-            self.project.set_status(Status("queued", seconds=self.project.status().seconds))
+            if (status := self.project.status()).phase != "done":
+                self.project.set_status(Status("queued", seconds=status.seconds))
             yield
 
-    def turn(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
-        """Go on, in a thread that keeps the project claimed until it has really ended; whether it wants another turn."""
+    def work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
+        """Go on, in a thread that keeps the project claimed until it has really ended; whether it wants another time slice.
+
+        Raises:
+            JobError: if somebody else holds the project, which then says so itself.
+        """
+        try:
+            return self._work(budget, check_stop)
+        except Exception as error:
+            if self.project.status().phase == "queued":
+                self.project.set_status(failure(error, self.project.status().seconds))
+            raise
+
+    def _work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
         project = self.project
         with project.claim():
             if project.status().phase == "done":  # by another server, while this one waited for its turn
@@ -153,14 +166,14 @@ class Quantization:
         return False
 
     def seconds_left(self) -> float | None:
-        return time_left(self.project, self.project.status())
+        return seconds_left(self.project.events(), self.project.forecast().stages)
 
 
 def time_left(project: Project, status: Status, turn: float = math.inf) -> float | None:
     """Seconds of work to the end of a project, about; None if nobody can know yet.
 
     Args:
-        turn: seconds after which the work begins a new turn.
+        turn: seconds of a time slice.
     """
     now = project.seconds_so_far(status)
     return seconds_left(project.events(), project.forecast().stages, now, turn, now - status.seconds)
@@ -192,7 +205,7 @@ def failure(error: Exception, seconds: float = 0.0) -> Status:
 
 
 def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Callable[[], float], check_stop: OnProgress) -> bool:
-    """The work of a turn; whether it wants another one."""
+    """The work of a time slice; whether it wants another one."""
     pipeline = loader.original(project)
     settings = project.settings
     targets, _ = find_targets(denoiser_of(pipeline), settings.subvector_dim, settings.num_codewords, settings.keep)
@@ -218,6 +231,7 @@ def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Calla
     with Job.open(project.work, project.settings, pipeline, resume=True) as job:
         quantized = run(job, pipeline, budget, on_progress)
         if quantized is None:
+            check_stop(Progress("cluster", 0, 1))
             project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
             return True
         origin = replace(origin, fingerprint=job.fingerprint)

@@ -1,6 +1,7 @@
 """The page's event handlers: each takes what components hold and gives what they shall show.
 
-A visitor's login comes with every event, by the type of an argument, and is gone with its answer.
+A visitor's login comes with every event, by the type of an argument; what is put into the server's queue keeps it, in memory,
+until it is over.
 """
 
 from __future__ import annotations
@@ -8,17 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from vq4dit.bundled import BUNDLED
 from vq4dit.pipelines.references import Components
-from vq4dit.projects.catalog import ModelCard
-from vq4dit.projects.messages import on_page
+from vq4dit.projects.project import Project, Status
 from vq4dit.projects.worker import time_left
-from vq4dit.projects.workspace import Project, Status
 from vq4dit.web import card_html, fields, html, links
 from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Choice, Studio
@@ -135,10 +133,12 @@ class Answers:
     def resume(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> tuple:
         try:
             project = self.studio.project(key, project_key)
-            project.forget_stop()
-            self.studio.line_up(project, secret(token))
         except Exception as error:
             return *idle(html.trouble(explain(error))), turn
+        try:
+            self.studio.line_up(project, secret(token))
+        except Exception as error:
+            return *self.view(project, explain(error)), turn
         return *self.view(project), turn + 1
 
     def stop(self, key: str, project_key: str) -> tuple:
@@ -147,8 +147,11 @@ class Answers:
         While somebody works, the stream of that work tells the rest: an answer from here might arrive after its last
         word, and hide how it ended.
         """
-        project = self.studio.project(key, project_key)
-        project.ask_to_stop()
+        try:
+            project = self.studio.project(key, project_key)
+            project.ask_to_stop()
+        except Exception as error:  # another tab has deleted it
+            return idle(html.trouble(explain(error)))
         if project.is_busy():
             return (gr.skip(),) * 7
         if project.status().phase in ("new", "queued", "waiting"):
@@ -169,21 +172,29 @@ class Answers:
         goes_on = project.status().phase == "waiting" and found is None and not self.studio.queue
         yield *self.view(project, found), turn + 1 if goes_on else gr.skip()
 
-    def watch(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> tuple:
+    def watch(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> Iterator[tuple]:
         """After a reload: look on at work that goes on, and go on with what waits for somebody to do so."""
         try:
             project = self.studio.project(key, project_key)
+        except Exception:  # nothing runs, and the page says so; an answer might overtake that of a first click
+            yield (gr.skip(),) * 8  # a stream without a word would empty what it feeds, labels of buttons included
+            return
+        for _ in self.studio.until_free(project) if not self.studio.queue else ():  # a lease that a closed page has left
+            yield *self.view(project), gr.skip()
+        found = None
+        try:
             if project.status().phase == "waiting":
                 self.studio.line_up(project, secret(token))
-        except Exception:  # nothing runs, and the page says so; an answer might overtake that of a first click
-            return (gr.skip(),) * 8
-        return *self.view(project), turn + 1 if project.status().is_under_way else gr.skip()
+        except Exception as error:
+            found = explain(error)
+        yield *self.view(project, found), turn + 1 if project.status().is_under_way and not found else gr.skip()
 
     def view(self, project: Project, found: Trouble | None = None) -> tuple:
         """All that the run step shows of a project, from its folder."""
         status, events, layers = project.status(), project.events(), project.layers()
         left = time_left(project, status, self.studio.turn) if status.is_under_way else None
-        bar = html.progress(project, status, events, left, self.studio.place(project))
+        place = self.studio.place(project) if status.is_under_way else None
+        bar = html.progress(project, status, events, left, place)
         if found or status.phase in ("paused", "failed"):
             next_step = status.next_step or (RESUME if status.phase == "paused" else "")  # what failed says what can help
             told = found or in_words(PAUSES[status.phase], status.message, next_step, status.details)
@@ -213,34 +224,6 @@ class Answers:
         label = f"Download {path.name} ({size(path.stat().st_size)})"
         return gr.DownloadButton(label, value=str(path), visible=True), html.load_snippet(path.stem, project.components)
 
-    # --- what programs may ask ---
-
-    def inspect(self, model: str) -> dict:
-        """What a model is and what it would weigh at each width, read from its headers.
-
-        Args:
-            model: a Hub id such as facebook/DiT-XL-2-256, or assets/emoji-dit, the bundled one.
-        """
-        try:
-            return inspection_values(self.studio.card(model))
-        except Exception as error:
-            raise gr.Error(on_page(error), print_exception=False) from error
-
-    def estimate(self, model: str, bits: int = 2, recipe: str = "best") -> dict:
-        """Seconds, memory and disk that quantizing a model would take here, about.
-
-        Args:
-            model: as for `inspect`.
-            bits: per weight, 2, 3 or 4.
-            recipe: best, paper or kmeans.
-        """
-        try:
-            choice = Choice(model, bits, recipe, 0, "", links.suggested(model))
-            cost = self.studio.costs(self.studio.chosen(choice), choice)[bits]
-        except Exception as error:
-            raise gr.Error(on_page(error), print_exception=False) from error
-        return {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "disk_bytes": cost.disk_bytes, "fits": cost.fits()}
-
 
 UNCHANGED = (gr.skip(),) * 3
 AT_FIRST = (BUNDLED, 2, "best", 0, "", "", "copy")
@@ -265,22 +248,6 @@ def idle(message: str) -> tuple:
 def greeting(last: Project) -> str:
     status: Status = last.status()
     return html.welcome(last.title, html.PHASES[status.phase].lower())
-
-
-def inspection_values(found: ModelCard) -> dict[str, Any]:
-    """A card for programs."""
-    inspection = found.inspection
-    return {
-        "model": inspection.model if "/" not in inspection.model[:1] else Path(inspection.model).name,
-        "pipeline": found.pipeline,
-        "transformer": inspection.class_name,
-        "blocks": inspection.num_blocks,
-        "parameters": inspection.parameters,
-        "licence": found.licence,
-        "gated": found.gated,
-        "bytes": inspection.file_bytes,
-        "predicted_bytes": {str(p.bits): p.file_bytes for p in inspection.predictions},
-    }
 
 
 def command(choice: Choice) -> str:

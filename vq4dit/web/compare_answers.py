@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 
 from vq4dit.printable import printable
-from vq4dit.projects.drawn_pairs import Pair, drawn_pairs, measuring, report
+from vq4dit.projects.drawn_pairs import Pair, drawn_pairs, measuring, report, why_not_drawn
 from vq4dit.projects.pair_settings import PairSettings
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 from vq4dit.web import html, pictures
 from vq4dit.web.answers import secret
-from vq4dit.web.messages import explain
+from vq4dit.web.messages import Trouble, explain, in_words
 from vq4dit.web.studio import Studio
 
 SAME = (gr.skip(),) * 8  # the pictures stay: they are large, and sent only when there is a new one
@@ -46,7 +46,6 @@ class CompareAnswers:
             if project.status().phase != "done":
                 return html.empty("Quantize the model first: there is nothing to compare yet."), gr.skip(), drawing
             settings = PairSettings.of(project, classes, prompts, int(seeds), guidance)
-            project.forget_stop()
             self.studio.line_up_drawing(project, settings, secret(token))
         except Exception as error:
             return html.trouble(explain(error)), gr.skip(), drawing
@@ -54,7 +53,10 @@ class CompareAnswers:
 
     def halt(self, key: str, project_key: str) -> None:
         """Ask to stop; the drawing's own stream tells the rest: an answer from here might arrive after its last word."""
-        self.studio.project(key, project_key).ask_to_stop()
+        project = self.studio.found(key, project_key)
+        if project is not None:
+            project.ask_to_stop()
+            self.studio.drop(project)
 
     def draw(
         self,
@@ -77,13 +79,15 @@ class CompareAnswers:
         found, on_page = None, list[Pair]()
         for trouble in self.studio.draw(project, settings, secret(token)):
             found = trouble or found
+            settings = self.studio.drawing(project) or settings  # what is wanted may be more meanwhile
             pairs = drawn_pairs(project)
             shown = self.shown(key, project, pairs, on_page) if on_page != pairs else SAME
             on_page = pairs
             place = self.studio.place(project)
             told = html.note(html.turn_comes(place)) if place else counted(project, settings, working=True)
             yield told, *shown, gr.Button(visible=True), gr.skip()
-        is_over = self.studio.queue or found is not None or project.is_asked_to_stop()
+        found = found or not_drawn(project)
+        is_over = self.studio.queue is not None or found is not None or project.is_asked_to_stop()
         finished = is_over or self.studio.is_drawn(project, settings)
         told = html.trouble(found) if found else counted(project, settings, working=not finished)
         shown = self.shown(key, project, drawn_pairs(project), on_page)
@@ -106,7 +110,9 @@ class CompareAnswers:
     def _drawn_of(self, key: str, project: Project) -> tuple:
         """A line, and what is shown of its pairs."""
         pairs, told = drawn_pairs(project), html.empty(NOTHING_YET)
-        if pairs:
+        if found := not_drawn(project):
+            told = html.trouble(found)
+        elif pairs:
             told = html.note(f"{project.title}: {_counted(len(pairs))}")
         elif project.status().phase == "done":
             told = html.empty(f"{project.title} is packed. Press Draw pairs to see its pictures beside the original's.")
@@ -187,6 +193,12 @@ def counted(project: Project, settings: PairSettings, *, working: bool) -> str:
         told = f"Drawing: {told}" if done < len(wanted) else f"{told}, {_measuring(project)}"
         return html.note(f"{told}, stopping …" if stopped else f"{told} …")
     return html.note(told)
+
+
+def not_drawn(project: Project) -> Trouble | None:
+    """Why the last drawing failed, in words."""
+    status = why_not_drawn(project)
+    return in_words("The pairs could not be drawn", status.message, status.next_step, status.details) if status else None
 
 
 def _measuring(project: Project) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from vq4dit.projects.workspace import Status
+from vq4dit.projects.project import Status
 
 LEASE_SECONDS = 60  # the longest lease we ask for
 WORK_SECONDS = 40.0  # of them spent on work; the rest is for loading and saving

@@ -17,8 +17,8 @@ from vq4dit.config import QuantizationSettings, Recipe
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
+from vq4dit.projects.project import Project, Status
 from vq4dit.projects.work_queue import Place
-from vq4dit.projects.workspace import Project, Status
 from vq4dit.web.messages import Trouble, clock, duration, escape
 
 LOG_LINES = 60

@@ -10,7 +10,7 @@ from vq4dit.disk.space import folder_bytes
 from vq4dit.errors import JobError
 from vq4dit.printable import printable
 from vq4dit.projects.call_lines import written
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 from vq4dit.web import html, links
 from vq4dit.web.answers import Answers
 from vq4dit.web.messages import explain, size
@@ -61,6 +61,7 @@ class JobAnswers:
             project, is_at_work = self._chosen(key, project_key, chosen, added)
             if is_at_work and project.key == project_key:
                 raise JobError(PAGE_AT_WORK)
+            self.studio.drop(project)
             self.studio.workspace.remove(project)
         except Exception as error:
             return html.trouble(explain(error)), *UNCHANGED

@@ -13,7 +13,7 @@ from vq4dit.pipelines.references import COMPONENTS, Components
 from vq4dit.pipelines.repository import hub_id
 from vq4dit.projects.call_lines import written
 from vq4dit.projects.pair_settings import LONGEST_PROMPT, MOST_PROMPTS
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 from vq4dit.web import fields
 
 SEEDS = 2**53  # as many whole numbers as a browser can tell apart

@@ -13,11 +13,13 @@ from vq4dit.config import RECIPES
 from vq4dit.web import fields, html, pictures
 from vq4dit.web.answers import Answers
 from vq4dit.web.compare_answers import NO_PAIRS, NOTHING_YET, CompareAnswers
+from vq4dit.web.endpoints import Endpoints
 from vq4dit.web.jobs_panel import JobsPanel
 from vq4dit.web.push_panel import Login, PushPanel
 from vq4dit.web.studio import QUEUE_LENGTH, Studio, widths_offered
 
-MOST_STREAMS = 200  # pages that look on at the same time: each takes a thread, which mostly sleeps
+# Pages that look on at the same time: each takes a thread, which mostly sleeps; some are left for all else.
+MOST_LOOKING, MOST_THREADS = 150, 200
 # A dropdown's value changes only when something is chosen; who comes to type replaces what stands there.
 TYPED = "(_, seen) => [document.querySelector('#model input').value, seen]"
 SELECT = "() => document.querySelector('#model input').select()"
@@ -166,7 +168,8 @@ class Page:
         answers, compare = self.answers, self.compare
         # Under ZeroGPU the work is in these events, one at a time; else they only look on, as many as come.
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
-        streams: dict[str, Any] = {"concurrency_limit": None} if self.studio.queue else gpu
+        looking: dict[str, Any] = {"concurrency_id": "looking", "concurrency_limit": MOST_LOOKING}
+        streams = looking if self.studio.queue else gpu
 
         asked, conditions = [self.model, self.listed, *job], [self.labels, self.prompts, self.guidance, self.listed]
         restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *conditions]
@@ -222,8 +225,9 @@ class Page:
         went.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
         self.push.wire(job, settings, arrived, [started, turned, went])
 
-        gr.api(answers.inspect, api_name="inspect")
-        gr.api(answers.estimate, api_name="estimate")
+        endpoints = Endpoints(self.studio)
+        gr.api(endpoints.inspect, api_name="inspect")
+        gr.api(endpoints.estimate, api_name="estimate")
 
     @staticmethod
     def private(function: Any, inputs: list, outputs: list) -> dict[str, Any]:

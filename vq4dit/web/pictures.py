@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from vq4dit.projects.drawn_pairs import KINDS, Pair, drawn_pairs
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
 from vq4dit.web.html import data_uri, empty
 from vq4dit.web.messages import escape, size
 

@@ -15,8 +15,8 @@ from huggingface_hub import get_token
 from vq4dit.errors import HubError
 from vq4dit.hub.account import Account, sign_in
 from vq4dit.hub.push import Existing, Target
-from vq4dit.projects.publish import check_download, offer, publish, pushed_of
-from vq4dit.projects.workspace import Project
+from vq4dit.projects.project import Project
+from vq4dit.projects.publish import offer, publish, pushed_of
 from vq4dit.web import html, push_html
 from vq4dit.web.links import asked
 from vq4dit.web.messages import explain
@@ -96,18 +96,18 @@ class PushAnswers:
             yield html.trouble(explain(error)), *idle(False)
 
     def cancel(self, key: str, project_key: str) -> str:
-        self.studio.project(key, project_key).ask_to_stop()
+        if (project := self.studio.found(key, project_key)) is not None:
+            project.ask_to_stop()
         return html.note("Cancelling …")
 
     def compare(self, key: str, project_key: str, token: gr.OAuthToken | None) -> Iterator[str]:
         """Download it again, load it, draw one image."""
-        found: list[bool] = []
         try:
             project, account = self.studio.project(key, project_key), self.account(token)
             told = push_html.published(pushed_of(project))
-            for _ in check_download(project, account, found):
-                yield told + html.note("Downloading it again, and drawing one image with each …")
-            yield told + push_html.compared(found[0])
+            for is_same in self.studio.check_download(project, account):
+                doing = html.note("Downloading it again, and drawing one image with each …")
+                yield told + (doing if is_same is None else push_html.compared(is_same))
         except Exception as error:
             yield html.trouble(explain(error))
 

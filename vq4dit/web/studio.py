@@ -14,8 +14,10 @@ from typing import Any
 import gradio as gr
 
 from vq4dit.config import CODEBOOKS, RECIPES, CallValue, QuantizationSettings, Recipe
+from vq4dit.disk.job import TimeBudget
 from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, UnsupportedModelError, VQ4DiTError
+from vq4dit.hub.account import Account
 from vq4dit.models.conditions import condition_kind
 from vq4dit.pipelines.references import Components, check_base
 from vq4dit.pipelines.repository import hub_id
@@ -26,15 +28,17 @@ from vq4dit.projects.catalog import Catalog, ModelCard
 from vq4dit.projects.drawn_pairs import Drawing, draw, is_complete
 from vq4dit.projects.pair_settings import PairSettings
 from vq4dit.projects.pipeline_cache import Loader
+from vq4dit.projects.project import Forecast, Project
+from vq4dit.projects.publish import DownloadCheck
 from vq4dit.projects.work_queue import Place, WorkQueue
-from vq4dit.projects.worker import TICK_SECONDS, Quantization, work
-from vq4dit.projects.workspace import Forecast, Project, Workspace
+from vq4dit.projects.worker import TICK_SECONDS, Quantization, stream, work
+from vq4dit.projects.workspace import Workspace
 from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate
 from vq4dit.web import gpu
 from vq4dit.web.links import SEEDS
 from vq4dit.web.messages import Trouble, explain
 
-QUEUE_LENGTH = 24
+QUEUE_LENGTH, OF_EACH_VISITOR = 24, 6
 MAX_AGE_SECONDS = 7 * 86400.0
 MAX_TOTAL_BYTES = 20 * 10**9
 CARDS_KEPT = 64
@@ -73,7 +77,7 @@ class Studio:
         self.catalog, self.workspace = catalog, workspace
         self.loader = Loader(catalog)
         # Under ZeroGPU each turn is an event of the visitor's page, and Gradio's queue is the only one.
-        self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.turn_seconds(), QUEUE_LENGTH)
+        self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.turn_seconds(), QUEUE_LENGTH, OF_EACH_VISITOR)
         self.turn = math.inf if self.queue else gpu.turn_seconds()  # at home a turn ends only if others wait
         self.device: Device = "gpu" if gpu.is_zero_gpu() else "cpu"
         self.quantize_turn = gpu.on_gpu(self._quantize_turn)
@@ -138,8 +142,6 @@ class Studio:
         Raises:
             VQ4DiTError: if the model or the settings are refused, or the disk is too full.
         """
-        if self.queue:
-            self.queue.check_room()
         settings = choice.settings()
         card = self.chosen(choice, token)
         cost = self.costs(card, choice)[settings.bits]
@@ -148,7 +150,6 @@ class Studio:
         check_space(self.workspace.root, cost.disk_bytes + card.download_bytes)
         project = self.workspace.open(visitor, choice.model, settings, card.commit, choice.components)
         project.set_forecast(Forecast(card.inspection.num_blocks, cost.stages))
-        project.forget_stop()
         return project
 
     def check_memory(self, cost: Estimate, model: str) -> None:
@@ -186,17 +187,20 @@ class Studio:
         Raises:
             JobError: if too many wait.
         """
-        if project.status().phase == "running":
-            return  # it is at work
+        if project.status().phase in ("running", "done"):
+            return
         if self.queue:
             self.queue.put(Quantization(project, self.loader.with_login(token)))
         else:
+            project.forget_stop()
             project.set_status(replace(project.status(), phase="waiting"))
 
     def line_up_drawing(self, project: Project, settings: PairSettings, token: str | None = None) -> None:
         """The same for pairs to draw."""
         if self.queue:
             self.queue.put(Drawing(project, self.loader.with_login(token), settings))
+        else:
+            project.forget_stop()
 
     def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
         """Look on at a project's work to its end, or do a turn of it; yields at least twice a second."""
@@ -225,9 +229,29 @@ class Studio:
             yield from entry.follow()
             if entry.error:
                 yield explain(entry.error)
-        while project.is_busy():  # another server of this machine works on it
-            yield None
+        yield from self.until_free(project)
+
+    def until_free(self, project: Project) -> Iterator[None]:
+        """Yield twice a second while somebody works on a project that this server does not: another one of this machine."""
+        while project.status().phase in ("queued", "running") or project.is_busy():
+            yield
             time.sleep(TICK_SECONDS)
+
+    def check_download(self, project: Project, account: Account) -> Iterator[bool | None]:
+        """Whether what was published draws the same image, after None twice a second.
+
+        Raises:
+            HubError: if the download fails; JobError if the queue is full.
+        """
+        task = DownloadCheck(project, account, [])
+        if self.queue:
+            entry = self.queue.put(task)
+            yield from entry.follow()
+            if entry.error:
+                raise entry.error
+        else:
+            yield from stream(lambda check_stop: task.work(TimeBudget(None), check_stop))
+        yield task.found[0]
 
     def drawing(self, project: Project) -> PairSettings | None:
         """The pairs that this server draws, or will draw, of a project."""
