@@ -15,6 +15,7 @@ from vq4dit.projects.messages import on_page, without_options, without_paths
 from vq4dit.projects.worker import failure
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web.answers import Answers
+from vq4dit.web.endpoints import Endpoints
 from vq4dit.web.messages import explain
 from vq4dit.web.studio import Studio
 
@@ -141,7 +142,8 @@ def test_the_page_names_no_folder_of_the_server(answers, root, tmp_path, spoil):
     visitor = answers.studio.workspace.visitor(None)
     choice = ("folder:tiny", 2, "kmeans", 0, "", "")
     shown = [answers.look(None, *choice)[0], answers.begin(visitor, 0, None, *choice)[0]]
-    for call in (answers.inspect, answers.estimate):
+    endpoints = Endpoints(answers.studio)
+    for call in (endpoints.inspect, endpoints.estimate):
         with pytest.raises(gr.Error) as refused:
             call("folder:tiny")
         shown.append(str(refused.value))

@@ -126,6 +126,13 @@ class Visitor:
         else:
             self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
+    def choose_seeds(self, number: int) -> None:
+        self.page.locator("#seeds label").nth(number - 1).click()
+        self.see_seeds(number)
+
+    def see_seeds(self, number: int) -> None:
+        expect(self.page.locator("#seeds input").nth(number - 1)).to_be_checked()
+
     def download(self, folder: Path) -> Path:
         """Take the packed model home and unpack it."""
         self.press("#prepare")

@@ -28,24 +28,18 @@ def link_with(visitor: Visitor, **wanted: str) -> str:
     return visitor.page.locator("#link a").get_attribute("href")
 
 
-def set_seeds(visitor: Visitor, number: int) -> None:
-    seeds = visitor.page.locator("#seeds input[type=number]")
-    seeds.fill(str(number))
-    seeds.blur()
-
-
 def test_a_link_made_on_the_page_restores_it_for_somebody_else(server, browser):
     visitor = Visitor(browser, server.url).arrive("?model=folder:tiny&recipe=paper&bits=3&seed=5&keep=*.ff.*")
     link_with(visitor, classes="0+1+2", keep="%2A.ff.%2A")
     visitor.page.locator("#labels .token").filter(has_text="dog").locator(".token-remove").click()
-    set_seeds(visitor, 3)
+    visitor.choose_seeds(3)
     visitor.page.locator("#guidance input, #guidance textarea").fill("2.5")
     link = link_with(visitor, classes="0+2", seeds="3", guidance="2.5")
 
     other = Visitor(browser, server.url).arrive(link)
     other.see("#command", "--bits 3 --recipe paper --seed 5 --keep '*.ff.*'")
     expect(other.page.locator("#labels .token")).to_have_text([re.compile("cat"), re.compile("fox")])
-    expect(other.page.locator("#seeds input[type=number]")).to_have_value("3")
+    other.see_seeds(3)
     expect(other.page.locator("#guidance input, #guidance textarea")).to_have_value("2.5")
     expect(other.page.locator("#welcome")).to_be_hidden()
     assert link_with(other, classes="0+2", seeds="3", guidance="2.5") == link
@@ -79,7 +73,7 @@ def test_nonsense_in_a_link_is_told_in_words(server, browser):
     for told in ("bits=7", "components=foo", "seeds=9", "guidance=abc", "classes=zebra", "prompts=a b c"):
         visitor.see("#welcome", told)
     expect(visitor.page.locator("#labels .token")).to_have_count(3)
-    expect(visitor.page.locator("#seeds input[type=number]")).to_have_value("1")
+    visitor.see_seeds(1)
     other = Visitor(browser, server.url).arrive("?model=folder:tiny&classes=1+5000")
     other.see("#labels", "The link asks for classes that this model does not name: 5000.")
     expect(other.page.locator("#labels .token")).to_have_count(1)

@@ -127,7 +127,8 @@ class Page:
                     "", label="Prompts, one a line", lines=3, max_lines=12, visible=False, elem_id="prompts", scale=3
                 )
                 self.guidance = gr.Textbox("", label="Guidance", max_lines=1, visible=False, elem_id="guidance", scale=1)
-                self.seeds = gr.Slider(1, fields.MOST_SEEDS, value=1, step=1, label="Seeds of each", elem_id="seeds", scale=1)
+                numbers = list(range(1, fields.MOST_SEEDS + 1))
+                self.seeds = gr.Radio(numbers, value=1, label="Seeds of each", elem_id="seeds", scale=1)
             with gr.Row(elem_classes="buttons"):
                 self.draw = gr.Button("Draw pairs", variant="primary", elem_id="draw")
                 self.halt = gr.Button("Stop drawing", elem_id="halt", visible=False)
