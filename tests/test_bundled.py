@@ -7,8 +7,8 @@ import pytest
 from vq4dit.bundled import BUNDLED, BUNDLED_FLUX, CALLS, suggested_call
 from vq4dit.cli.main import build_parser
 from vq4dit.cli.quantize import settings_of
+from vq4dit.web.choice import Choice
 from vq4dit.web.links import suggested
-from vq4dit.web.studio import Choice
 
 HOME = Path(__file__).parents[1]
 

@@ -14,8 +14,9 @@ from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web.answers import Answers
+from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 HOME = Path(__file__).parents[2]
 CHOICE = Choice("folder:tiny", 2, "kmeans", 0, "")

@@ -10,8 +10,9 @@ from vq4dit.pipelines.provenance import read_origin
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web.answers import Answers
+from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 GATED, PRIVATE = "corp/gated", "ann/private"
 

@@ -15,9 +15,10 @@ from vq4dit.pipelines.repository import read_json
 from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web.answers import Answers, command
+from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.links import chosen, link_of
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 HOME = Path(__file__).parents[2]
 REFERENCE = ("ann/base", 2, "kmeans", 0, "", "", "reference")

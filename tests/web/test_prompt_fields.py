@@ -18,9 +18,10 @@ from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web import html, pictures
 from vq4dit.web.answers import Answers
+from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.links import chosen, link_of, suggested
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 HOME = Path(__file__).parents[2]
 SMALL = "height=32\nwidth=32\nmax_sequence_length=8"

@@ -22,12 +22,13 @@ from vq4dit.projects.project import Status
 from vq4dit.projects.workspace import Workspace
 from vq4dit.web import gpu, html, messages
 from vq4dit.web.answers import Answers
+from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
 from vq4dit.web.endpoints import Endpoints
 from vq4dit.web.fields import default_labels
 from vq4dit.web.links import asked, chosen, link_of, misunderstood, understood
 from vq4dit.web.page import Page
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 HOME = Path(__file__).parents[2]
 NASTY = '<img src=x onerror="alert(1)">'

@@ -18,8 +18,9 @@ from vq4dit.pipelines.references import Components
 from vq4dit.projects.project import Project, Status
 from vq4dit.projects.worker import time_left
 from vq4dit.web import card_html, fields, html, links
+from vq4dit.web.choice import Choice
 from vq4dit.web.messages import Trouble, explain, in_words, size
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.studio import Studio
 
 
 class Answers:

@@ -10,7 +10,8 @@ import gradio as gr
 from vq4dit.projects.catalog import ModelCard
 from vq4dit.projects.messages import on_page
 from vq4dit.web import links
-from vq4dit.web.studio import Choice, Studio
+from vq4dit.web.choice import Choice
+from vq4dit.web.studio import Studio
 
 
 class Endpoints:

@@ -12,11 +12,12 @@ from vq4dit.bundled import BUNDLED
 from vq4dit.config import RECIPES
 from vq4dit.web import fields, html, pictures
 from vq4dit.web.answers import Answers
+from vq4dit.web.choice import widths_offered
 from vq4dit.web.compare_answers import NO_PAIRS, NOTHING_YET, CompareAnswers
 from vq4dit.web.endpoints import Endpoints
 from vq4dit.web.jobs_panel import JobsPanel
 from vq4dit.web.push_panel import Login, PushPanel
-from vq4dit.web.studio import QUEUE_LENGTH, Studio, widths_offered
+from vq4dit.web.studio import QUEUE_LENGTH, Studio
 
 # Pages that look on at the same time: each takes a thread, which mostly sleeps; some are left for all else.
 MOST_LOOKING, MOST_THREADS = 150, 200

@@ -7,23 +7,21 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
-from vq4dit.config import CODEBOOKS, RECIPES, CallValue, QuantizationSettings, Recipe
+from vq4dit.config import CallValue, Recipe
 from vq4dit.disk.job import TimeBudget
 from vq4dit.disk.space import check_space
 from vq4dit.errors import JobError, UnsupportedModelError, VQ4DiTError
 from vq4dit.hub.account import Account
 from vq4dit.models.conditions import condition_kind
-from vq4dit.pipelines.references import Components, check_base
-from vq4dit.pipelines.repository import hub_id
+from vq4dit.pipelines.references import check_base
 from vq4dit.pipelines.trust import pipeline_class
 from vq4dit.projects.archive import pack
-from vq4dit.projects.call_lines import check_fitting, read_call
+from vq4dit.projects.call_lines import check_fitting
 from vq4dit.projects.catalog import Catalog, ModelCard
 from vq4dit.projects.drawn_pairs import Drawing, draw, is_complete
 from vq4dit.projects.pair_settings import PairSettings
@@ -35,39 +33,13 @@ from vq4dit.projects.worker import TICK_SECONDS, Quantization, stream, work
 from vq4dit.projects.workspace import Workspace
 from vq4dit.recipes.estimate import Device, Estimate, check_fits, estimate
 from vq4dit.web import gpu
-from vq4dit.web.links import SEEDS
+from vq4dit.web.choice import Choice
 from vq4dit.web.messages import Trouble, explain
 
 QUEUE_LENGTH, OF_EACH_VISITOR = 24, 6
 MAX_AGE_SECONDS = 7 * 86400.0
 MAX_TOTAL_BYTES = 20 * 10**9
 CARDS_KEPT = 64
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a visitor has chosen, as it comes from the page."""
-
-    model: str
-    bits: int
-    recipe: str
-    seed: int | float | None  # an emptied number field holds nothing
-    keep: str
-    call: str = ""  # NAME=VALUE, one a line
-    components: Components = "copy"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "model", hub_id(self.model or ""))  # an emptied field holds nothing; a pasted one an address
-
-    def settings(self) -> QuantizationSettings:
-        seed = self.seed or 0
-        if not 0 <= seed < SEEDS or seed != int(seed):
-            raise ValueError(f"seed must be a whole number from 0 to 2^53 - 1, got {seed:g}")
-        recipe: Any = self.recipe
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        keep, call = tuple(self.keep.split()), read_call(self.call)
-        return QuantizationSettings(bits=int(self.bits), recipe=recipe, seed=int(seed), keep=keep, call=call)
 
 
 class Studio:
@@ -205,7 +177,8 @@ class Studio:
     def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
         """Look on at a project's work to its end, or do a turn of it; yields at least twice a second."""
         if self.queue:
-            yield from self._looked_at(project, self.queue)
+            yield from _followed(self.queue, project)
+            yield from self.until_free(project)
             return
         try:
             yield from self.quantize_turn(str(project.folder), token)
@@ -216,20 +189,13 @@ class Studio:
     def draw(self, project: Project, settings: PairSettings, token: str | None = None) -> Iterator[Trouble | None]:
         """The same of pairs."""
         if self.queue:
-            yield from self._looked_at(project, self.queue)
+            yield from _followed(self.queue, project)
             return
         try:
             yield from self.draw_turn(str(project.folder), settings, token)
         except gr.Error as error:
             status = gpu.refused(error, project.status())
             yield Trouble(status.message, status.details, status.next_step)
-
-    def _looked_at(self, project: Project, queue: WorkQueue) -> Iterator[Trouble | None]:
-        if entry := queue.find(project):
-            yield from entry.follow()
-            if entry.error:
-                yield explain(entry.error)
-        yield from self.until_free(project)
 
     def until_free(self, project: Project) -> Iterator[None]:
         """Yield twice a second while somebody works on a project that this server does not: another one of this machine."""
@@ -249,6 +215,8 @@ class Studio:
             yield from entry.follow()
             if entry.error:
                 raise entry.error
+            if not task.found:
+                raise JobError("the check was taken out of the queue: press the button again")
         else:
             yield from stream(lambda check_stop: task.work(TimeBudget(None), check_stop))
         yield task.found[0]
@@ -294,5 +262,8 @@ class Studio:
         return pack(project, Path(tempfile.mkdtemp(dir=root)))
 
 
-def widths_offered() -> list[tuple[str, int]]:
-    return [(f"{bits} bits", bits) for bits in sorted(CODEBOOKS)]
+def _followed(queue: WorkQueue, project: Project) -> Iterator[Trouble | None]:
+    if entry := queue.find(project):
+        yield from entry.follow()
+        if entry.error:
+            yield explain(entry.error)
