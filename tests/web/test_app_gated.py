@@ -41,8 +41,8 @@ def new_visitor(browser, server) -> Visitor:
     return found.arrive(f"?model={GATED}&recipe=kmeans&seed=0")
 
 
-def is_refused(visitor: Visitor, hub, element: str) -> None:
-    visitor.see(f"{element} .trouble", "This model is gated")
+def is_refused(visitor: Visitor, hub, element: str, headline: str = "This model is gated") -> None:
+    visitor.see(f"{element} .trouble", headline)
     visitor.see(f"{element} .trouble", f"{GATED} is gated, and this login has no access.")
     assert visitor.page.locator(f"{element} .trouble a").get_attribute("href") == f"{hub.url}/{GATED}"
 
@@ -85,7 +85,7 @@ def test_a_gated_base_is_worked_with_by_those_who_have_access_and_by_nobody_else
     ann.page.locator("#labels input").click()
     ann.page.keyboard.press("Backspace")
     ann.press("#draw")
-    is_refused(ann, hub, "#drawn")
+    is_refused(ann, hub, "#drawn", "The pairs could not be drawn")
 
     pushed = b"".join(data for files in repo.commits.values() for data in files.values())
     assert (place / "jobs.log").stat().st_size and len(hub.users) == 2
