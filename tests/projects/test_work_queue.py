@@ -156,6 +156,7 @@ def test_what_a_failed_task_computed_is_not_held_and_a_panic_ends_nothing(new_pr
     wait(entry)
     gc.collect()
     assert held[0]() is None and "no memory" in why_not_drawn(project).details
+    assert "press Draw pairs again" in why_not_drawn(project).next_step and "Resume" not in str(why_not_drawn(project))
     panic = Steps(new_project(2), [])
 
     def panics(budget, check_stop):

@@ -2,9 +2,12 @@
 
 import re
 
+import gradio as gr
 import pytest
+from held_task import PATIENCE, Steps
 from test_web import answers, compare, drawn, quantized, studio, visitor  # noqa: F401  fixtures
 
+from vq4dit.config import QuantizationSettings
 from vq4dit.projects.project import Status
 from vq4dit.web.jobs_panel import AT_WORK, DECLINED, UNCHANGED, JobAnswers
 
@@ -72,3 +75,32 @@ def test_a_job_without_pictures_shows_none_of_another(answers, compare, visitor)
     picture.unlink()  # as if another tab were deleting the job
     words = [[part for part in view if isinstance(part, str)] for view in (compare.of_job(visitor, first), of_none)]
     assert words[0] == words[1]
+
+
+def test_why_pairs_were_not_drawn_is_told_to_who_comes_back_too(answers, compare, visitor, monkeypatch):  # noqa: F811
+    key = quantized(answers, visitor)
+    with monkeypatch.context() as broken:
+        broken.setattr("vq4dit.projects.drawn_pairs._draw_missing", lambda *_: 1 / 0)
+        *_, last = drawn(compare, visitor, key, [0])
+    for told in (last[0], compare.of_job(visitor, key)[0]):
+        assert "The pairs could not be drawn" in told and "press Draw pairs again" in told and "ZeroDivisionError" in told
+    assert not last[9].visible and last[10] == gr.skip()
+    *_, last = drawn(compare, visitor, key, [0])
+    assert "1 pair" in last[0] and "could not" not in compare.of_job(visitor, key)[0]
+
+
+def test_a_drawing_that_waits_keeps_its_job_and_leaves_when_asked(answers, compare, studio, visitor):  # noqa: F811
+    key = quantized(answers, visitor)
+    other = Steps(studio.workspace.open(visitor, "folder:tiny", QuantizationSettings(seed=9)), [], left=40.0)
+    entry = studio.queue.put(other)
+    assert other.begun.wait(PATIENCE)
+    assert compare.begin_drawing(visitor, key, 0, [0])[2] == 1
+    assert compare.watch(visitor, key, 1) == 2, "a page that was reloaded looks on"
+    stream = compare.draw(visitor, key, 1, [0], 1)
+    assert "1 job before yours, about" in next(stream)[0]
+    assert studio.workspace.sweep(max_age_seconds=0.0, max_bytes=0) == []
+    compare.halt(visitor, key)
+    *_, last = stream
+    assert "You stopped it: 0 of 1 pair" in last[0] and compare.watch(visitor, key, 1) == gr.skip()
+    other.go()
+    assert entry.over.wait(PATIENCE)

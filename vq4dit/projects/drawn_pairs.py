@@ -19,13 +19,14 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from vq4dit.disk.files import write_atomically
 from vq4dit.disk.job import TimeBudget
+from vq4dit.errors import VQ4DiTError
 from vq4dit.evaluation.images import SamplePair, as_image, sample
 from vq4dit.evaluation.metrics import Comparison, noise_nmse
 from vq4dit.memory import peak_memory
@@ -38,6 +39,7 @@ from vq4dit.projects.project import Project, Status
 from vq4dit.projects.worker import TICK_SECONDS, Stopped, failure, heed, stream
 
 KINDS = ("original", "quantized", "difference")
+GO_ON = "What is drawn is kept: press Draw pairs again. If it happens again, report it with the details below."
 NAME_LENGTH = 40  # of a file's name: the words of a class or a prompt
 
 
@@ -143,7 +145,10 @@ class Drawing:
         except Exception as error:
             if not (project.folder / "project.json").exists():
                 raise  # it was removed
-            write_atomically(project.folder / "not_drawn.json", json.dumps(asdict(failure(error))).encode())
+            status = failure(error)
+            if not isinstance(error, VQ4DiTError | ValueError):  # then its advice is how to go on with a quantization
+                status = replace(status, next_step=GO_ON)
+            write_atomically(project.folder / "not_drawn.json", json.dumps(asdict(status)).encode())
         return False
 
     def seconds_left(self) -> float | None:

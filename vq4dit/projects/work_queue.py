@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -83,7 +83,12 @@ class Entry:
         self._mark.close()
         task.project.forget_stop()
         self._mark.enter_context(task.lined_up())
-        self.task, self.next, self.error, self.seconds_left = task, None, None, task.seconds_left()
+        self.task, self.next, self.error = task, None, None
+        self._note_seconds_left()
+
+    def _note_seconds_left(self) -> None:
+        with suppress(OSError, ValueError, TypeError):  # a file that cannot be read costs an estimate, not the work
+            self.seconds_left = self.task.seconds_left()
 
     def begins(self, task: Task) -> bool:
         """Let a task stand here; whether that worked."""
@@ -97,7 +102,6 @@ class Entry:
         """Let the task work for a while; whether it wants another time slice."""
         try:
             goes_on = self.task.work(budget, heed(self.task.project))
-            self.seconds_left = self.task.seconds_left()
         except Exception as error:
             error.__cause__ = error.__context__ = None
             self.error = error.with_traceback(None)  # whose frames hold models
@@ -105,6 +109,7 @@ class Entry:
         except BaseException as error:  # a library's panic: the next one shall have its time all the same
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
             return False
+        self._note_seconds_left()
         return goes_on
 
     def end(self) -> None:
