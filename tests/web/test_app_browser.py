@@ -176,6 +176,13 @@ def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(se
     choose_from_search(visitor, "tiny-dit", "ann/tiny-dit")
     visitor.see("#card h3", "ann/tiny-dit")
     visitor.see("#card dl", "mit")
+    visitor.page.locator("#model input").fill("folder:tiny")
+    visitor.page.locator("#model input").press("Enter")
+    visitor.see("#card h3", "folder:tiny")
+    visitor.page.locator("#model input").fill("https://huggingface.co/ann/tiny-dit/tree/main")  # pasted
+    visitor.page.locator("#model input").press("Enter")
+    visitor.see("#card h3", "ann/tiny-dit")
+    visitor.see("#command", "quantize ann/tiny-dit --bits 2")
     visitor.press("#start")
     visitor.see("#progress .done", "tiny-dit-2bit · ")
 

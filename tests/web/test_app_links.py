@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from urllib.parse import parse_qs
 
 import pytest
@@ -12,6 +14,7 @@ from browsing import Visitor, choose_from_search, needs_chromium, new_browser, n
 from playwright.sync_api import expect
 
 pytestmark = [needs_chromium, pytest.mark.slow]
+SLOWER = 10  # than on a machine that does nothing else: a library of the Hub left alone tries for minutes
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +22,22 @@ def server(tmp_path_factory, root):
     tiny_pipelines.build("flux").save_pretrained(root / "flux")
     with AppServer(tmp_path_factory.mktemp("app") / "jobs", "--root", str(root)) as found:
         yield found
+
+
+def test_a_search_that_the_hub_does_not_answer_is_over_in_three_seconds_and_says_so(tmp_path, root, browser):
+    with socket.socket() as silent:  # takes connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with AppServer(tmp_path / "jobs", "--root", str(root), HF_ENDPOINT=hub, HF_HUB_OFFLINE="0") as server:
+            visitor = Visitor(browser, server.url).arrive("?model=folder:tiny")
+            visitor.page.locator("#model input").fill("some model")
+            begun = time.monotonic()
+            visitor.page.locator("#model input").press("s")
+            visitor.see("#model", "The Hub does not answer: only what is known here is listed.")
+            print(f"told after {time.monotonic() - begun:.1f} s")
+            assert time.monotonic() - begun < 3 * SLOWER
+            assert visitor.errors == []
 
 
 def link_with(visitor: Visitor, **wanted: str) -> str:
