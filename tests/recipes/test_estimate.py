@@ -120,7 +120,7 @@ def test_a_stage_without_length_is_no_trouble():
 
 
 BEST = {"sensitivity": 50.0, "trajectories": 20.0, "bits": 10.0, "fit": 100.0}
-FIRST_TURN = [
+FIRST_SLICE = [
     *events_of("sensitivity", 5.0, 10, 10),
     *events_of("trajectories", 2.0, 10, 10, begin=50.0),
     *events_of("bits", 1.0, 10, 10, begin=70.0),
@@ -130,13 +130,15 @@ FIRST_TURN = [
 
 def test_what_a_resumed_job_makes_again_is_left_to_do_and_tells_nothing_of_its_pace():
     again = [Event("trajectories", i, 10, 125.0 + 3 * i) for i in range(1, 11)]
-    assert seconds_left([*FIRST_TURN, *again[:5]], BEST) == pytest.approx(10 + 70)
-    assert seconds_left([*FIRST_TURN, *again], BEST) == pytest.approx(70)
-    assert seconds_left([*FIRST_TURN, *again, Event("fit", 4, 10, 165.0)], BEST) == pytest.approx(60)
+    assert seconds_left([*FIRST_SLICE, *again[:5]], BEST) == pytest.approx(10 + 70)
+    assert seconds_left([*FIRST_SLICE, *again], BEST) == pytest.approx(70)
+    assert seconds_left([*FIRST_SLICE, *again, Event("fit", 4, 10, 165.0)], BEST) == pytest.approx(60)
 
 
-def test_every_further_turn_records_its_trajectories_again():
-    assert seconds_left(FIRST_TURN, BEST) == seconds_left(FIRST_TURN, BEST, turn=180.0, in_turn=100.0) == pytest.approx(70)
-    assert seconds_left(FIRST_TURN, BEST, turn=120.0, in_turn=110.0) == pytest.approx(70 + 20)
-    assert seconds_left(FIRST_TURN, BEST, turn=60.0, in_turn=50.0) == pytest.approx(70 + 2 * 20)
-    assert seconds_left(FIRST_TURN, BEST, turn=1.0, in_turn=1.0) >= seconds_left(FIRST_TURN, BEST, turn=0.0) > 70
+def test_every_further_time_slice_records_its_trajectories_again():
+    assert (
+        seconds_left(FIRST_SLICE, BEST) == seconds_left(FIRST_SLICE, BEST, time_slice=180.0, spent=100.0) == pytest.approx(70)
+    )
+    assert seconds_left(FIRST_SLICE, BEST, time_slice=120.0, spent=110.0) == pytest.approx(70 + 20)
+    assert seconds_left(FIRST_SLICE, BEST, time_slice=60.0, spent=50.0) == pytest.approx(70 + 2 * 20)
+    assert seconds_left(FIRST_SLICE, BEST, time_slice=1.0, spent=1.0) >= seconds_left(FIRST_SLICE, BEST, time_slice=0.0) > 70

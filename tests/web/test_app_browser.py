@@ -33,7 +33,7 @@ def hub(root):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, root, hub):
-    settings = {"VQ4DIT_TURN_SECONDS": "20", "HF_HUB_OFFLINE": "0"}
+    settings = {"VQ4DIT_SLICE_SECONDS": "20", "HF_HUB_OFFLINE": "0"}
     with AppServer(tmp_path_factory.mktemp("app") / "jobs", "--root", str(root), **settings) as found:
         yield found
 

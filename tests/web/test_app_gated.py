@@ -31,7 +31,7 @@ def server(place, hub, scheduler) -> Iterator[AppServer]:
     folder = place / "root" / "tiny"
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     hub.add_repo(GATED, files, gated=True, readers={"ann"}, card={"license": "apache-2.0"})
-    lent = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": scheduler.url, "VQ4DIT_TURN_SECONDS": "3"}
+    lent = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": scheduler.url, "VQ4DIT_SLICE_SECONDS": "3"}
     with AppServer(place / "jobs", program="tests/support/zero_gpu_app.py", **settings(place, hub), **lent) as found:
         yield found
 

@@ -27,7 +27,7 @@ def scheduler():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, root, scheduler):
     folder = tmp_path_factory.mktemp("space") / "jobs"
-    environment = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": scheduler.url, "VQ4DIT_TURN_SECONDS": "3"}
+    environment = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": scheduler.url, "VQ4DIT_SLICE_SECONDS": "3"}
     with AppServer(folder, "--root", str(root), program="tests/support/zero_gpu_app.py", **environment) as found:
         yield found
 
@@ -60,7 +60,7 @@ def test_a_job_of_several_leases_streams_and_outlives_a_kill_a_refusal_and_an_ex
     """One job through all of it: lease, killed worker, spent quota, no GPU, expired permission, leases to the end."""
     scheduler.kill_after = 2.0
     visitor.press("#start")
-    visitor.see("#progress .trouble", "The GPU was taken away in the middle of a turn. Finished layers are kept.")
+    visitor.see("#progress .trouble", "The GPU was taken away in the middle of its work. Finished layers are kept.")
     visitor.see("#progress .trouble", "What to do: Press Resume")
 
     scheduler.refuse.append(QUOTA)
@@ -101,10 +101,10 @@ def test_a_permission_that_stays_expired_pauses_the_job(visitor, scheduler):
     visitor.see("#progress", "Calibrating")
     visitor.press("#stop")
     visitor.see("#progress .trouble", "You stopped it")
-    visitor.events.wait_until_over()  # between two turns a stop is told at once, and the next turn still asks for a GPU
+    visitor.events.wait_until_over()  # between two time slices a stop is told at once, and the next one still asks for a GPU
     scheduler.refuse += [EXPIRED, EXPIRED]
     visitor.press("#resume")
-    visitor.see("#progress .trouble", "Your permission to use the GPU ran out between two turns.")
+    visitor.see("#progress .trouble", "Your permission to use the GPU ran out between two time slices.")
     visitor.see("#progress .trouble", "What to do: Reload this page and press Resume.")
     time.sleep(1)
     assert not scheduler.refuse  # two requests, not a third

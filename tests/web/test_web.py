@@ -306,7 +306,7 @@ def test_a_stop_while_somebody_works_is_told_by_the_stream_of_that_work(answers,
 
 def test_a_press_on_resume_while_the_stream_of_the_stopped_turn_still_delivers(answers, visitor, studio, monkeypatch):
     """What the old stream has not delivered yet is read when it is delivered, so that it never tells what is over."""
-    monkeypatch.setenv("VQ4DIT_TURN_SECONDS", "3600")  # one turn, however slow the machine is
+    monkeypatch.setenv("VQ4DIT_SLICE_SECONDS", "3600")  # one turn, however slow the machine is
     *_, key, turn = answers.begin(visitor, 0, None, "folder:tiny", 2, "paper", 0, "")
     old = answers.quantize(visitor, key, turn)
     next(old)

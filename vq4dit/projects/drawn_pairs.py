@@ -176,7 +176,7 @@ def _draw_missing(
     for key in wanted:
         if key in pairs:
             continue
-        if drew and not budget.allows(0.0):  # every turn draws a pair, else it might never end
+        if drew and not budget.allows(0.0):  # every time slice draws a pair, else it might never end
             return True
         drawn = [_timed_sample(pipeline, key, project, settings, on_progress) for pipeline in pipelines]
         pair = SamplePair(key.condition, key.seed, drawn[0][0], drawn[1][0])

@@ -39,7 +39,7 @@ from vq4dit.progress import Event
 LEAVING_SECONDS = 10.0
 READING_SECONDS = 120.0
 LOOKING_SECONDS = 0.05  # in which two who only look whether a project is free have passed each other
-# "queued" is in a server's queue; "waiting" is before its next turn: whoever drives the work goes on with it.
+# "queued" is in a server's queue; "waiting" is before its next time slice: whoever drives the work goes on with it.
 Phase = Literal["new", "queued", "running", "waiting", "paused", "done", "failed"]
 
 
@@ -74,7 +74,7 @@ class Project:
         self.folder = folder
         values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
         self.model: str = values["model"]
-        self.revision: str = values["revision"]  # the commit of a Hub model, so that every turn sees the same weights
+        self.revision: str = values["revision"]  # the commit of a Hub model, so that every time slice sees the same weights
         self.settings = QuantizationSettings.from_dict(values["settings"])
         self.components: Components = values.get("components", "copy")
 
@@ -130,7 +130,7 @@ class Project:
         return status
 
     def seconds_so_far(self, status: Status) -> float:
-        """Of work; while it runs, its status file is as old as the turn."""
+        """Of work; while it runs, its status file is as old as the time slice."""
         path = self.folder / "status.json"
         running = status.phase == "running" and path.exists()
         return status.seconds + (max(0.0, time.time() - path.stat().st_mtime) if running else 0.0)

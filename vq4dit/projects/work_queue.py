@@ -1,4 +1,4 @@
-"""Whose turn it is: the server's own queue, so that work goes on though nobody looks on.
+"""Who works next: the server's own queue, so that work goes on though nobody looks on.
 
 One long-lived thread works on one task after the other, the first that came first. Pipelines are shared, and recording hangs
 hooks into them: so nothing else computes. When others wait, a task that is not done after its time slice goes to the end of the

@@ -145,7 +145,7 @@ class Quantization:
     def _work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
         project = self.project
         with project.claim():
-            if project.status().phase == "done":  # by another server, while this one waited for its turn
+            if project.status().phase == "done":  # by another server, while this one waited
                 return False
             before = project.status().seconds
             started = time.monotonic()
@@ -169,14 +169,14 @@ class Quantization:
         return seconds_left(self.project.events(), self.project.forecast().stages)
 
 
-def time_left(project: Project, status: Status, turn: float = math.inf) -> float | None:
+def time_left(project: Project, status: Status, time_slice: float = math.inf) -> float | None:
     """Seconds of work to the end of a project, about; None if nobody can know yet.
 
     Args:
-        turn: seconds of a time slice.
+        time_slice: seconds of one.
     """
     now = project.seconds_so_far(status)
-    return seconds_left(project.events(), project.forecast().stages, now, turn, now - status.seconds)
+    return seconds_left(project.events(), project.forecast().stages, now, time_slice, now - status.seconds)
 
 
 def failure(error: Exception, seconds: float = 0.0) -> Status:
@@ -232,7 +232,7 @@ def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Calla
         quantized = run(job, pipeline, budget, on_progress)
         if quantized is None:
             check_stop(Progress("cluster", 0, 1))
-            project.set_status(Status("waiting", "This turn's time is over; the next one goes on.", seconds=spent()))
+            project.set_status(Status("waiting", "This time slice is over; the next one goes on.", seconds=spent()))
             return True
         origin = replace(origin, fingerprint=job.fingerprint)
         source = loader.source(project)

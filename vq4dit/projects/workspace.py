@@ -84,7 +84,7 @@ class Workspace:
     def sweep(self, *, max_age_seconds: float, max_bytes: int) -> list[Path]:
         """Remove projects that were not used for long, then the oldest ones until all fit; never one that is at work.
 
-        That is one that somebody works on or reads, or that waits for its next turn.
+        That is one that somebody works on or reads, or that waits for its next time slice.
         """
         folders = [path.parent for path in self.root.glob("*/*/project.json")]
         projects = [project for folder in folders if (project := _opened(folder))]

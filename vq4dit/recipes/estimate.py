@@ -178,7 +178,7 @@ def check_fits(cost: Estimate, model: str, device: torch.device | str = "cpu") -
 
 
 def seconds_left(
-    events: Sequence[Event], stages: Mapping[str, float], now: float = 0.0, turn: float = math.inf, in_turn: float = 0.0
+    events: Sequence[Event], stages: Mapping[str, float], now: float = 0.0, time_slice: float = math.inf, spent: float = 0.0
 ) -> float | None:
     """The time to the end, in seconds: what is left of every stage's estimate, corrected by the pace so far.
 
@@ -187,24 +187,24 @@ def seconds_left(
     Args:
         stages: estimated seconds by stage, in their order.
         now: seconds of work so far, as events count them: what has passed since the last one counts for the piece at work.
-        turn: seconds of a time slice; each further one makes `MADE_ANEW` again.
-        in_turn: seconds of the present one that are over.
+        time_slice: seconds of one; each further one makes `MADE_ANEW` again.
+        spent: seconds of the present time slice that are over.
     """
     if not events:
         return sum(stages.values()) if stages else None
     running = events[-1]
     if running.stage not in stages:
         return None
-    done, spent = _finished(events, stages)
-    seconds = _corrected(stages, done, spent)
+    done, took = _finished(events, stages)
+    seconds = _corrected(stages, done, took)
     done[running.stage] = running.share()  # less than was finished once where it is made again
     names = list(stages)
     left = sum(seconds[name] * (1 - done[name]) for name in names[names.index(running.stage) :])
     piece = seconds[running.stage] / max(1, running.total)
     left -= min(max(0.0, now - running.seconds), piece, left)
     again = sum(seconds[name] for name in MADE_ANEW if name in stages)
-    of_later_turns = max(0.0, left - max(0.0, turn - in_turn))
-    return left + again * math.ceil(of_later_turns / max(turn - again, turn / 2, 1.0))
+    of_later_slices = max(0.0, left - max(0.0, time_slice - spent))
+    return left + again * math.ceil(of_later_slices / max(time_slice - again, time_slice / 2, 1.0))
 
 
 def _finished(events: Sequence[Event], stages: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:

@@ -161,7 +161,7 @@ class Answers:
         return self.view(project)
 
     def quantize(self, key: str, project_key: str, turn: int, token: gr.OAuthToken | None = None) -> Iterator[tuple]:
-        """The work, streamed: to its end, or under ZeroGPU one turn, which a new one follows if time ran out."""
+        """The work, streamed: to its end, or under ZeroGPU for one time slice, which a new one follows if time ran out."""
         try:
             project = self.studio.project(key, project_key)
         except Exception as error:
@@ -193,7 +193,7 @@ class Answers:
     def view(self, project: Project, found: Trouble | None = None) -> tuple:
         """All that the run step shows of a project, from its folder."""
         status, events, layers = project.status(), project.events(), project.layers()
-        left = time_left(project, status, self.studio.turn) if status.is_under_way else None
+        left = time_left(project, status, self.studio.time_slice) if status.is_under_way else None
         place = self.studio.place(project) if status.is_under_way else None
         bar = html.progress(project, status, events, left, place)
         if found or status.phase in ("paused", "failed"):

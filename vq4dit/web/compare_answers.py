@@ -69,7 +69,7 @@ class CompareAnswers:
         prompts: str = "",
         guidance: str = "",
     ) -> Iterator[tuple]:
-        """The drawing, streamed: to its end, or under ZeroGPU one turn, which a new one follows if time ran out."""
+        """The drawing, streamed: to its end, or under ZeroGPU for one time slice, which a new one follows if time ran out."""
         try:
             project = self.studio.project(key, project_key)
             settings = self.studio.drawing(project) or PairSettings.of(project, classes, prompts, int(seeds), guidance)

@@ -1,6 +1,6 @@
 """ZeroGPU: a GPU that is lent for at most a minute at a time, by a scheduler that may say no.
 
-Each turn of the work is one event of the page, because the visitor's permission to use the GPU travels with the event and
+Each time slice of the work is one event of the page, because the visitor's permission to use the GPU travels with the event and
 is good for a few minutes only. What the scheduler says no with is an error of Gradio; here it becomes a paused project that
 says how long to wait and what else can be done. Elsewhere `on_gpu` changes nothing.
 """
@@ -16,18 +16,20 @@ from vq4dit.projects.project import Status
 
 LEASE_SECONDS = 60  # the longest lease we ask for
 WORK_SECONDS = 40.0  # of them spent on work; the rest is for loading and saving
-LOCAL_TURN_SECONDS = 180.0  # without ZeroGPU: then the next one in the queue; each turn of `best` repeats its walk, about 30 s
+LOCAL_SLICE_SECONDS = (
+    180.0  # without ZeroGPU: after which others that wait come; each one of `best` repeats its trajectories, about 30 s
+)
 
-EXPIRED = "Your permission to use the GPU ran out between two turns."
+EXPIRED = "Your permission to use the GPU ran out between two time slices."
 
 
 def is_zero_gpu() -> bool:
     return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
-def turn_seconds() -> float:
-    """How long one turn works, for tests from the environment."""
-    return float(os.environ.get("VQ4DIT_TURN_SECONDS", WORK_SECONDS if is_zero_gpu() else LOCAL_TURN_SECONDS))
+def slice_seconds() -> float:
+    """How long a time slice is, for tests from the environment."""
+    return float(os.environ.get("VQ4DIT_SLICE_SECONDS", WORK_SECONDS if is_zero_gpu() else LOCAL_SLICE_SECONDS))
 
 
 def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ def refused(error: Exception, before: Status) -> Status:
     if "GPU task aborted" in text:
         return Status(
             "paused",
-            "The GPU was taken away in the middle of a turn. Finished layers are kept.",
+            "The GPU was taken away in the middle of its work. Finished layers are kept.",
             "Press Resume: at most the layer it was working on is done again.",
             text,
             seconds,

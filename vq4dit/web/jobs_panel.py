@@ -126,7 +126,7 @@ class JobsPanel:
                 self.delete = gr.Button("Delete it", visible=False, elem_id="jobs-delete")
 
     def wire(self, job: list, shown: list, occasions: list[Any], turned: Any) -> None:
-        """List anew on the `occasions` and when a turn is over; `went` changes when another job is on the page.
+        """List anew on the `occasions` and when a stream of work is over; `went` changes when another job is on the page.
 
         Args:
             job: visitor and project.

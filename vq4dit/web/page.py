@@ -211,7 +211,7 @@ class Page:
         drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **streams)
         looked_up = self.project.change(**of_job, cancels=[drawn])
         looked_up.then(**self.private(compare.watch, [*job, self.drawing], [self.drawing]))
-        # What was prepared or is being drawn is of the job before; after a turn of the same job it may be new.
+        # What was prepared or is being drawn is of the job before; after more work on the same job it may be new.
         gone = lambda: (gr.Button(visible=False), gr.DownloadButton(visible=False), "")  # noqa: E731
         self.on(self.project.change, gone, [], [self.halt, self.file, self.kept], queue=False)
         self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")

@@ -48,12 +48,12 @@ class Studio:
     def __init__(self, catalog: Catalog, workspace: Workspace):
         self.catalog, self.workspace = catalog, workspace
         self.loader = Loader(catalog)
-        # Under ZeroGPU each turn is an event of the visitor's page, and Gradio's queue is the only one.
-        self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.turn_seconds(), QUEUE_LENGTH, OF_EACH_VISITOR)
-        self.turn = math.inf if self.queue else gpu.turn_seconds()  # at home a turn ends only if others wait
+        # Under ZeroGPU each time slice is an event of the visitor's page, and Gradio's queue is the only one.
+        self.queue = None if gpu.is_zero_gpu() else WorkQueue(gpu.slice_seconds(), QUEUE_LENGTH, OF_EACH_VISITOR)
+        self.time_slice = math.inf if self.queue else gpu.slice_seconds()  # of the queue it ends only if others wait
         self.device: Device = "gpu" if gpu.is_zero_gpu() else "cpu"
-        self.quantize_turn = gpu.on_gpu(self._quantize_turn)
-        self.draw_turn = gpu.on_gpu(self._draw_turn)
+        self.quantize_slice = gpu.on_gpu(self._quantize_slice)
+        self.draw_slice = gpu.on_gpu(self._draw_slice)
         self._cards: dict[tuple, ModelCard] = {}
 
     # --- before the work ---
@@ -151,7 +151,7 @@ class Studio:
         except JobError:
             return None
 
-    # --- the work: the server's own, at which pages look on, or under ZeroGPU that of a page's events, turn by turn ---
+    # --- the work: the server's own, at which pages look on, or under ZeroGPU that of a page's events, one time slice each ---
 
     def line_up(self, project: Project, token: str | None = None) -> None:
         """Let a project be worked on: by this server, or by the page's next events.
@@ -175,13 +175,13 @@ class Studio:
             project.forget_stop()
 
     def quantize(self, project: Project, token: str | None = None) -> Iterator[Trouble | None]:
-        """Look on at a project's work to its end, or do a turn of it; yields at least twice a second."""
+        """Look on at a project's work to its end, or work on it for a time slice; yields at least twice a second."""
         if self.queue:
             yield from _followed(self.queue, project)
             yield from self.until_free(project)
             return
         try:
-            yield from self.quantize_turn(str(project.folder), token)
+            yield from self.quantize_slice(str(project.folder), token)
         except gr.Error as error:  # the scheduler's, not ours
             project.set_status(gpu.refused(error, project.status()))
             yield None
@@ -192,7 +192,7 @@ class Studio:
             yield from _followed(self.queue, project)
             return
         try:
-            yield from self.draw_turn(str(project.folder), settings, token)
+            yield from self.draw_slice(str(project.folder), settings, token)
         except gr.Error as error:
             status = gpu.refused(error, project.status())
             yield Trouble(status.message, status.details, status.next_step)
@@ -236,17 +236,17 @@ class Studio:
         if self.queue:
             self.queue.drop(project)
 
-    # --- the turns under ZeroGPU: these two run in another process, and the login travels there in memory ---
+    # --- the time slices of ZeroGPU: these two run in another process, and the login travels there in memory ---
 
-    def _quantize_turn(self, folder: str, token: str | None) -> Iterator[Trouble | None]:
+    def _quantize_slice(self, folder: str, token: str | None) -> Iterator[Trouble | None]:
         try:
-            yield from work(Project(Path(folder)), self.loader.with_login(token), gpu.turn_seconds())
+            yield from work(Project(Path(folder)), self.loader.with_login(token), gpu.slice_seconds())
         except Exception as error:
             yield explain(error)
 
-    def _draw_turn(self, folder: str, settings: PairSettings, token: str | None) -> Iterator[Trouble | None]:
+    def _draw_slice(self, folder: str, settings: PairSettings, token: str | None) -> Iterator[Trouble | None]:
         try:
-            yield from draw(Project(Path(folder)), self.loader.with_login(token), settings, gpu.turn_seconds())
+            yield from draw(Project(Path(folder)), self.loader.with_login(token), settings, gpu.slice_seconds())
         except Exception as error:
             yield explain(error)
 
