@@ -161,75 +161,94 @@ class Page:
     # --- wiring ---
 
     def _wire(self) -> None:
-        choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call, self.components]
-        looked = [self.card, self.command]
-        run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
-        guessed = [self.blind, self.score, self.game]
-        drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths, *guessed]
-        job = [self.visitor, self.project]
-        answers, compare = self.answers, self.compare
+        self.choice: list[Any] = [self.model, self.bits, self.recipe, self.seed, self.keep, self.call, self.components]
+        self.looked = [self.card, self.command]
+        self.asked = [self.model, self.listed, self.visitor, self.project]
+        self.conditions = [self.labels, self.prompts, self.guidance, self.listed]
+        self.run_view = [self.progress, self.chart, self.layers, self.log, self.start, self.stop, self.resume]
+        self.guessed = [self.blind, self.score, self.game]
+        self.drawn_view = [self.drawn, self.pair, self.slider, self.figures, self.grid, self.widths, *self.guessed]
+        self.job = [self.visitor, self.project]
         # Under ZeroGPU the work is in these events, one at a time; else they only look on, as many as come.
         gpu: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "minimal"}
         looking: dict[str, Any] = {"concurrency_id": "looking", "concurrency_limit": MOST_LOOKING}
-        streams = looking if self.studio.queue else gpu
+        self.streams = looking if self.studio.queue else gpu
 
-        asked, conditions = [self.model, self.listed, *job], [self.labels, self.prompts, self.guidance, self.listed]
-        restored = [self.visitor, self.welcome, self.project, *choice, *looked, self.seeds, *conditions]
+        arrived = self._wire_arrival()
+        self._wire_choice()
+        started, worked = self._wire_run()
+        self._wire_compare(worked)
+        self._wire_keep(arrived, started, worked)
+        endpoints = Endpoints(self.studio)
+        gr.api(endpoints.inspect, api_name="inspect")
+        gr.api(endpoints.estimate, api_name="estimate")
+
+    def _wire_arrival(self) -> Any:
+        answers = self.answers
+        restored = [self.visitor, self.welcome, self.project, *self.choice, *self.looked, self.seeds, *self.conditions]
         arrived = self.on(self.blocks.load, answers.arrive, [self.visitor], restored)
         # Earlier than what a link asks for, a click would start what the page shows at first.
         arrived.then(**self.private(lambda: gr.Button(interactive=True), [], [self.start]))
-        arrived.then(**self.private(answers.conditions, asked, conditions))
-        arrived.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
+        arrived.then(**self.private(answers.conditions, self.asked, self.conditions))
+        arrived.then(**self.private(answers.watch, [*self.job, self.turn], [*self.run_view, self.turn]))
+        return arrived
 
+    def _wire_choice(self) -> None:
+        answers = self.answers
         one_by_one: dict[str, Any] = {"trigger_mode": "always_last"}  # so that no older answer arrives after a newer one
         seen = gr.State(self.studio.catalog.offered())
         self.on(self.model.focus, None, [], [], js=SELECT)
         self.on(self.model.key_up, answers.search, [self.model, seen], [self.model, seen], js=TYPED, queue=False, **one_by_one)
-        changes = partial(gr.on, [control.change for control in choice])
-        self.on(changes, answers.look, choice, looked, **one_by_one)
-        linked = [self.listed, self.labels, self.prompts, self.seeds, self.guidance, *choice]
+        changes = partial(gr.on, [control.change for control in self.choice])
+        self.on(changes, answers.look, self.choice, self.looked, **one_by_one)
+        linked = [self.listed, self.labels, self.prompts, self.seeds, self.guidance, *self.choice]
         follows = partial(gr.on, [control.change for control in linked])
         self.on(follows, answers.link, linked, [self.link], **one_by_one)
-        self.on(self.model.change, answers.conditions, asked, conditions, **one_by_one)
+        self.on(self.model.change, answers.conditions, self.asked, self.conditions, **one_by_one)
         self.on(self.model.change, answers.offer, [self.model, self.components], [self.components], **one_by_one)
         self.on(self.model.input, answers.suggest, [self.model], [self.call], **one_by_one)
 
-        begun = [*run_view, self.visitor, self.project, self.turn]
-        started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *choice], begun)
-        started.then(**self.private(answers.conditions, asked, conditions))
-        self.on(self.resume.click, answers.resume, [*job, self.turn], [*run_view, self.turn])
+    def _wire_run(self) -> tuple[Any, Any]:
+        """The events after a press of Quantize, and after work."""
+        answers, job_and_turn, view = self.answers, [*self.job, self.turn], [*self.run_view, self.turn]
+        begun = [*self.run_view, self.visitor, self.project, self.turn]
+        started = self.on(self.start.click, answers.begin, [self.visitor, self.turn, *self.choice], begun)
+        started.then(**self.private(answers.conditions, self.asked, self.conditions))
+        self.on(self.resume.click, answers.resume, job_and_turn, view)
         presses = partial(gr.on, [self.start.click, self.resume.click, self.jobs.went.change])  # what it says is then over
         self.on(presses, lambda: gr.HTML(visible=False), [], [self.welcome], queue=False)
-        self.on(self.stop.click, answers.stop, job, run_view, queue=False)
-        turned = self.on(self.turn.change, answers.quantize, [*job, self.turn], [*run_view, self.turn], **streams)
-        of_job = self.private(compare.of_job, job, drawn_view)
-        turned.then(**of_job)
+        self.on(self.stop.click, answers.stop, self.job, self.run_view, queue=False)
+        return started, self.on(self.turn.change, answers.quantize, job_and_turn, view, **self.streams)
 
+    def _wire_compare(self, worked: Any) -> None:
+        compare, job = self.compare, self.job
+        of_job = self.private(compare.of_job, job, self.drawn_view)
+        worked.then(**of_job)
         drawing = [*job, self.drawing, self.labels, self.seeds, self.prompts, self.guidance]
         self.on(self.draw.click, compare.begin_drawing, drawing, [self.drawn, self.halt, self.drawing])
         self.on(self.halt.click, compare.halt, job, [], queue=False)
-        drawn = self.on(self.drawing.change, compare.draw, drawing, [*drawn_view, self.halt, self.drawing], **streams)
+        drawn_view = [*self.drawn_view, self.halt, self.drawing]
+        drawn = self.on(self.drawing.change, compare.draw, drawing, drawn_view, **self.streams)
         looked_up = self.project.change(**of_job, cancels=[drawn])
         looked_up.then(**self.private(compare.watch, [*job, self.drawing], [self.drawing]))
         # What was prepared or is being drawn is of the job before; after more work on the same job it may be new.
         gone = lambda: (gr.Button(visible=False), gr.DownloadButton(visible=False), "")  # noqa: E731
         self.on(self.project.change, gone, [], [self.halt, self.file, self.kept], queue=False)
-        self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider], show_progress="hidden")
+        self.on(self.pair.input, compare.show, [*job, self.pair], [self.slider])
 
-        self.on(self.another.click, compare.deal, [*job, self.game], guessed, show_progress="hidden")
-        self.on(self.left.click, compare.guess_left, [*job, self.game], guessed, show_progress="hidden")
-        self.on(self.right.click, compare.guess_right, [*job, self.game], guessed, show_progress="hidden")
+        self.on(self.another.click, compare.deal, [*job, self.game], self.guessed)
+        self.on(self.left.click, compare.guess_left, [*job, self.game], self.guessed)
+        self.on(self.right.click, compare.guess_right, [*job, self.game], self.guessed)
+
+    def _wire_keep(self, arrived: Any, started: Any, worked: Any) -> None:
+        answers, job = self.answers, self.job
         self.on(self.prepare.click, answers.download, job, [self.file, self.kept])
         names = ("model", "bits", "recipe", "seed", "keep", "call", "components", "classes", "prompts", "seeds", "guidance")
-        settings = dict(zip(names, (*choice, self.labels, self.prompts, self.seeds, self.guidance), strict=True))
-        self.jobs.wire(job, [self.project, *choice, *run_view], [arrived, started], turned)
-        went = self.on(self.jobs.went.change, answers.conditions, asked, conditions)
-        went.then(**self.private(answers.watch, [*job, self.turn], [*run_view, self.turn]))
-        self.push.wire(job, settings, arrived, [started, turned, went])
-
-        endpoints = Endpoints(self.studio)
-        gr.api(endpoints.inspect, api_name="inspect")
-        gr.api(endpoints.estimate, api_name="estimate")
+        settings = dict(zip(names, (*self.choice, self.labels, self.prompts, self.seeds, self.guidance), strict=True))
+        self.jobs.wire(job, [self.project, *self.choice, *self.run_view], [arrived, started], worked)
+        went = self.on(self.jobs.went.change, answers.conditions, self.asked, self.conditions)
+        went.then(**self.private(answers.watch, [*job, self.turn], [*self.run_view, self.turn]))
+        self.push.wire(job, settings, arrived, [started, worked, went])
 
     @staticmethod
     def private(function: Any, inputs: list, outputs: list) -> dict[str, Any]:
