@@ -44,6 +44,7 @@ def train_on(folder: Path) -> None:
 
 def done(studio: Studio, visitor: str):
     project = studio.begin(visitor, CHOICE)
+    studio.line_up(project)
     list(studio.quantize(project))
     assert project.status().phase == "done", project.status()
     return project
@@ -119,6 +120,7 @@ def test_a_model_that_was_trained_on_is_another_project_and_never_done_already(s
     train_on(root / "tiny")
     second = studio.begin(visitor, CHOICE)
     assert second.key != first.key and second.status().phase == "new"
+    studio.line_up(second)
     list(studio.quantize(second))
     weights = [(p.result / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() for p in (first, second)]
     assert weights[0] != weights[1]
@@ -161,6 +163,7 @@ def test_a_paused_job_whose_model_changed_says_so_and_pairs_are_not_drawn_with_a
     project = done(studio, visitor)
     train_on(root / "tiny")
     compare = CompareAnswers(studio)
+    compare.begin_drawing(visitor, project.key, 0, [0])
     *_, last = compare.draw(visitor, project.key, 1, [0], 1)
     assert "have changed since this job began" in last[0] and "Press Quantize" in last[0]
     told = Answers(studio).begin(visitor, 0, None, "folder:tiny", 2, "kmeans", 0, "")

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from held_task import Steps
 
+from vq4dit.config import QuantizationSettings
 from vq4dit.errors import HubError
 from vq4dit.pipelines.provenance import read_origin
 from vq4dit.projects.catalog import Catalog
@@ -34,7 +36,8 @@ def bob(hub) -> str:
 def test_what_one_visitor_loaded_is_neither_shown_nor_lent_to_another(studio, ann, bob, hub, model, reason):
     choice = Choice(model, 2, "kmeans", 0, "")
     project = studio.begin(studio.workspace.visitor(None), choice, ann.token)
-    assert list(studio.quantize(project, ann.token))[-1:] in ([], [None]) and project.status().phase == "done"
+    studio.line_up(project, ann.token)
+    assert list(studio.quantize(project))[-1:] in ([], [None]) and project.status().phase == "done"
     commit = hub.repos[model].refs["main"]
     assert (read_origin(project.result).model, read_origin(project.result).revision) == (model, commit)
     fresh = Studio(studio.catalog, studio.workspace)  # nothing in its memory, but the files are on disk
@@ -52,20 +55,26 @@ def test_what_one_visitor_loaded_is_neither_shown_nor_lent_to_another(studio, an
     assert fresh.loader.with_login(ann.token).original(project).labels["cat"] == 0
 
 
-def test_an_access_withdrawn_between_two_turns_pauses_the_job_in_words_until_it_is_given_back(studio, ann, hub, tmp_path):
+def test_an_access_withdrawn_between_two_time_slices_pauses_the_job_in_words_until_it_is_given_back(studio, ann, hub, tmp_path):
     answers, visitor, login = Answers(studio), studio.workspace.visitor(None), gr.OAuthToken(ann.token, "", 0)
+    studio.queue.put(other := Steps(studio.workspace.open(visitor, GATED, QuantizationSettings(seed=9)), []))
     *_, key, turn = answers.begin(visitor, 0, login, GATED, 2, "kmeans", 0, "")
     hub.repos[GATED].readers.clear()
+    other.go()
     *_, last = answers.quantize(visitor, key, turn, login)
     page = f'<a href="{hub.url}/{GATED}"'
     assert "is gated, and this login has no access" in last[0] and page in last[0] and last[6].visible
     hub.repos[GATED].readers.add("ann")
+    *_, turn = answers.resume(visitor, key, turn, login)
     *_, last = answers.quantize(visitor, key, turn, login)
     assert "is packed" in last[0]
-    *_, drawn = CompareAnswers(studio).draw(visitor, key, 1, [0], 1, login)
+    compare = CompareAnswers(studio)
+    compare.begin_drawing(visitor, key, 0, [0], token=login)
+    *_, drawn = compare.draw(visitor, key, 1, [0], 1, login)
     assert "1 pair<" in drawn[0]
     hub.repos[GATED].readers.clear()
-    *_, refused = CompareAnswers(studio).draw(visitor, key, 2, [1], 1, login)
+    compare.begin_drawing(visitor, key, 1, [1], token=login)
+    *_, refused = compare.draw(visitor, key, 2, [1], 1, login)
     assert "is gated, and this login has no access" in refused[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and ann.token.encode() in path.read_bytes()]
 
