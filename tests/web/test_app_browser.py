@@ -164,7 +164,7 @@ def test_nothing_starts_before_the_settings_of_the_link_have_arrived(server, bro
     expect(start).to_be_disabled()
     held[0].continue_()
     expect(start).to_be_enabled()
-    expect(visitor.page.locator("#command")).to_contain_text("folder:tiny")
+    expect(visitor.page.locator("#command")).to_contain_text("ROOT/tiny")
 
 
 def test_a_model_is_found_on_the_hub_and_quantized_and_a_wrong_one_is_refused(server, browser, hub):

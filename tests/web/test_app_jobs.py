@@ -71,6 +71,7 @@ def test_job_after_job_and_back_to_the_first(server, browser, tmp_path):
     assert of_three != of_two
 
     quantize(visitor, 2)  # made already
+    visitor.see("#progress", "It was made before, with these settings")
     visitor.see("#drawn", f"{title(2)}: 3 pairs")
     visitor.see("#slider-box .tag.right", "2 bits")
     assert shown(visitor) == of_two

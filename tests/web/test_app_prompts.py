@@ -88,7 +88,7 @@ def test_a_job_of_classes_then_one_of_prompts_then_classes_again_and_back(server
     visitor.page.locator("#call textarea").fill("")
     choose_from_search(visitor, "tiny", "folder:tiny")
     visitor.page.locator("#bits label").nth(1).click()
-    visitor.see("#command", "'folder:tiny' --bits 3 --recipe kmeans --seed 0 --output")
+    visitor.see("#command", "ROOT/tiny --bits 3 --recipe kmeans --seed 0 --output")
     again = make("tiny-3bit · kmeans · seed 0")
     assert (of_classes["alt"], again["alt"]) == ("cat, seed 0, at 2 bits", "cat, seed 0, at 3 bits")
     visitor.open("#jobs-box")

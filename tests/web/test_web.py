@@ -256,7 +256,12 @@ def test_without_a_job_every_step_says_what_to_do_first(answers, visitor, compar
 def test_a_job_streams_ends_and_is_not_done_twice(answers, visitor):
     key = quantized(answers, visitor)
     *view, again, turn = answers.begin(visitor, 5, None, "folder:tiny", 2, "kmeans", 0, "")
-    assert again == key and turn == 5 and "is packed" in view[0]
+    assert again == key and turn == 5 and "is packed" in view[0] and "made before, with these settings" in view[0]
+
+
+def test_the_command_of_a_folder_is_one_that_a_terminal_understands(answers):
+    told = answers.look(None, "folder:tiny", 2, "best", 0, "")[1]
+    assert "quantize ROOT/tiny --bits 2" in told and "ROOT is the folder given to --root" in told and "folder:" not in told
 
 
 def test_a_stop_before_the_turn_pauses_at_once(answers, visitor, studio):

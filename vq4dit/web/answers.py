@@ -15,6 +15,7 @@ import gradio as gr
 
 from vq4dit.bundled import BUNDLED
 from vq4dit.pipelines.references import Components
+from vq4dit.projects.catalog import FOLDER
 from vq4dit.projects.project import Project, Status
 from vq4dit.projects.worker import time_left
 from vq4dit.web import card_html, fields, html, links
@@ -125,7 +126,8 @@ class Answers:
         try:
             project = self.studio.begin(visitor, Choice(*values), secret(token))
             if project.status().phase == "done":
-                return *self.view(project), visitor, project.key, turn
+                bar, *rest = self.view(project)
+                return bar + html.note(MADE_ALREADY), *rest, visitor, project.key, turn
             self.studio.line_up(project, secret(token))
         except Exception as error:
             return *idle(html.trouble(explain(error))), visitor, gr.skip(), turn  # without a key it would be the last job
@@ -227,6 +229,7 @@ class Answers:
 
 
 UNCHANGED = (gr.skip(),) * 3
+MADE_ALREADY = "It was made before, with these settings: there is nothing to do."
 AT_FIRST = (BUNDLED, 2, "best", 0, "", "", "copy")
 HUB_IS_SILENT = "The Hub does not answer: only what is known here is listed. A full name, owner/name, can be tried."
 TOO_LONG = "The prompts make the link too long for some programs: it says all but them."
@@ -252,8 +255,9 @@ def greeting(last: Project) -> str:
 
 
 def command(choice: Choice) -> str:
-    settings = choice.settings()
+    """The same thing in a terminal. Where folders of the server lie is not for every visitor to know."""
+    settings, label, model = choice.settings(), "The same in a terminal", choice.model
+    if model.startswith(FOLDER):
+        label, model = f"{label}; ROOT is the folder given to --root", f"ROOT/{model.removeprefix(FOLDER)}"
     output = f"{re.split('[/:]', choice.model)[-1]}-{settings.bits}bit"
-    return html.copyable(
-        "The same in a terminal", html.command_of(choice.model, settings, output, choice.components), "command"
-    )
+    return html.copyable(label, html.command_of(model, settings, output, choice.components), "command")
