@@ -172,3 +172,10 @@ def test_pairs_are_drawn_one_by_one_kept_and_measured(new_project, loader, tmp_p
     assert pack(project, tmp_path).name == "tiny-2bit-kmeans-seed0.zip"
     list(draw(project, loader, first))  # fewer again
     assert is_complete(project, first) and report(project)["num_pairs"] == 1
+
+
+def test_layers_of_best_tell_their_part_of_the_outputs_error_which_is_all_of_it_together(new_project, loader):
+    project = new_project(quick_settings(recipe="best"))
+    for _ in work(project, loader):
+        assert all("error_share" in layer for layer in project.layers())
+    assert sum(layer["error_share"] for layer in project.layers()) == pytest.approx(1)

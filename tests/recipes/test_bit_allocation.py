@@ -16,6 +16,12 @@ def test_fine_steps_take_the_bits_of_a_gaussian_and_one_more_for_each_halving():
     assert bits[1] - bits[0] == pytest.approx(1, abs=0.01)
 
 
+def test_an_error_is_that_of_the_step_or_of_a_weight_that_is_left_out():
+    assert curve(1.0).error(-4.0) == pytest.approx(128 * 2.0**-8 / 12)
+    assert curve(2.0).error(4.0) == pytest.approx(128 * 4.0)  # all that it is worth
+    assert curve(1.0).error(-5.0) == pytest.approx(curve(1.0).error(-4.0) / 4)
+
+
 def test_weights_far_below_a_step_take_none():
     assert curve(1.0).bits(4.0) < 0.01 * 128
 

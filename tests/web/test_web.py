@@ -20,7 +20,7 @@ from vq4dit.projects.catalog import Catalog
 from vq4dit.projects.drawn_pairs import drawn_pairs
 from vq4dit.projects.project import Status
 from vq4dit.projects.workspace import Workspace
-from vq4dit.web import gpu, html, messages
+from vq4dit.web import charts, gpu, html, messages
 from vq4dit.web.answers import Answers
 from vq4dit.web.choice import Choice
 from vq4dit.web.compare_answers import CompareAnswers
@@ -132,7 +132,7 @@ def test_what_comes_from_outside_is_escaped(studio, visitor):
     trouble = html.trouble(messages.Trouble(NASTY, NASTY, NASTY, NASTY))
     log = html.log([Event(NASTY, 1, 2, 0.1, {NASTY: 1.0}, NASTY)])
     table = html.layers_table([{"name": NASTY, "rows": 1, "columns": 2, "bits_per_weight": 2.0, "relative_error": 0.1}])
-    chart = html.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
+    chart = charts.chart([{"name": NASTY, "relative_error": 0.1}], 1, [Event(NASTY, i, 2, 0.1, {NASTY: 1.0}) for i in (1, 2)])
     link = html.copyable("x", link_of(NASTY, Choice(NASTY, 2, "best", 0, "").settings()), "x")
     for shown in (trouble, log, table, chart, link):
         assert "<img" not in shown
@@ -148,19 +148,23 @@ def test_stages_and_figures_nobody_has_heard_of_are_shown(studio, visitor):
     project = studio.begin(visitor, Choice("folder:tiny", 2, "kmeans", 0, ""))
     events = [Event("second_moments", i, 9, float(i), {"new_figure": 1 / i}) for i in (1, 2)]
     assert "Second moments: 2 of 9" in html.progress(project, Status("running"), events, None)
-    assert "second_moments: new figure" in html.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
+    assert "second_moments: new figure" in charts.chart([{"name": "b.0.x", "relative_error": 0.1}], 2, events)
 
 
 def test_the_chart_shows_bits_where_they_are_shared_out_and_errors_where_they_are_not():
     def layers(*bits):
         return [{"name": f"b.{i}.x", "bits_per_weight": b, "relative_error": 0.1 + 4 * i} for i, b in enumerate(bits)]
 
-    shown = html.chart(layers(1.2, 3.4), 3, [], "best")
+    shown = charts.chart(layers(1.2, 3.4), 3, [], "best")
     assert "Bits per weight of each block" in shown and "1.20 to 3.40" in shown and "4.1" not in shown
+    assert "output's error" not in shown
+    shares = [layer | {"error_share": share} for layer, share in zip(layers(1.2, 3.4), (0.25, 0.125), strict=True)]
+    shares.append({"name": "b.1.y", "bits_per_weight": 1.0, "error_share": 0.5})  # of a block they add up
+    assert "expected, in percent, 2 of 3 blocks, 25.0 to 62.5" in charts.chart(shares, 3, [], "best")
     for recipe in ("kmeans", "paper"):
-        assert "Error of each block's weights" in html.chart(layers(1.2, 3.4), 2, [], recipe)
+        assert "Error of each block's weights" in charts.chart(layers(1.2, 3.4), 2, [], recipe)
     of_one = [{"name": f"b.0.{i}", "rows": 2 * i, "columns": 3, "bits_per_weight": float(i)} for i in (1, 2)]
-    assert "1.67 to 1.67" in html.chart(of_one, 1, [], "best"), "weights count, not layers"
+    assert "1.67 to 1.67" in charts.chart(of_one, 1, [], "best"), "weights count, not layers"
 
 
 @pytest.mark.parametrize("recipe", ["kmeans", "best"])

@@ -13,6 +13,7 @@ is noticed; and only what bears such a seal is ever deleted: other files in the 
     DIR.job/sensitivities-of-steps.safetensors  `best`: and in which denoising step, where no tokens are seen
     DIR.job/sensitivities-of-weights.safetensors  `best`: and how much of that adds up over tokens
     DIR.job/bits.safetensors            `best`: how many bits each layer gets
+    DIR.job/errors.safetensors          `best`: and what it is then expected to add to the output's error
     DIR.job/lock                        held by the process that works on the job
 """
 

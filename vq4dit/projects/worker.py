@@ -40,6 +40,7 @@ from vq4dit.progress import Event, OnProgress, Progress, ignore
 from vq4dit.projects.messages import on_page, without_paths
 from vq4dit.projects.pipeline_cache import Loader
 from vq4dit.projects.project import Project, Status
+from vq4dit.recipes.entropy_coded import ERRORS
 from vq4dit.recipes.estimate import seconds_left
 from vq4dit.recipes.quantize import run
 
@@ -219,7 +220,8 @@ def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Calla
     def on_progress(progress: Progress) -> None:
         new = [name for name in targets if name not in measured and job.has(f"layers/{name}")]
         if new:
-            layers.extend(_fitted(name, targets[name], job.read(f"layers/{name}")) for name in new)
+            errors = _expected_errors(job)
+            layers.extend(_fitted(name, targets[name], job.read(f"layers/{name}")) | errors.get(name, {}) for name in new)
             measured.update(new)
             project.set_layers(layers)
         if not progress.is_kept or progress.done > reached.get(progress.stage, -1):  # a resumed job passes what is on disk
@@ -238,10 +240,18 @@ def _quantize(project: Project, loader: Loader, budget: TimeBudget, spent: Calla
         source = loader.source(project)
         where: dict[str, Any] = {"source": source, "scratch": project.work, "components": project.components}
         save(quantized, project.result, overwrite=True, origin=origin, **where)
-        project.set_layers([asdict(layer) for layer in layer_errors(denoiser_of(pipeline), denoiser_of(quantized))])
+        found, errors = layer_errors(denoiser_of(pipeline), denoiser_of(quantized)), _expected_errors(job)
+        project.set_layers([asdict(layer) | errors.get(layer.name, {}) for layer in found])
         project.set_status(Status("done", seconds=spent()))
         job.remove()
         return False
+
+
+def _expected_errors(job: Job) -> dict[str, dict[str, float]]:
+    """Of recipes that share bits out: by layer, its part of the output's error, as it was when they were."""
+    errors = {name: value.item() for name, value in job.read(ERRORS).items()} if job.has(ERRORS) else {}
+    total = sum(errors.values()) or 1.0
+    return {name: {"error_share": error / total} for name, error in errors.items()}
 
 
 def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:

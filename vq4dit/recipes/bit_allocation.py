@@ -45,6 +45,10 @@ class RateCurve:
         found = torch.lerp(table[below], table[below + 1], (level - below).double())
         return (found * self.counts).sum().item()
 
+    def error(self, log_t: float) -> float:
+        """What all weights together cost at t: each t²/12, or all that it is worth where no bit is spent on it."""
+        return (self.counts * torch.exp2(2 * self.log_spread).clamp(max=4.0**log_t / 12)).sum().item()
+
 
 def log_t_for(curves: Iterable[RateCurve], bits: float) -> float:
     """The log2 of the t at which layers take that many bits together."""

@@ -26,6 +26,7 @@ from vq4dit.recipes.layerwise import LayerGroup, Replays, fit_layers, groups_in_
 from vq4dit.recipes.plan import Plan
 from vq4dit.recipes.stages import Piece, Stage, Stages, Tensors, Tick
 
+ERRORS = "errors"  # what each layer is expected to add to the output's error: told to people, used by nobody
 SENSITIVITIES = ("sensitivities", "sensitivities-of-steps", "sensitivities-of-weights")
 
 
@@ -38,7 +39,7 @@ def entropy_coded_stages(pipeline: Any, plan: Plan, settings: QuantizationSettin
     of_all = Piece(fitting.measure, SENSITIVITIES, fitting.know, num_steps(fitting.sampling, config))
     yield Stage("sensitivity", of_all.count, [of_all], wanted)
     yield Stage("trajectories", STEPS, [Piece(fitting.record, count=STEPS)], wanted)
-    yield Stage("bits", len(targets), [Piece(fitting.allocate, ("bits",), fitting.share_out, len(targets))], wanted)
+    yield Stage("bits", len(targets), [Piece(fitting.allocate, ("bits", ERRORS), fitting.share_out, len(targets))], wanted)
     yield Stage("fit", len(targets), fitting.layers(), work=fitting.work_of(targets))
     return fitting.student
 
@@ -89,7 +90,8 @@ class Fitting:
                 tick()
         log_t = log_t_for(curves.values(), promised)
         bits = {name: torch.tensor(curve.bits(log_t), dtype=torch.float64) for name, curve in curves.items()}
-        return [("bits", bits)]
+        errors = {name: torch.tensor(curve.error(log_t), dtype=torch.float64) for name, curve in curves.items()}
+        return [("bits", bits), (ERRORS, errors)]
 
     def share_out(self, pieces: Mapping[str, Tensors]) -> None:
         self.bits = BitBudget({name: value.item() for name, value in pieces["bits"].items()})

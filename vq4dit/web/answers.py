@@ -18,7 +18,7 @@ from vq4dit.pipelines.references import Components
 from vq4dit.projects.catalog import FOLDER
 from vq4dit.projects.project import Project, Status
 from vq4dit.projects.worker import time_left
-from vq4dit.web import card_html, fields, html, links
+from vq4dit.web import card_html, charts, fields, html, links
 from vq4dit.web.choice import Choice
 from vq4dit.web.messages import Trouble, explain, in_words, size
 from vq4dit.web.studio import Studio
@@ -210,7 +210,7 @@ class Answers:
         buttons = begin, gr.Button(visible=working), gr.Button(visible=paused)
         return (
             bar,
-            html.chart(layers, project.forecast().num_blocks, events, project.settings.recipe),
+            charts.chart(layers, project.forecast().num_blocks, events, project.settings.recipe),
             html.layers_table(layers),
             html.log(events),
             *buttons,

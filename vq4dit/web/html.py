@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vq4dit.config import QuantizationSettings, Recipe
+from vq4dit.config import QuantizationSettings
 from vq4dit.pipelines.references import Components
 from vq4dit.progress import Event
 from vq4dit.projects.call_lines import written
@@ -146,76 +146,6 @@ def turn_comes(place: Place) -> str:
         return "Its turn comes now"
     jobs = "1 job" if place.before == 1 else f"{place.before} jobs"
     return f"{jobs} before yours, about {duration(10 * math.ceil(place.seconds / 10))}"
-
-
-def block_of(layer: str) -> str:
-    """'transformer_blocks.3' of 'transformer_blocks.3.attn1.to_q'."""
-    match = re.match(r"(.*?\.\d+)\.", layer)
-    return match.group(1) if match else layer
-
-
-def by_block(layers: Sequence[dict[str, Any]], figure: str) -> dict[str, float]:
-    """The mean of a figure over the weights of each block's finished layers."""
-    blocks: dict[str, list[tuple[int, float]]] = {}
-    for layer in layers:
-        if figure in layer:
-            weights = layer.get("rows", 1) * layer.get("columns", 1)
-            blocks.setdefault(block_of(layer["name"]), []).append((weights, layer[figure]))
-    return {name: sum(n * value for n, value in of) / sum(n for n, _ in of) for name, of in blocks.items()}
-
-
-def chart(layers: Sequence[dict[str, Any]], num_blocks: int, events: Sequence[Event], recipe: Recipe = "kmeans") -> str:
-    """Bars: what each block's finished layers have of bits, or of error. Lines: what calibration reports.
-
-    Where bits are shared out among layers, what hardly shows has a large error on purpose.
-    """
-    if recipe == "best":
-        what, how, digits = "Bits per weight of each block", "more where errors show more", 2
-        blocks = by_block(layers, "bits_per_weight")
-    else:
-        what, how, digits = "Error of each block's weights", "‖W − Ŵ‖² / ‖W‖²", 4
-        blocks = by_block(layers, "relative_error")
-    if not blocks:
-        return empty("A bar appears here for every block, as soon as its first layer is finished.")
-    means = list(blocks.values())
-    count, top = max(num_blocks, len(means)), max(means) * 1.15
-    width = 960 / count
-    bar = min(46.0, 0.76 * width)
-    bars = "".join(
-        f'<rect x="{(i + 0.5) * width - bar / 2:.1f}" y="{140 - 130 * mean / top:.1f}" width="{bar:.1f}" '
-        f'height="{130 * mean / top:.1f}" rx="{min(4, width / 4):.1f}"><title>{escape(name)}: {mean:.{digits}f}</title></rect>'
-        for i, (name, mean) in enumerate(zip(blocks, means, strict=True))
-    )
-    every = max(1, count // 14)
-    ticks = "".join(f'<text x="{(i + 0.5) * width:.1f}" y="156">{i}</text>' for i in range(0, count, every))
-    told = f"{len(means)} of {count} blocks, {min(means):.{digits}f} to {max(means):.{digits}f}"
-    return (
-        f'<figure class="chart"><figcaption>{what} <span>{how}, {told}</span></figcaption>'
-        f'<svg viewBox="0 0 960 162" role="img" aria-label="{what}: {told}"><line x1="0" x2="960" y1="140" y2="140"/>{bars}'
-        f"{ticks}</svg>{''.join(curve(name, values) for name, values in curves(events).items())}</figure>"
-    )
-
-
-def curves(events: Sequence[Event]) -> dict[str, list[float]]:
-    """Every figure that some stage reports again and again."""
-    found: dict[str, list[float]] = {}
-    for event in events:
-        for name, value in event.metrics.items():
-            found.setdefault(f"{event.stage}: {name.replace('_', ' ')}", []).append(value)
-    return {name: values for name, values in found.items() if len(values) > 1}
-
-
-def curve(name: str, values: list[float]) -> str:
-    """A small line of a figure over time, at most 300 points."""
-    shown = values[:: max(1, len(values) // 300)]
-    low, high = min(shown), max(shown)
-    span = (high - low) or 1.0
-    points = " ".join(f"{640 * i / max(1, len(shown) - 1):.1f},{56 - 50 * (v - low) / span:.1f}" for i, v in enumerate(shown))
-    told = f"{values[0]:.3g} at first, now {values[-1]:.3g}"
-    return (
-        f'<div class="curve"><span>{escape(name)} <b>{told}</b></span><svg viewBox="0 0 640 60" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(name)}: {told}"><polyline points="{points}"/></svg></div>'
-    )
 
 
 def layers_table(layers: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from vq4dit.errors import JobError
 from vq4dit.printable import printable
 from vq4dit.projects.call_lines import written
 from vq4dit.projects.project import Project
-from vq4dit.web import html, links
+from vq4dit.web import charts, html, links
 from vq4dit.web.answers import Answers
 from vq4dit.web.messages import explain, size
 
@@ -101,7 +101,7 @@ NOTHING = (
     "",
     *(gr.skip(),) * 7,
     html.empty("Nothing runs yet."),
-    html.chart([], 0, []),
+    charts.chart([], 0, []),
     html.layers_table([]),
     html.log([]),
     gr.Button(visible=True, variant="primary"),

@@ -10,7 +10,7 @@ import gradio as gr
 
 from vq4dit.bundled import BUNDLED
 from vq4dit.config import RECIPES
-from vq4dit.web import fields, html, pictures
+from vq4dit.web import charts, fields, html, pictures
 from vq4dit.web.answers import Answers
 from vq4dit.web.choice import widths_offered
 from vq4dit.web.compare_answers import NO_PAIRS, NOTHING_YET, CompareAnswers
@@ -108,7 +108,7 @@ class Page:
                 self.stop = gr.Button("Stop", elem_id="stop", visible=False)
                 self.resume = gr.Button("Resume", variant="primary", elem_id="resume", visible=False)
             self.progress = gr.HTML(html.empty("Nothing runs yet."), elem_id="progress")
-            self.chart = gr.HTML(html.chart([], 0, []), elem_id="chart")
+            self.chart = gr.HTML(charts.chart([], 0, []), elem_id="chart")
             with gr.Accordion("Finished layers", open=False, elem_id="layers-box"):
                 self.layers = gr.HTML(html.layers_table([]), elem_id="layers")
             with gr.Accordion("Log", open=False, elem_id="log-box"):
