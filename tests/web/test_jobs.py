@@ -87,6 +87,11 @@ def test_why_pairs_were_not_drawn_is_told_to_who_comes_back_too(answers, compare
     assert not last[9].visible and last[10] == gr.skip()
     *_, last = drawn(compare, visitor, key, [0])
     assert "1 pair" in last[0] and "could not" not in compare.of_job(visitor, key)[0]
+    with monkeypatch.context() as broken:  # before anything of what is drawn is touched
+        broken.setattr("vq4dit.projects.drawn_pairs._draw_missing", lambda *_: 1 / 0)
+        assert "could not be drawn" in drawn(compare, visitor, key, [1])[-1][0]
+    *_, last = drawn(compare, visitor, key, [0])  # all there already
+    assert "1 pair" in last[0] and "could not" not in compare.of_job(visitor, key)[0]
 
 
 def test_a_drawing_that_waits_keeps_its_job_and_leaves_when_asked(answers, compare, studio, visitor):  # noqa: F811

@@ -132,12 +132,12 @@ class Drawing:
     def work(self, budget: TimeBudget, check_stop: OnProgress) -> bool:
         """Draw what is missing; whether another time slice is wanted. Why it failed is kept in the project's folder."""
         project = self.project
-        if is_complete(project, self.settings):
-            return False
         try:
             with project.claim():
                 for old in ("not_drawn.json", "measuring.json"):  # of a drawing that failed, of a server that was killed
                     (project.folder / old).unlink(missing_ok=True)
+                if is_complete(project, self.settings):
+                    return False
                 check_stop(Progress("sample", 0, 1))
                 return _draw_missing(project, self.loader, self.settings, budget, check_stop)
         except Stopped:
