@@ -17,7 +17,7 @@ from vq4dit.cli.terminal import Console
 from vq4dit.printable import printable
 from vq4dit.progress import Event
 from vq4dit.projects.drawn_pairs import Pair
-from vq4dit.web import html, pictures
+from vq4dit.web import charts, html, pictures
 from vq4dit.web.messages import Trouble, escape
 
 PACKAGE = Path(__file__).parents[1] / "vq4dit"
@@ -124,7 +124,7 @@ def test_the_pages_html_is_harmless():
         html.trouble(Trouble(nasty, nasty, nasty, nasty)),
         html.log([event]),
         html.layers_table([layer]),
-        html.chart([layer], 1, [event, event]),
+        charts.chart([layer], 1, [event, event]),
         html.note(nasty),
         html.welcome(nasty, nasty),
         html.load_snippet(nasty),
