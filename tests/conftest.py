@@ -1,5 +1,7 @@
 """Tiny real models, seeded, shared by all tests. Nothing here needs a network or a GPU."""
 
+import threading
+
 import hub_environment  # noqa: F401  sets the environment, so it comes first
 import pytest
 import torch
@@ -8,6 +10,23 @@ from hub_fixtures import ann, hub  # noqa: F401  fixtures
 from tiny import new_pipeline, new_transformer
 
 import vq4dit
+
+
+@pytest.fixture(autouse=True)
+def no_work_goes_on():
+    """What a test leaves to the thread of a queue ends with it.
+
+    It would load models beside the next test, and accelerate does that by changing `nn.Module` for all threads.
+    """
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "vq4dit-worker":
+            queue = thread._target.__self__
+            while queue._entries:
+                entry = queue._entries[0]
+                entry.next = None
+                entry.task.project.ask_to_stop()
+                entry.over.wait(1)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from vq4dit.errors import FormatError
 
-FORMAT_VERSION = 4  # the newest that is read; `layers/schema.py` has the least that a file can have
+FORMAT_VERSION = 5  # the newest that is read; `layers/schema.py` has the least that a file can have
 
 # bits per weight -> (codewords k, sub-vector length d); bits = log2(k) / d. 2 and 3 are the paper's, 4 is ours.
 CODEBOOKS: dict[int, tuple[int, int]] = {2: (256, 4), 3: (64, 2), 4: (256, 2)}

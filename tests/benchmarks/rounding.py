@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.layers.ans import estimate_levels
+from vq4dit.layers.scale_classes import estimate_levels
 from vq4dit.recipes import rounding
 from vq4dit.recipes.gptq import of_inputs
 

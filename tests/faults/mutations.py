@@ -147,6 +147,7 @@ def renamed(content: bytes, r: random.Random) -> bytes:
         f"x.{last}",
         last,
         f"{layer}.codebook",
+        f"{layer}.coded_weight",
         f"{layer}.coded_integers",
         f"{layer}.weight",
         "",
@@ -167,7 +168,7 @@ def without(content: bytes, r: random.Random) -> bytes:
 def with_another(content: bytes, r: random.Random) -> bytes:
     tensors = Tensors(content)
     name = r.choice(tensors.names)
-    last = r.choice(("row_scale", "codebook", "coded_integers", "side_models", "weight", "bias", "\x1b[31m"))
+    last = r.choice(("row_scale", "codebook", "coded_weight", "coded_integers", "side_models", "weight", "bias", "\x1b[31m"))
     tensors.header.setdefault(
         f"{name.rpartition('.')[0]}.{last}",
         {"dtype": "U8", "shape": [8], "data_offsets": [len(tensors.body), len(tensors.body) + 8]},

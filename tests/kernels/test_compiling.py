@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import numpy as np
-from vq4dit.kernels.rans import place
+from vq4dit.kernels.single_stream import place
 found = np.zeros((2, 3), np.int16)
 place(np.arange(6, dtype=np.int16), np.zeros(2, np.uint8), np.zeros(3, np.uint8), 0, 2, 1, np.zeros(3, np.int64), found)
 print(found.tolist())

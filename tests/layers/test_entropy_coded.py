@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from coded_models import new_coded, new_mixed_pipeline, save_mixed, separable_integers
+from coded_models import new_coded, new_mixed_pipeline, save_mixed, separable_integers, single_stream
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from packed_layer_checks import check_compiled_equals_eager, check_decoding_changes_no_bit
 from safetensors.torch import load_file, save_file
@@ -17,12 +17,13 @@ from torch import nn
 import vq4dit
 from vq4dit.errors import FormatError
 from vq4dit.evaluation.metrics import layer_errors
-from vq4dit.layers.entropy_coded import EntropyCodedLinear, nearest_step, step_size
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear, nearest_step, step_size
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
 
 ROWS, COLUMNS = 12, 40
-PACKED = {"coded_integers", "side_models"}
+PACKED = {"coded_weight"}
+SHAPE_OF_FIRST = (64, 64)  # of the first coded layer in the file
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn1.to_q"
 
@@ -109,15 +110,15 @@ def test_a_packed_layer_is_a_linear_that_takes_no_gradients(layer):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_bits_per_weight_count_the_stream_and_its_sides(layer):
-    num_bytes = len(layer.coded_integers) + 8
+def test_bits_per_weight_count_all_bytes(layer):
+    num_bytes = len(layer.coded_weight)
     assert layer.bits_per_weight == pytest.approx(8 * num_bytes / (ROWS * COLUMNS))
 
 
 def test_a_damaged_stream_is_found_by_name(layer):
     layer.check("block.to_q")
     assert layer.decoded_weight is None
-    layer.coded_integers.data = layer.coded_integers[:-4]
+    layer.coded_weight.data = layer.coded_weight[:-4]
     for use in (lambda: layer.check("block.to_q"), lambda: layer.decode(torch.float32, "block.to_q")):
         with pytest.raises(vq4dit.FormatError, match="block.to_q: the coded integers are damaged"):
             use()
@@ -164,10 +165,10 @@ def test_both_kinds_are_loaded_from_one_file_bit_by_bit(mixed_folder, one_step_i
 def test_the_file_holds_what_readme_says(mixed_folder):
     stored = load_file(mixed_folder / WEIGHTS)
     config = json.loads((mixed_folder / "transformer" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 3
-    name = next(key.removesuffix(".coded_integers") for key in stored if key.endswith(".coded_integers"))
+    assert config["format_version"] == 5
+    name = next(key.removesuffix(".coded_weight") for key in stored if key.endswith(".coded_weight"))
     parts = {key.removeprefix(f"{name}."): tensor.dtype for key, tensor in stored.items() if key.startswith(f"{name}.")}
-    assert parts == dict.fromkeys(["coded_integers", "side_models"], torch.uint8) | {"bias": torch.float16}
+    assert parts == dict.fromkeys(PACKED, torch.uint8) | {"bias": torch.float16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -232,7 +233,7 @@ def test_compiled_equals_eager_in_both_modes(mixed_folder):
 def change_tensors(folder: Path, change) -> str:
     """Change the tensors of the first coded layer, by their short names; returns the layer's name."""
     tensors = load_file(folder / WEIGHTS)
-    name = next(key.removesuffix(".coded_integers") for key in tensors if key.endswith(".coded_integers"))
+    name = next(key.removesuffix(".coded_weight") for key in tensors if key.endswith(".coded_weight"))
     parts = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
     change(parts)
     save_file(
@@ -241,26 +242,46 @@ def change_tensors(folder: Path, change) -> str:
     return name
 
 
+def as_single_stream(change):
+    """The layer as format version 3 has it, and then changed."""
+
+    def changed(tensors) -> None:
+        layer = EntropyCodedLinear.from_tensors(dict(tensors), SHAPE_OF_FIRST)
+        tensors.pop("coded_weight")
+        tensors.update(single_stream(layer))
+        change(tensors)
+
+    return changed
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("side_models"), "side_models is missing"),
-        (lambda t: t.pop("coded_integers"), "is missing"),
-        (lambda t: t.update(side_models=t["side_models"][1:].clone()), "side_models must be 4 x 2"),
-        (lambda t: t.update(side_models=t["side_models"].half()), "must be of type U8, got F16"),
-        (lambda t: t.update(coded_integers=t["coded_integers"][:-1].clone()), "whole 32-bit words"),
-        (lambda t: t.update(coded_integers=t["coded_integers"].view(1, -1).clone()), "whole 32-bit words"),
-        (lambda t: t.update(coded_integers=t["coded_integers"][:-4].clone()), "coded integers are damaged"),
-        (lambda t: t.update(side_models=t["side_models"] + 1), "coded integers are damaged"),
+        (lambda t: t.pop("coded_weight"), "weight; the file is incomplete"),
+        (lambda t: t.update(coded_weight=t["coded_weight"].half()), "must be of type U8, got F16"),
+        (lambda t: t.update(coded_weight=t["coded_weight"][:-1].clone()), "whole 16-bit words"),
+        (lambda t: t.update(coded_weight=t["coded_weight"].view(1, -1).clone()), "whole 16-bit words"),
+        (lambda t: t.update(coded_weight=t["coded_weight"][:-4].clone()), "coded integers are damaged"),
+        (lambda t: t.update(coded_weight=t["coded_weight"] ^ 1), "coded integers are damaged"),
+        (as_single_stream(lambda t: t.pop("side_models")), "side_models is missing"),
+        (as_single_stream(lambda t: t.pop("coded_integers")), "is missing"),
+        (as_single_stream(lambda t: t.update(side_models=t["side_models"][1:].clone())), "side_models must be 4 x 2"),
+        (as_single_stream(lambda t: t.update(coded_integers=t["coded_integers"][:-1].clone())), "whole 32-bit words"),
+        (as_single_stream(lambda t: t.update(coded_integers=t["coded_integers"][:-4].clone())), "coded integers are damaged"),
+        (as_single_stream(lambda t: t.update(side_models=t["side_models"] + 1)), "coded integers are damaged"),
     ],
     ids=[
-        "no models",
-        "no stream",
-        "few models",
-        "models' type",
+        "no bytes",
+        "type",
         "odd",
         "2-d",
         "short",
+        "bits",
+        "no models",
+        "no stream",
+        "few models",
+        "odd stream",
+        "short stream",
         "models",
     ],
 )
@@ -273,7 +294,7 @@ def test_a_coded_layer_that_does_not_fit_is_refused(broken, change, message, mod
 
 @pytest.mark.parametrize(
     "version, message",
-    [(2, "format version 2 was a draft"), (5, "format version 5, this library reads up to 4: upgrade vq4dit")],
+    [(2, "format version 2 was a draft"), (6, "format version 6, this library reads up to 5: upgrade vq4dit")],
 )
 def test_other_versions_are_refused(broken, version, message):
     path = broken / "transformer" / "config.json"
@@ -284,28 +305,59 @@ def test_other_versions_are_refused(broken, version, message):
         load(broken)
 
 
-def test_best_writes_format_version_3_and_decodes_what_it_returns(tmp_path):
+def test_best_writes_format_version_5_and_decodes_what_it_returns(tmp_path):
     quantized = vq4dit.quantize(new_pipeline(), quick_settings(recipe="best"))
     assert all(layer.decoded_weight is not None for layer in packed_layers(quantized.transformer).values())
     vq4dit.save(quantized, tmp_path / "q")
     config = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["format_version"] == 3
+    assert config["quantization_config"]["format_version"] == 5
     names = load_file(tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors").keys()
-    assert sum(name.endswith(".coded_integers") for name in names) == 14
+    assert sum(name.endswith(".coded_weight") for name in names) == 14
 
 
-@pytest.mark.parametrize("change", ["no models", "no stream", "floats", "other shape", "extra"])
+@pytest.mark.parametrize("change", ["no bytes", "floats", "a byte less", "2-d", "extra"])
 def test_tensors_that_are_no_such_layer_are_refused(generator, change):
     tensors = new_coded(8, 16, generator).state_dict()
-    if change == "no models":
-        del tensors["side_models"]
-    elif change == "no stream":
-        del tensors["coded_integers"]
+    if change == "no bytes":
+        del tensors["coded_weight"]
     elif change == "floats":
-        tensors["coded_integers"] = tensors["coded_integers"].float()
-    elif change == "other shape":
-        tensors["side_models"] = tensors["side_models"][:2]
+        tensors["coded_weight"] = tensors["coded_weight"].float()
+    elif change == "a byte less":
+        tensors["coded_weight"] = tensors["coded_weight"][:-1]
+    elif change == "2-d":
+        tensors["coded_weight"] = tensors["coded_weight"].view(1, -1)
     else:
         tensors["codebook"] = torch.zeros(4, 2)
     with pytest.raises(FormatError):
         EntropyCodedLinear.from_tensors(tensors, (8, 16))
+
+
+# --- format version 3 ---
+
+
+def as_version_3(folder: Path) -> None:
+    """The same model as it was written before there were lanes."""
+    tensors = load_file(folder / WEIGHTS)
+    config_path = folder / "transformer" / "config.json"
+    config = json.loads(config_path.read_text())
+    for name, layer in packed_layers(load(folder)).items():
+        if isinstance(layer, EntropyCodedLinear):
+            del tensors[f"{name}.coded_weight"]
+            tensors |= {f"{name}.{part}": tensor for part, tensor in single_stream(layer).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config["quantization_config"]["format_version"] = 3
+    config_path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("mode", ["load", "forward"])
+def test_a_model_of_version_3_is_the_same_model_and_saved_as_it_is(tmp_path, broken, one_step_input, mode):
+    wanted = output(load(broken), one_step_input)
+    as_version_3(broken)
+    with vq4dit.decode_mode(mode):
+        loaded = load(broken)
+    kinds = {type(layer) for layer in packed_layers(loaded).values()}
+    assert kinds == {VQLinear, SingleStreamLinear} and torch.equal(output(loaded, one_step_input), wanted)
+    loaded.save_pretrained(tmp_path / "again")
+    saved, before = load_file(tmp_path / "again" / Path(WEIGHTS).name), load_file(broken / WEIGHTS)
+    assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in saved)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 3

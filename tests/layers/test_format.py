@@ -1,23 +1,22 @@
-"""Format versions 1 and 3: files made once load for ever, and need nothing but numpy and safetensors to be read."""
+"""Format versions 1, 3 and 5: files made once load for ever, and need nothing but numpy and safetensors to be read."""
 
 import hashlib
-from functools import cache
-from math import erfc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_decoder as reference
 import torch
-from coded_models import new_coded, save_mixed
 from safetensors.numpy import load_file
 
-from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
 from vq4dit.layers.schema import stored
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.safetensors"
 GOLDEN_CODED = GOLDEN.with_name("v3.safetensors")
+GOLDEN_LANES = GOLDEN.with_name("v5.safetensors")
 GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
@@ -33,51 +32,6 @@ def decode(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -
     if f"{name}.row_scale" in tensors:
         weight *= tensors[f"{name}.row_scale"].astype(np.float32)[:, None]
     return weight
-
-
-@cache
-def starts(level: int) -> np.ndarray:
-    """FORMAT.md's c(0) ... c(2047) of a sum of levels."""
-    spread = 2 ** ((level - 32) / 4) * 2**0.5
-    u = [max(1, round(2**24 * (erfc((z - 0.5) / spread) - erfc((z + 0.5) / spread)) / 2)) for z in range(1, 1024)]
-    below = np.cumsum([0, *u[::-1], 2**24 - 2 * sum(u), *u])[:-1]
-    return np.append(below * (2**24 - 2047) // 2**24 + np.arange(2047), 2**24)
-
-
-def decode_coded(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
-    """The same for layers of coded integers, of format version 3."""
-    words = tensors[f"{name}.coded_integers"].view("<u4").tolist()
-    assert words and words[-1] != 0
-    state = 0
-
-    def fill() -> None:
-        nonlocal state
-        if state < 2**32 and words:
-            state = state * 2**32 + words.pop()
-
-    def read(level: int) -> int:
-        nonlocal state
-        c = starts(level)
-        q = state % 2**24
-        s = int(np.searchsorted(c, q, side="right")) - 1
-        state = (state >> 24) * int(c[s + 1] - c[s]) + q - int(c[s])
-        fill()
-        return s - 1023
-
-    fill()
-    fill()
-    models = tensors[f"{name}.side_models"].tolist()
-    lengths = (rows, rows, columns, columns)
-    row_step, row_level, column_step, column_level = (
-        np.array([centre + read(level) for _ in range(length)]) for (centre, level), length in zip(models, lengths, strict=True)
-    )
-    levels = np.clip(row_level[:, None] + column_level, 12, 68)
-    integers = np.empty(levels.shape)
-    for place in np.argsort(levels.flatten(), kind="stable"):
-        integers.flat[place] = read(int(levels.flat[place]))
-    assert not words and state == 0 and integers.min() > -1023
-    row, column = (np.exp2((step - 128) / 8).astype(np.float32) for step in (row_step, column_step))
-    return (integers.astype(np.float32) * row[:, None]) * column
 
 
 def golden_layers() -> dict[str, VQLinear]:
@@ -141,37 +95,25 @@ def test_a_golden_model_of_different_widths_loads_for_ever():
     assert output.shape == (1, 4, 4, 4) and output.isfinite().all()
 
 
-def test_a_file_of_both_kinds_is_read_by_its_description(tmp_path):
-    from diffusers import DiTTransformer2DModel
-
-    folder = save_mixed(tmp_path / "mixed")
-    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    layers = packed_layers(DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer"))
-    coded = [name for name in layers if f"{name}.coded_integers" in tensors]
-    assert len(coded) == 9 and len(layers) == 14
-    for name in [*coded[:3], *(layers.keys() - coded)]:
-        wanted, shape = layers[name].reconstruct(torch.float32).numpy(), (layers[name].out_features, layers[name].in_features)
-        found = decode_coded(tensors, name, *shape) if name in coded else decode(tensors, name, *shape)
-        np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (24, 16)], ids=str)
-def test_streams_of_any_length_are_read_by_their_description(shape, generator):
-    """Also such that are so short that the coder's first state is not full."""
-    for _ in range(10):
-        layer = new_coded(*shape, generator)
-        tensors = {f"layer.{name}": tensor.numpy() for name, tensor in layer.state_dict().items()}
-        np.testing.assert_array_equal(decode_coded(tensors, "layer", *shape), layer.reconstruct(torch.float32).numpy())
-
-
 def test_a_golden_file_of_coded_integers_is_read_for_ever():
     tensors, digest = load_file(GOLDEN_CODED), hashlib.sha256()
     for name in ("plain", "extreme", "zeros"):
         parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
-        found = EntropyCodedLinear.from_tensors(parts, (16, 24)).reconstruct(torch.float32).numpy()
-        np.testing.assert_array_equal(found, decode_coded(tensors, name, 16, 24))
+        found = SingleStreamLinear.from_tensors(parts, (16, 24)).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, reference.weight_of(tensors, name, 16, 24))
         digest.update(found.tobytes())
     assert digest.hexdigest() == "d20da7376ebcf68cbbf59c38a0c7673450753f9fd7d8873dabe063df98a55df0"
+
+
+def test_a_golden_file_of_lanes_is_read_for_ever():
+    """Integers, large ones, zeros, a trellis, and one with gains."""
+    tensors, digest = load_file(GOLDEN_LANES), hashlib.sha256()
+    for name in ("plain", "extreme", "zeros", "trellis", "gains"):
+        parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
+        found = EntropyCodedLinear.from_tensors(parts, (48, 72)).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, reference.weight_of(tensors, name, 48, 72))
+        digest.update(found.tobytes())
+    assert digest.hexdigest() == "79309e42d90bb807e24852e1e048d1122e4398a1ac12caaacb413edd6dbc9951"
 
 
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])

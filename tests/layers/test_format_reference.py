@@ -18,9 +18,10 @@ from tiny_pictures import sana
 
 import vq4dit
 from vq4dit.errors import FormatError
-from vq4dit.layers.ans import Sides, encode
-from vq4dit.layers.ans_decoding import decode
-from vq4dit.layers.entropy_coded import step_size
+from vq4dit.layers import lanes
+from vq4dit.layers.entropy_coded import STEP_SIZES, step_size
+from vq4dit.layers.scale_classes import Sides, estimate_levels
+from vq4dit.layers.single_stream import decode
 from vq4dit.models.blocks import named_blocks
 from vq4dit.pipelines.decode_modes import packed_layers
 
@@ -28,6 +29,16 @@ FORMAT = " ".join((Path(vq4dit.__file__).parent / "layers" / "FORMAT.md").read_t
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXAMPLE = bytes.fromhex("2d1578610cbe823213000000")
 EXAMPLE_MODELS = [[120, 38], [18, 38], [128, 41], [15, 30]]
+
+
+STREAM_MODELS = [[128, 44], [16, 40], [128, 44], [16, 40]]
+EXAMPLE_OF_LANES = (
+    "af14af40 00 00 01 00 02000000 03000000 7826 1226 8029 0f1e 04000000 da28 0100 728e a209 03000000 df06 0100 393b"
+)
+
+
+def as_tensor(content: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -118,39 +129,67 @@ def test_every_tensor_of_a_model_with_convolutions_of_odd_widths_is_read_bit_by_
     pipeline.register_modules(transformer=type(pipeline.transformer).from_config(odd))
     vq4dit.save(vq4dit.quantize(pipeline, quick_settings(recipe=recipe)), tmp_path / "q")
     config = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["format_version"] == 4
+    assert config["quantization_config"]["format_version"] == (4 if recipe == "kmeans" else 5)
     check_read(tmp_path / "q" / "transformer", pipeline.transformer, {kind})
     names = reference.read_safetensors(next((tmp_path / "q" / "transformer").glob("*.safetensors"))).keys()
     assert not {"transformer_blocks.0.ff.conv_inverted.weight", "transformer_blocks.0.ff.conv_point.weight"} & names
 
 
+def usual_and_all(scale_class: int, generator: torch.Generator) -> torch.Tensor:
+    """The usual integers of a class, and all there are from the least to the largest."""
+    usual = (torch.randn(8, 512, generator=generator) * 2 ** ((scale_class - 32) / 4)).round().clamp(-1022, 1022)
+    return torch.cat([usual.flatten(), torch.arange(-1022, 1023, 7)])[: 8 * 500].view(8, 500).short()
+
+
 @pytest.mark.parametrize("scale_class", range(12, 69))
 def test_every_integer_of_every_scale_class_is_read(scale_class, generator):
-    """The usual ones of that class, and all there are from the least to the largest."""
-    usual = (torch.randn(8, 512, generator=generator) * 2 ** ((scale_class - 32) / 4)).round().clamp(-1022, 1022)
-    integers = torch.cat([usual.flatten(), torch.arange(-1022, 1023, 7)])[: 8 * 500].view(8, 500).short()
-    zeros = torch.zeros(500, dtype=torch.uint8)
+    integers, zeros = usual_and_all(scale_class, generator), torch.zeros(500, dtype=torch.uint8)
     sides = Sides(zeros[:8], zeros[:8] + scale_class, zeros, zeros)
-    stream, models = encode(integers, sides)
-    content = stream.numpy().tobytes()
-    found, found_sides = reference.decode_integers(content, models.tolist(), 8, 500)
+    found, found_sides, _ = reference.decode_lanes(lanes.encode(integers, sides).numpy().tobytes(), 8, 500)
     np.testing.assert_array_equal(found, integers.numpy())
     for side, wanted in zip(found_sides, sides, strict=True):
         np.testing.assert_array_equal(side, wanted.numpy())
-    assert reference.encode_integers(found, found_sides, models.tolist()) == content
+
+
+@pytest.mark.parametrize("scale_class", range(12, 69, 4))
+def test_every_integer_of_every_scale_class_is_read_from_a_single_stream(scale_class, generator):
+    integers, zeros = usual_and_all(scale_class, generator), np.zeros(500, np.uint8)
+    content = reference.encode_integers(integers.numpy(), [zeros[:8], zeros[:8] + scale_class, zeros, zeros], STREAM_MODELS)
+    found, sides = decode(as_tensor(content), torch.tensor(STREAM_MODELS, dtype=torch.uint8), 8, 500)
+    assert torch.equal(found, integers) and sides.row_level.tolist() == [scale_class] * 8
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 3)], ids=str)
-def test_streams_of_any_length_are_read_and_written(shape, generator):
+def test_streams_of_any_length_are_read(shape, generator):
     """Also such that are so short that the coder's first state is not full."""
     for _ in range(20):
         integers, _ = separable_integers(*shape, generator)
         lengths = [count for count in shape for _ in range(2)]
-        sides = Sides(*(torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in lengths))
-        stream, models = encode(integers, sides)
-        found, found_sides = reference.decode_integers(stream.numpy().tobytes(), models.tolist(), *shape)
-        np.testing.assert_array_equal(found, integers.numpy())
-        assert reference.encode_integers(found, found_sides, models.tolist()) == stream.numpy().tobytes()
+        sides = [torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in lengths]
+        content = reference.encode_integers(integers.numpy(), [side.numpy() for side in sides], STREAM_MODELS)
+        found, found_sides = decode(as_tensor(content), torch.tensor(STREAM_MODELS, dtype=torch.uint8), *shape)
+        assert torch.equal(found, integers)
+        assert all(torch.equal(one, other) for one, other in zip(found_sides, sides, strict=True))
+
+
+@pytest.mark.parametrize("has_gains", [False, True], ids=["steps", "gains"])
+@pytest.mark.parametrize("is_trellis", [False, True], ids=["integers", "trellis"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (40, 300), (70, 900)], ids=str)
+def test_lanes_of_any_shape_are_read(shape, is_trellis, has_gains, generator):
+    integers, _ = separable_integers(*shape, generator)
+    row_level, column_level = estimate_levels(integers)
+    steps = [torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in shape]
+    gain = torch.rand(shape[1], generator=generator).half().float() if has_gains else None
+    sides = Sides(steps[0], row_level, steps[1], column_level)
+    content = lanes.encode(integers, sides, gain, is_trellis=is_trellis)
+    found, found_sides, found_gain = reference.decode_lanes(content.numpy().tobytes(), *shape)
+    ours = lanes.decode(content, *shape)
+    np.testing.assert_array_equal(found, ours.integers.numpy())
+    for side, wanted in zip(found_sides, ours.sides, strict=True):
+        np.testing.assert_array_equal(side, wanted.numpy())
+    assert gain is None or np.array_equal(found_gain, gain.numpy())
+    weight = lanes.decode_weight(content, *shape, STEP_SIZES)
+    np.testing.assert_array_equal(reference.weight_of_lanes(content.numpy().tobytes(), *shape), weight.numpy())
 
 
 def test_scale_indices_are_eighths_of_an_octave():
@@ -188,14 +227,37 @@ def test_the_example_is_decoded_as_it_is_told():
         stream.read(scale_class)
 
 
+def test_the_tables_of_lanes_have_the_checksum_that_is_told():
+    digest = hashlib.sha256()
+    for quantizer in reference.EDGES:
+        for scale_class in range(12, 53):
+            found = reference.frequencies_of_lanes(quantizer, scale_class)
+            assert found[0] + found[1] + 2 * sum(found[2:]) == 4096
+            digest.update(np.array([*found, *[0] * (129 - len(found))], "<u2").tobytes())
+        assert ", ".join(map(str, reference.frequencies_of_lanes(quantizer, 32)[1:])) in FORMAT
+    assert digest.hexdigest() in FORMAT
+
+
+def test_the_example_of_lanes_is_decoded_as_it_is_told():
+    assert EXAMPLE_OF_LANES in FORMAT
+    content = bytes.fromhex(EXAMPLE_OF_LANES)
+    integers, sides, gains = reference.decode_lanes(content, 2, 3)
+    assert integers.tolist() == [[0, 1, -2], [3, 0, 0]] and gains is None
+    assert [side.tolist() for side in sides] == [[120, 124], [18, 22], [128, 129, 120], [16, 14, 15]]
+    words = np.frombuffer(content, "<u2").tolist()
+    chunk = reference.Chunk(words[20:], 1)
+    for scale_class, z in ((34, 0), (32, 1), (33, -2), (38, 3), (36, 0)):
+        assert f"{chunk.states[0]:08x}" in FORMAT and chunk.read(0, "integers", scale_class) == z
+
+
 # --- damage ---
 
 
 @cache
 def coded() -> tuple[bytes, list[list[int]]]:
     integers, _ = separable_integers(6, 9, torch.Generator().manual_seed(0))
-    stream, models = encode(integers, Sides(*((20 + torch.arange(n) % 3).byte() for n in (6, 6, 9, 9))))
-    return stream.numpy().tobytes(), models.tolist()
+    sides = [(20 + np.arange(n) % 3).astype(np.uint8) for n in (6, 6, 9, 9)]
+    return reference.encode_integers(integers.numpy(), sides, STREAM_MODELS), STREAM_MODELS
 
 
 @pytest.mark.parametrize(
@@ -218,10 +280,10 @@ def test_both_refuse_a_damaged_stream(damage):
     with pytest.raises(reference.DamagedError):
         reference.decode_integers(content, models, 6, 9)
     with pytest.raises(FormatError):
-        decode(torch.tensor(list(content), dtype=torch.uint8), torch.tensor(models, dtype=torch.uint8), 6, 9)
+        decode(as_tensor(content), torch.tensor(models, dtype=torch.uint8), 6, 9)
 
 
-@pytest.mark.parametrize("kind, entry, value", [(0, 1, 11), (3, 1, 69), (0, 0, 255), (1, 0, 0)])
+@pytest.mark.parametrize("kind, entry, value", [(0, 1, 11), (3, 1, 69), (0, 0, 0), (1, 0, 0)])
 def test_both_refuse_impossible_side_models(kind, entry, value):
     content, models = coded()
     changed = [list(model) for model in models]
@@ -229,4 +291,4 @@ def test_both_refuse_impossible_side_models(kind, entry, value):
     with pytest.raises(reference.DamagedError):
         reference.decode_integers(content, changed, 6, 9)
     with pytest.raises(FormatError):
-        decode(torch.tensor(list(content), dtype=torch.uint8), torch.tensor(changed, dtype=torch.uint8), 6, 9)
+        decode(as_tensor(content), torch.tensor(changed, dtype=torch.uint8), 6, 9)

@@ -31,7 +31,7 @@ def of_one_length(kind: str, seed: int, length: int | None = None) -> PackedLine
     """Another layer whose tensors have the same shapes."""
     while True:
         layer = new_layer(kind, seed)
-        if length is None or kind == "vector-quantized" or len(layer.coded_integers) == length:
+        if length is None or kind == "vector-quantized" or len(layer.coded_weight) == length:
             return layer
         seed += 1
 
@@ -43,7 +43,7 @@ def layer(kind) -> PackedLinear:
 
 @pytest.fixture
 def other(kind, layer) -> PackedLinear:
-    return of_one_length(kind, 1, len(getattr(layer, "coded_integers", ())))
+    return of_one_length(kind, 1, len(getattr(layer, "coded_weight", ())))
 
 
 @pytest.fixture(params=["load", "forward"])
@@ -114,7 +114,7 @@ def test_called_with_other_tensors_a_layer_computes_with_those_for_once(layer, m
         assert torch.equal(torch.func.functional_call(layer, tensors, (x,)), wanted)
         assert torch.equal(layer(x), before)
     for seed in (2, 3, 4):  # whose memory may be where that of the one before was
-        another = of_one_length("coded" if hasattr(layer, "coded_integers") else "vector-quantized", seed)
+        another = of_one_length("coded" if hasattr(layer, "coded_weight") else "vector-quantized", seed)
         if all(p.shape == q.shape for p, q in zip(layer.parameters(), another.parameters(), strict=True)):
             found = torch.func.functional_call(layer, {n: p.detach().clone() for n, p in another.named_parameters()}, (x,))
             assert torch.equal(found, another(x))

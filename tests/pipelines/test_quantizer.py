@@ -139,7 +139,7 @@ def change_tensors(folder, change) -> None:
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"format_version": 9}, "format version 9, this library reads up to 4: upgrade vq4dit"),
+        ({"format_version": 9}, "format version 9, this library reads up to 5: upgrade vq4dit"),
         ({"format_version": 9, "rotation": "hadamard"}, "format version 9"),
         ({"format_version": "1"}, "must have a format_version"),
         ({"rotation": "hadamard"}, "has no entry 'rotation'"),

@@ -8,8 +8,8 @@ from coded_models import output_error
 from correlated import correlated, seeded
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
+from vq4dit.layers.scale_classes import LARGEST, coded_bits, estimate_levels
 from vq4dit.recipes import gptq
 from vq4dit.recipes.gptq import (
     Correction,

@@ -5,7 +5,7 @@ import torch
 from correlated import correlated, seeded
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.layers.ans import LARGEST, coded_bits, estimate_levels
+from vq4dit.layers.scale_classes import LARGEST, coded_bits, estimate_levels
 from vq4dit.recipes import rounding
 from vq4dit.recipes.gptq import of_inputs
 from vq4dit.recipes.rounding import Rate, round_rows

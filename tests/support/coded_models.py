@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import reference_decoder as reference
 import torch
 from tiny import new_pipeline, quick_settings
 
@@ -30,6 +32,15 @@ def new_coded(
     return EntropyCodedLinear.from_integers(integers, row_scale, column_scale, values, dtype)
 
 
+def single_stream(layer: EntropyCodedLinear) -> dict[str, torch.Tensor]:
+    """The packed tensors of the same layer in format version 3."""
+    integers, sides = layer.unpack()
+    models = [[128, 44], [16, 40], [128, 44], [16, 40]]
+    content = reference.encode_integers(integers.numpy(), [side.numpy() for side in sides], models)
+    stream = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    return {"coded_integers": stream, "side_models": torch.tensor(models, dtype=torch.uint8)}
+
+
 def new_vector_quantized(rows: int, columns: int, generator: torch.Generator) -> VQLinear:
     codebook, assignments = (
         torch.randn(16, 2, generator=generator),
@@ -46,7 +57,7 @@ def new_mixed_pipeline():
         if index % 3:
             transformer.set_submodule(name, new_coded(layer.out_features, layer.in_features, generator))
     shared = transformer.config.quantization_config.shared_embedders
-    attach(transformer, VQ4DiTConfig(format_version=3, shared_embedders=shared))
+    attach(transformer, VQ4DiTConfig(format_version=5, shared_embedders=shared))
     return quantized
 
 

@@ -5,6 +5,8 @@ Whoever writes a decoder in another language can take this one as its test.
 """
 
 import json
+import struct
+import zlib
 from bisect import bisect_right
 from functools import cache
 from math import erfc, sqrt
@@ -48,14 +50,14 @@ def read_model(folder: Path, linears: dict[str, tuple[int, ...]], blocks: list[s
         blocks: names of the transformer blocks in their order, which do so too.
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if config["quant_method"] != "vq4dit" or config["format_version"] not in (1, 3, 4):
+    if config["quant_method"] != "vq4dit" or config["format_version"] not in (1, 3, 4, 5):
         raise DamagedError(f"no packed model of a known version: {config}")
     stored: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.safetensors")):
         stored |= read_safetensors(path)
     found = {name: widened(values) for name, values in stored.items() if not is_packed(name)}
     for name, shape in linears.items():
-        if f"{name}.coded_integers" in stored or f"{name}.codebook" in stored:
+        if any(f"{name}.{kind}" in stored for kind in ("coded_weight", "coded_integers", "codebook")):
             found[f"{name}.weight"] = weight_of(stored, name, *shape[:2]).reshape(shape)
     first, *others = blocks
     for path in config["shared_embedders"]:  # 5.
@@ -65,7 +67,7 @@ def read_model(folder: Path, linears: dict[str, tuple[int, ...]], blocks: list[s
 
 
 def is_packed(name: str) -> bool:
-    packed = ("codebook", "packed_assignments", "row_scale", "coded_integers", "side_models")
+    packed = ("codebook", "packed_assignments", "row_scale", "coded_weight", "coded_integers", "side_models")
     return name.rpartition(".")[2] in packed
 
 
@@ -75,6 +77,8 @@ def widened(values: np.ndarray) -> np.ndarray:
 
 def weight_of(tensors: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
     """The weight of one packed layer, of whichever kind, in fp32."""
+    if f"{name}.coded_weight" in tensors:
+        return weight_of_lanes(tensors[f"{name}.coded_weight"].tobytes(), rows, columns)
     if f"{name}.coded_integers" in tensors:
         integers, (row_scale, _, column_scale, _) = decode_integers(
             tensors[f"{name}.coded_integers"].tobytes(), tensors[f"{name}.side_models"].tolist(), rows, columns
@@ -106,7 +110,7 @@ def look_up(codebook: np.ndarray, packed: np.ndarray, row_scale: np.ndarray | No
     return weight if row_scale is None else weight * widened(row_scale)[:, None]
 
 
-# --- 3. entropy-coded layers ---
+# --- 3. entropy-coded layers: a single stream ---
 
 
 def scale_of(index: np.ndarray) -> np.ndarray:
@@ -200,3 +204,132 @@ def encode_integers(integers: np.ndarray, sides: list[np.ndarray], side_models: 
         words.append(state % 2**32)
         state >>= 32
     return np.array(words, "<u4").tobytes()
+
+
+# --- 4. entropy-coded layers: lanes ---
+
+TRELLIS = {0: (0, 3, 5, 6, 1, 2, 4, 7), 1: (1, 2, 4, 7, 0, 3, 5, 6)}  # 4.5: the next state, by the parity of the index
+EDGES = {
+    "integers": lambda k: k - 1 / 2,
+    "even": lambda k: 2 * k - 1,
+    "odd": lambda k: 1 / 8 if k == 1 else 2 * k - 2,
+}
+
+
+@cache
+def frequencies_of_lanes(quantizer: str, scale_class: int) -> tuple[int, ...]:
+    """4.3: f(esc), f(0), ..., f(K)."""
+    t = [4096 * erfc(EDGES[quantizer](k) / (2 ** ((scale_class - 32) / 4) * sqrt(2))) / 2 for k in range(1, 130)]
+    f = [round(here - beyond) for here, beyond in zip(t, t[1:], strict=False)][:127]
+    f = f[: f.index(0)] if 0 in f else f
+    escape = max(1, round(2 * t[len(f)]))
+    return (escape, 4096 - escape - 2 * sum(f), *f)
+
+
+@cache
+def slots_of_lanes(quantizer: str, scale_class: int) -> list[tuple[int | None, int, int]]:
+    """4.3: of each of 4,096 slots its owner (None is the escape), the owner's frequency and its first slot."""
+    escape, zero, *f = frequencies_of_lanes(quantizer, scale_class)
+    owners = [
+        (None, escape),
+        *((-k, f[k - 1]) for k in range(len(f), 0, -1)),
+        (0, zero),
+        *((k + 1, n) for k, n in enumerate(f)),
+    ]
+    found: list[tuple[int | None, int, int]] = []
+    for owner, frequency in owners:
+        found += [(owner, frequency, len(found))] * frequency
+    return found
+
+
+def low_bits(scale_class: int, quantizer: str) -> tuple[int, int]:
+    """4.4: the class of the table, and h."""
+    scale_class = min(68 if quantizer == "integers" else 52, max(12, scale_class))
+    h = max(0, -(-(scale_class - 52) // 4))
+    return scale_class - 4 * h, h
+
+
+class Chunk:
+    """4.2: states of lanes, and the words that follow them."""
+
+    def __init__(self, words: list[int], lanes: int):
+        if len(words) < 2 * lanes:
+            raise DamagedError("a chunk has fewer words than its lanes' states")
+        self.states = [words[2 * lane] | words[2 * lane + 1] << 16 for lane in range(lanes)]
+        self.words = words[: 2 * lanes - 1 : -1]
+
+    def refill(self, lane: int) -> None:
+        if self.states[lane] < 2**16:
+            if not self.words:
+                raise DamagedError("a chunk ends before its integers do")
+            self.states[lane] = self.states[lane] << 16 | self.words.pop()
+
+    def read(self, lane: int, quantizer: str, scale_class: int) -> int:
+        """4.4."""
+        table_class, h = low_bits(scale_class, quantizer)
+        state = self.states[lane]
+        k, frequency, first = slots_of_lanes(quantizer, table_class)[state % 4096]
+        self.states[lane] = (state // 4096) * frequency + state % 4096 - first
+        self.refill(lane)
+        raw_bits = 12 if k is None else h
+        raw = self.states[lane] % 2**raw_bits
+        self.states[lane] //= 2**raw_bits
+        self.refill(lane)
+        return raw - 2048 if k is None else (k << h) + raw
+
+    def end(self) -> None:
+        if self.words or any(state != 2**16 for state in self.states):
+            raise DamagedError("a chunk does not end with its last integer")
+
+
+def decode_lanes(content: bytes, rows: int, columns: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
+    """4.1: values, the four kinds of side information (no scale indices of columns that have gains), and these gains."""
+    if len(content) < 28 or len(content) % 2:
+        raise DamagedError("a layer is a header and whole words")
+    checksum, kind, has_gains, n, zero, R, S, models, q = struct.unpack("<IBBBBII8sI", content[:28])
+    if checksum != zlib.crc32(content[4:]):
+        raise DamagedError("the checksum does not fit")
+    if kind > 1 or has_gains > 1 or zero or not (1 <= n <= 32 and 1 <= R <= max(1, rows) and 1 <= S <= max(1, columns)):
+        raise DamagedError("the header says what no writer writes")
+    words = np.frombuffer(content, "<u2").tolist()
+    at = 14
+    side = Chunk(words[at : at + q], 1)
+    at += q
+    sides = []
+    for number, count in enumerate((rows, rows, 0 if has_gains else columns, columns)):
+        centre, scale_class = models[2 * number : 2 * number + 2]
+        if not 12 <= scale_class <= 68:
+            raise DamagedError(f"there is no scale class {scale_class}")
+        sides.append(np.array([centre + side.read(0, "integers", scale_class) for _ in range(count)], dtype=int))
+        if count and not 0 <= sides[-1].min() <= sides[-1].max() <= 255:
+            raise DamagedError("side information is a byte for each row and column")
+    side.end()
+    gains = widened(np.frombuffer(content, "<f2")[at : at + columns]) if has_gains else None
+    at += columns * has_gains
+    corners = [(top, left) for top in range(0, rows, R) for left in range(0, columns, S)]
+    lengths = [words[at + 2 * i] | words[at + 2 * i + 1] << 16 for i in range(len(corners))]
+    at += 2 * len(corners)
+    found = np.zeros((rows, columns), dtype=int)
+    for (top, left), length in zip(corners, lengths, strict=True):
+        bottom, right = min(top + R, rows), min(left + S, columns)
+        chunk = Chunk(words[at : at + length], min(n, bottom - top))
+        at += length
+        for above in range(top, bottom, n):
+            states = [0] * n
+            for column in range(left, right):
+                for row in range(above, min(above + n, bottom)):
+                    scale_class, t = sides[1][row] + sides[3][column], states[row - above]
+                    quantizer = "integers" if kind == 0 else ("even", "odd")[t % 2]
+                    k = chunk.read(row - above, quantizer, int(scale_class))
+                    found[row, column] = k if kind == 0 else 2 * k - (t % 2) * np.sign(k)
+                    states[row - above] = TRELLIS[k % 2][t]
+        chunk.end()
+    if at != len(words):
+        raise DamagedError("the chunks do not end with the tensor")
+    return found, sides, gains
+
+
+def weight_of_lanes(content: bytes, rows: int, columns: int) -> np.ndarray:
+    """3.2 and 4.6."""
+    values, (row_scale, _, column_scale, _), gains = decode_lanes(content, rows, columns)
+    return (values.astype("<f4") * scale_of(row_scale)[:, None]) * (scale_of(column_scale) if gains is None else gains)

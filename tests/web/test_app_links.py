@@ -97,3 +97,13 @@ def test_nonsense_in_a_link_is_told_in_words(server, browser):
     other.see("#labels", "The link asks for classes that this model does not name: 5000.")
     expect(other.page.locator("#labels .token")).to_have_count(1)
     assert visitor.errors == other.errors == []
+
+
+def test_some_seconds_after_whatever_one_does_the_page_asks_for_nothing(server, browser):
+    """So that an answer is told that was ready just as Gradio closed the stream of answers."""
+    visitor = Visitor(browser, server.url).arrive("?model=folder:tiny")
+    visitor.events.wait_until_over()
+    with visitor.page.expect_request(lambda request: "/queue/join" in request.url and '"data":[]' in (request.post_data or "")):
+        visitor.page.locator("#bits label").nth(1).click()
+    visitor.events.wait_until_over()
+    assert visitor.errors == []

@@ -40,7 +40,7 @@ from vq4dit.disk.json_files import read_object
 from vq4dit.disk.locks import lock, unlock
 from vq4dit.errors import FormatError, JobError
 
-VERSION = 16  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
+VERSION = 17  # of the pieces: raised when a recipe changes, so that no job goes on with half of each
 ANEW = "what was kept of this work is damaged, or of another model or version: choose another seed, which begins anew"
 MARK = "vq4dit"  # of a piece, among its metadata: its name and its seal
 

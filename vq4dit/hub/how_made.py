@@ -13,6 +13,7 @@ from vq4dit.config import CODEBOOKS
 from vq4dit.denoisers import as_one, full_name, names_in_denoiser
 from vq4dit.errors import FormatError
 from vq4dit.hub.markdown import plain
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
 from vq4dit.models.blocks import find_targets
 from vq4dit.pipelines.load import denoiser_parts
 from vq4dit.pipelines.provenance import Origin
@@ -83,7 +84,7 @@ def layer_codings(folder: Path) -> dict[str, str]:
         if kind == "codebook":
             k, d = _shape_of_codebook(folder, key, tensor.shape)
             found[layer] = f"{k} codewords of {d} weights"
-        elif kind == "coded_integers":
+        elif kind in (EntropyCodedLinear.BYTES[0], SingleStreamLinear.BYTES[0]):
             found[layer] = "entropy-coded integers, with more bits where they matter,"
     return found
 

@@ -1,9 +1,8 @@
 """A linear layer of entropy-coded integers: what the recipe `best` makes.
 
 Its weight is a rounded one, in steps of a size of their own for each row and each column. Where an error hardly matters the
-steps are large, most integers are 0, and their code (`vq4dit/layers/ans.py`) takes next to nothing; where it matters,
-a weight may take five bits. This is entropy-constrained quantization (Chou, Lookabaugh and Gray 1989) on the lattice of
-integers.
+steps are large, most integers are 0, and their code (`vq4dit/layers/lanes.py`) takes next to nothing; where it matters, a
+weight may take five bits. This is entropy-constrained quantization (Chou, Lookabaugh and Gray 1989) on the lattice of integers.
 
 Steps are told in eighths of an octave: 2^((k - 128) / 8). That no size lies further than a sixteenth of an octave from the one
 that was wanted costs a quarter of a percent of the error, and half of the bytes that a 16-bit number takes.
@@ -17,13 +16,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from jaxtyping import Float, Integer, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from vq4dit.devices import exact
 from vq4dit.errors import FormatError
-from vq4dit.layers.ans import Sides, encode, estimate_levels
+from vq4dit.layers import lanes
 from vq4dit.layers.casts import as_bytes
 from vq4dit.layers.packed import PackedLinear, check_weight
+from vq4dit.layers.scale_classes import Sides, estimate_levels
 from vq4dit.layers.watched import frozen
 
 STEPS_PER_OCTAVE = 8
@@ -44,14 +44,14 @@ def step_size(step: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
 class EntropyCodedLinear(PackedLinear):
     """A linear layer whose weight is Ŵ = diag(r) Z diag(c), Z integers.
 
-    coded_integers (bytes,) uint8: Z, and before it the steps and levels of rows and columns; side_models (4, 2) uint8: how
-    those are coded.
-
-    Without a decoded weight the stream is decoded in every forward pass: as small as the file, but 10 ns a weight on one core.
+    coded_weight (bytes,) uint8: Z, in chunks that are decoded beside each other, and before them the steps and levels of rows
+    and columns. Without a decoded weight they are decoded in every forward pass: as small as the file, at 2 to 4 ns a weight
+    and core.
     """
 
     EXACT = ()
-    BYTES = ("coded_integers", "side_models")
+    BYTES: tuple[str, ...] = ("coded_weight",)
+    coded_weight: nn.Parameter
 
     def __init__(
         self,
@@ -64,8 +64,13 @@ class EntropyCodedLinear(PackedLinear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.coded_integers = frozen(torch.zeros(num_bytes, dtype=torch.uint8, device=device))
-        self.side_models = frozen(torch.zeros(len(Sides._fields), 2, dtype=torch.uint8, device=device))
+        for name, shape in self.shapes_of_bytes(num_bytes).items():
+            setattr(self, name, frozen(torch.zeros(*shape, dtype=torch.uint8, device=device)))
+
+    @classmethod
+    def shapes_of_bytes(cls, num_bytes: int) -> dict[str, tuple[int, ...]]:
+        """Of the packed tensors; the first holds the integers and has so many bytes."""
+        return {"coded_weight": (num_bytes,)}
 
     @classmethod
     def from_integers(
@@ -82,11 +87,12 @@ class EntropyCodedLinear(PackedLinear):
         """
         row_level, column_level = estimate_levels(integers)
         sides = Sides(nearest_step(row_scale.detach()), row_level, nearest_step(column_scale.detach()), column_level)
-        stream, side_models = encode(integers, sides)
+        content = lanes.encode(integers, sides)
         rows, columns = integers.shape
-        layer = cls(columns, rows, num_bytes=len(stream), bias=bias is not None, device=integers.device, dtype=dtype)
-        layer.coded_integers.copy_(stream)
-        layer.side_models.copy_(side_models)
+        layer = EntropyCodedLinear(
+            columns, rows, num_bytes=len(content), bias=bias is not None, device=integers.device, dtype=dtype
+        )
+        layer.coded_weight.data.copy_(content)
         if bias is not None:
             layer.bias.data.copy_(bias.detach().half())
         return layer
@@ -101,10 +107,13 @@ class EntropyCodedLinear(PackedLinear):
             FormatError: if its tensors are not those of such a layer.
         """
         rows, columns = shape
-        stream, models = tensors.get("coded_integers"), tensors.get("side_models")
-        if stream is None or models is None or stream.ndim != 1 or {stream.dtype, models.dtype} != {torch.uint8}:
-            raise FormatError("a layer of coded integers has bytes of them and of side_models: download or quantize it again")
-        layer = cls(columns, rows, num_bytes=len(stream), bias="bias" in tensors, device=stream.device, dtype=dtype)
+        found = [tensors.get(name) for name in cls.BYTES]
+        if found[0] is None or found[0].ndim != 1 or any(part is None or part.dtype != torch.uint8 for part in found):
+            raise FormatError(
+                f"a layer of coded integers has bytes of {' and '.join(cls.BYTES)}: download or quantize it again"
+            )
+        device = found[0].device
+        layer = cls(columns, rows, num_bytes=len(found[0]), bias="bias" in tensors, device=device, dtype=dtype)
         try:
             layer.load_state_dict(tensors)
         except RuntimeError as error:
@@ -114,37 +123,74 @@ class EntropyCodedLinear(PackedLinear):
     @torch.compiler.disable
     def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
         """The integers, and the steps and levels of rows and columns."""
-        from vq4dit.layers.ans_decoding import decode  # slow to import: numba
+        found = lanes.decode(self._content(), self.out_features, self.in_features)
+        return found.integers, found.sides
+
+    @torch.compiler.disable
+    def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
+        content = self._content()
+        weight = lanes.decode_weight(content, self.out_features, self.in_features, STEP_SIZES)
+        return weight.to(content.device, dtype)
+
+    def _content(self) -> UInt8[Tensor, " bytes"]:
+        return as_bytes(self.coded_weight, "coded_weight")
+
+    def decode(self, dtype: torch.dtype | None = None, name: str = "a layer") -> None:
+        """Keep the decoded weight from now on, if the bytes are those that were written."""
+        with _named(name):
+            self._check_bytes()
+            self._keep_decoded(dtype)
+        check_weight(self.numbers(), name)
+
+    def check(self, name: str) -> None:
+        """Raise `FormatError` if the bytes are not those that were written, or hold weights that the type cannot tell."""
+        if self.decoded_weight is None:
+            with _named(name):
+                self._check_bytes()
+                weight = self.numbers()
+            check_weight(weight, name)
+
+    def _check_bytes(self) -> None:
+        lanes.check(self._content(), self.out_features, self.in_features)
+
+    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
+        """Streams of the same shape differ in length."""
+        name = self.BYTES[0]
+        content = given.get(f"{prefix}{name}")
+        if content is not None and content.ndim == 1 and len(content) != len(getattr(self, name)):
+            setattr(self, name, frozen(getattr(self, name).new_zeros(len(content))))
+
+    def extra_repr(self) -> str:
+        num_bytes = len(getattr(self, self.BYTES[0]))
+        return f"{self.in_features}, {self.out_features}, bytes={num_bytes}, bias={self.bias is not None}"
+
+
+class SingleStreamLinear(EntropyCodedLinear):
+    """The same as it was written in format versions 3 and 4: one stream, which takes one core about 10 ns a weight.
+
+    coded_integers (bytes,) uint8: steps, levels and Z; side_models (4, 2) uint8: how steps and levels are coded.
+    """
+
+    BYTES = ("coded_integers", "side_models")
+
+    @classmethod
+    def shapes_of_bytes(cls, num_bytes: int) -> dict[str, tuple[int, ...]]:
+        return {"coded_integers": (num_bytes,), "side_models": (len(Sides._fields), 2)}
+
+    @torch.compiler.disable
+    def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
+        from vq4dit.layers.single_stream import decode  # slow to import: numba
 
         stream, models = (as_bytes(getattr(self, name), name) for name in self.BYTES)
         return decode(stream, models, self.out_features, self.in_features)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
         integers, sides = self.unpack()
         return (integers * step_size(sides.row_step).unsqueeze(1) * step_size(sides.column_step)).to(dtype)
 
-    def decode(self, dtype: torch.dtype | None = None, name: str = "a layer") -> None:
-        """Keep the decoded weight from now on; what decodes is not damaged."""
-        with _named(name):
-            self._keep_decoded(dtype)
-        check_weight(self.numbers(), name)
-
-    def check(self, name: str) -> None:
-        """Raise `FormatError` if the stream does not hold the layer's integers; costs as much as decoding, so that does too."""
-        if self.decoded_weight is None:
-            with _named(name):
-                weight = self.numbers()
-            check_weight(weight, name)
-
-    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
-        """Streams of the same shape differ in length."""
-        stream = given.get(f"{prefix}coded_integers")
-        if stream is not None and stream.ndim == 1 and len(stream) != len(self.coded_integers):
-            self.coded_integers = frozen(self.coded_integers.new_zeros(len(stream)))
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bytes={len(self.coded_integers)}, bias={self.bias is not None}"
+    def _check_bytes(self) -> None:
+        """Nothing tells whether a stream is whole but decoding it."""
 
 
 @contextmanager

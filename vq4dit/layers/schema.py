@@ -7,7 +7,12 @@ The packed tensors of a layer NAME (FORMAT.md has them byte by byte): vector-qua
     NAME.row_scale           fp16 (rows,), optional
     NAME.bias                fp16 (rows,), optional
 
-or, from format version 3 on, entropy-coded integers:
+or, from format version 5 on, entropy-coded integers:
+
+    NAME.coded_weight  uint8, 16-bit words
+    NAME.bias          fp16 (rows,), optional
+
+which in versions 3 and 4 were
 
     NAME.coded_integers  uint8, a stream of 32-bit words
     NAME.side_models     uint8 (4, 2)
@@ -22,17 +27,17 @@ import torch
 from torch import Tensor
 
 from vq4dit.errors import FormatError
-from vq4dit.layers.ans import WORD_BYTES, Sides
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.casts import as_bytes, as_scales
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
-from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
 from vq4dit.layers.linear_maps import LAST, LinearMap, matrix_shape
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.vector import VQLinear
 
 SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory
-BYTES = {"packed_assignments", "coded_integers", "side_models"}
+BYTES = {*VQLinear.BYTES, *EntropyCodedLinear.BYTES, *SingleStreamLinear.BYTES}
+WORD_BYTES = {EntropyCodedLinear: 2, SingleStreamLinear: 4}
 PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8",))
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
@@ -44,9 +49,10 @@ def empty_layer(name: str, shapes: dict[str, list[int]], linear: LinearMap, dtyp
         FormatError: unless they fit each other and the model's config.
     """
     (rows, columns), bias = matrix_shape(linear), linear.bias is not None
-    if "coded_integers" in shapes:
-        _check_coded(name, shapes)
-        return EntropyCodedLinear(columns, rows, num_bytes=shapes["coded_integers"][0], bias=bias, device="meta", dtype=dtype)
+    for kind in WORD_BYTES:
+        if kind.BYTES[0] in shapes:
+            _check_coded(name, shapes, kind)
+            return kind(columns, rows, num_bytes=shapes[kind.BYTES[0]][0], bias=bias, device="meta", dtype=dtype)
     _check_quantized(name, shapes, linear)
     k, d = shapes["codebook"]
     scaled = "row_scale" in shapes
@@ -59,7 +65,8 @@ def format_version(layers: Iterable[PackedLinear]) -> int:
     for layer in layers:
         is_padded = isinstance(layer, VQLinear) and layer.in_features % layer.codebook.shape[1] > 0
         is_new = is_padded or layer.channel_dim != LAST
-        versions.append(4 if is_new else 3 if isinstance(layer, EntropyCodedLinear) else 1)
+        of_kind = 3 if isinstance(layer, SingleStreamLinear) else 5 if isinstance(layer, EntropyCodedLinear) else 1
+        versions.append(max(of_kind, 4 if is_new else 1))
     return max(versions)
 
 
@@ -91,13 +98,15 @@ def _check_quantized(name: str, shapes: dict[str, list[int]], linear: LinearMap)
     _check_length(name, "row_scale", rows, shapes)
 
 
-def _check_coded(name: str, shapes: dict[str, list[int]]) -> None:
-    _check_present(name, {"side_models"}, shapes)
-    if shapes["side_models"] != [len(Sides._fields), 2]:
-        raise FormatError(f"{name}: side_models must be {len(Sides._fields)} x 2, got shape {shapes['side_models']}")
-    stream = shapes["coded_integers"]
-    if len(stream) != 1 or stream[0] % WORD_BYTES:
-        raise FormatError(f"{name}: coded_integers are bytes of whole {8 * WORD_BYTES}-bit words, got shape {stream}")
+def _check_coded(name: str, shapes: dict[str, list[int]], kind: type[EntropyCodedLinear]) -> None:
+    first, others = kind.BYTES[0], kind.BYTES[1:]
+    _check_present(name, set(others), shapes)
+    if len(shapes[first]) != 1 or shapes[first][0] % WORD_BYTES[kind]:
+        raise FormatError(f"{name}: {first} are bytes of whole {8 * WORD_BYTES[kind]}-bit words, got shape {shapes[first]}")
+    for other in others:
+        wanted = kind.shapes_of_bytes(0)[other]
+        if tuple(shapes[other]) != wanted:
+            raise FormatError(f"{name}: {other} must be {' x '.join(map(str, wanted))}, got shape {shapes[other]}")
 
 
 def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from vq4dit.denoisers import as_one, full_name, names_in_denoiser, transformers_
 from vq4dit.errors import BROKEN, UnsupportedModelError, VQ4DiTError
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
+from vq4dit.layers.entropy_coded import EntropyCodedLinear
 from vq4dit.layers.linear_maps import LinearMap, matrix_shape
 from vq4dit.models.blocks import Kept, find_targets, kept_parameters, named_blocks, repeated_embedders
 from vq4dit.models.conditions import check_call
@@ -136,7 +137,7 @@ def predict_size(
     sizes = (
         _stored_bytes(tensors.get(k), v) if k in as_they_are else v.numel() * min(v.element_size(), 2) for k, v in rest.items()
     )
-    return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers))
+    return SizePrediction(bits, layers, kept, sum(sizes) + _header_bytes(rest, layers, recipe))
 
 
 def _stored_bytes(header: TensorHeader | None, tensor: Tensor) -> int:
@@ -145,9 +146,10 @@ def _stored_bytes(header: TensorHeader | None, tensor: Tensor) -> int:
     return tensor.numel() * 2 if narrow else tensor.nbytes
 
 
-def _header_bytes(rest: Iterable[str], layers: Iterable[LayerSize]) -> int:
+def _header_bytes(rest: Iterable[str], layers: Iterable[LayerSize], recipe: Recipe) -> int:
     """What naming all tensors of a packed file takes."""
-    packed = (f"{layer.name}.{part}" for layer in layers for part in ("codebook", "packed_assignments"))
+    parts = EntropyCodedLinear.BYTES if recipe == "best" else ("codebook", "packed_assignments")
+    packed = (f"{layer.name}.{part}" for layer in layers for part in parts)
     biases = (f"{layer.name}.bias" for layer in layers if layer.bias_bytes)
     return sum(len(name) + HEADER_BYTES_PER_TENSOR for name in (*rest, *packed, *biases))
 

@@ -258,7 +258,7 @@ def _fitted(name: str, linear: Any, piece: dict[str, Tensor]) -> dict[str, Any]:
     """A row of the layers table while the job runs: the layer's error before anything is calibrated."""
     shape = matrix_shape(linear)
     layer: PackedLinear
-    if "coded_integers" in piece:
+    if EntropyCodedLinear.BYTES[0] in piece:
         layer = EntropyCodedLinear.from_tensors(piece, shape)
     else:
         layer = VQLinear.from_assignments(piece["codebook"].float(), piece["candidates"][:, 0], shape)

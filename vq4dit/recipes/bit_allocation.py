@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vq4dit.layers.ans import GREATEST_LEVEL, LEAST_LEVEL, LEVEL_OF_ONE, LEVELS_PER_OCTAVE, expected_bits
+from vq4dit.layers.scale_classes import GREATEST_LEVEL, LEAST_LEVEL, LEVEL_OF_ONE, LEVELS_PER_OCTAVE, expected_bits
 
 BINS_PER_OCTAVE = 16
 HALVINGS = 50  # of the interval in which the logarithm of t is looked for

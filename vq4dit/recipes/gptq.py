@@ -24,8 +24,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from vq4dit.config import EntropyCodingConfig
-from vq4dit.layers.ans import LARGEST, LEVELS_PER_OCTAVE, coded_bits, estimate_levels
 from vq4dit.layers.entropy_coded import nearest_step, step_size
+from vq4dit.layers.scale_classes import LARGEST, LEVELS_PER_OCTAVE, coded_bits, estimate_levels
 from vq4dit.recipes.bit_allocation import RateCurve, log_t_for
 from vq4dit.recipes.rounding import Rate, round_rows
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from vq4dit.layers.ans import LARGEST, code_lengths, level_rows
+from vq4dit.layers.scale_classes import LARGEST, code_lengths, level_rows
 
 BLOCK_COLUMNS = 32  # columns whose corrections wait until the block is done, as in GPTQ: one large product, not many small
 FEWEST_ROWS = 4  # that are worth a thread

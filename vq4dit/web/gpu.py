@@ -38,7 +38,7 @@ def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     import spaces  # app.py imported it first of all, as it must be
 
-    from vq4dit.kernels import beam_search, rans  # noqa: F401  now: each lease is a fork of this process, and numba takes a second
+    from vq4dit.kernels import beam_search, lanes  # noqa: F401  now: each lease is a fork of this process, and numba takes a second
 
     return spaces.GPU(duration=LEASE_SECONDS)(function)
 

@@ -16,6 +16,15 @@ setInterval(async () => {
   if (now && now.app_id !== window.gradio_config.app_id) location.reload();
 }, 3000);
 </script>"""
+# Answers come in one stream, which the server closes when nothing is asked. What is asked in that very moment has its answer in
+# no stream, until the page asks something else: so some seconds after whatever one does, it asks for nothing.
+NUDGE = """<script>
+for (const what of ['click', 'input']) addEventListener(what, (event) => {
+  if (event.target.closest?.('#nudge')) return;
+  clearTimeout(window.nudge);
+  window.nudge = setTimeout(() => document.querySelector('#nudge')?.click(), 4000);
+}, true);
+</script>"""
 # Gradio confines a page's style sheet to the column inside these two, so their own margins are set in the head.
 HEAD = (
     """<style>
@@ -25,6 +34,7 @@ HEAD = (
 }
 </style>"""
     + RETURN
+    + NUDGE
 )
 STYLE = Path(__file__).with_name("style.css")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]

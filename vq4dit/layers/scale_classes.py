@@ -1,43 +1,32 @@
-"""Integers <-> bytes, with few bits for integers that were likely.
+"""How large a layer's integers are expected to be, and so how many bits each takes.
 
-A layer's integers Z (rows x columns) are coded by asymmetric numeral systems (ANS): an integer of probability p takes -log2 p
-bits. The `constriction` library writes them, `ans_decoding.py` reads them. Each is expected to be a rounded Gaussian of
-mean 0 whose standard deviation belongs to its row and its column, both told in quarter octaves:
+An entropy coder gives an integer of probability p about -log2 p bits. Each of Z (rows x columns) is expected to be a rounded
+Gaussian of mean 0 whose standard deviation belongs to its row and its column, both told in quarter octaves:
 
     σ_ij = 2^((row_level_i + column_level_j - 32) / 4)
 
-So a column of nothing but zeros costs nearly nothing, and one that matters may take as many bits as it needs.
-
-Levels, and the sizes of steps that go with them (`Sides`), are coded in front of the integers in the same way: what they differ
-from their median by are integers too, with one level for each kind.
-
-ANS is a stack, and a stream is a number in disguise: every one can be decoded, whatever has happened to it. Two things show
-damage. Once all integers are read, nothing may be left; and who reads on where nothing is left finds the least symbol for
-ever, so that symbol, -1023, has a code but is never written.
+So a column of nothing but zeros costs nearly nothing, and one that matters may take as many bits as it needs. The sum of the
+two levels is an integer's *scale class*. Coders are `lanes.py`, which rounds these probabilities to 12 bits, and
+`single_stream.py`, which takes them as they are here.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import constriction
-import numpy as np
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from vq4dit.devices import exact
 
-AnsCoder, Categorical = constriction.stream.stack.AnsCoder, constriction.stream.model.Categorical  # no packages to import from
-
 LARGEST = 1022  # |Z| at most
-GUARD = LARGEST + 1  # -GUARD is what a decoder finds behind the end of a stream
+GUARD = LARGEST + 1  # -GUARD has a probability, and is never written: `single_stream.py` tells why
 LEVELS_PER_OCTAVE = 4
 LEVEL_OF_ONE = 32  # row_level + column_level where σ = 1
 LEAST_LEVEL, GREATEST_LEVEL = 12, 68  # of the sum, where it ends counting: σ = 2^-5 and 2^9
 UNIT = 2.0**-24  # of probabilities: coarse enough that the last digit of erf, which machines disagree on, does not matter
-WORD_BYTES = 4
 
 
 class Sides(NamedTuple):
@@ -126,49 +115,3 @@ def _best_step(
     candidates = torch.stack([(row_level + step).clamp(0, 255) for step in (0, -1, 1, -2, 2)])
     bits = torch.stack([coded_bits(integers, candidate, column_level).sum(1) for candidate in candidates])
     return candidates.gather(0, bits.argmin(0, keepdim=True))[0]
-
-
-def encode(integers: Integer[Tensor, "rows columns"], sides: Sides) -> tuple[UInt8[Tensor, " bytes"], UInt8[Tensor, "kinds 2"]]:
-    """Write sides and integers as an ANS stream of little-endian 32-bit words.
-
-    Returns:
-        The stream, and the centre and level of each kind of side.
-
-    Raises:
-        ValueError: if an integer is larger than `LARGEST`.
-    """
-    if integers.numel() and not -LARGEST <= int(integers.min()) <= int(integers.max()) <= LARGEST:
-        raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
-    order, counts = _order(sides.row_level, sides.column_level)
-    symbols = integers.flatten().cpu().numpy()[order].astype(np.int32) + GUARD
-    coder = AnsCoder()
-    stop = len(symbols)
-    for level in reversed(counts):  # a stack: what is written last is read first
-        coder.encode_reverse(symbols[stop - counts[level] : stop], _model(level))
-        stop -= counts[level]
-    models = [_centre_and_level(side) for side in sides]
-    for side, (centre, level) in zip(reversed(sides), reversed(models), strict=True):
-        coder.encode_reverse(side.cpu().numpy().astype(np.int32) - centre + GUARD, _model(level - LEAST_LEVEL))
-    words = coder.get_compressed().astype("<u4")
-    stream = torch.from_numpy(words.view(np.uint8).copy()).to(integers.device)
-    return stream, torch.tensor(models, dtype=torch.uint8, device=integers.device)
-
-
-def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:
-    """The median of one kind of side, and the level under which what it differs by takes the fewest bits."""
-    centre = int(side.int().median()) if len(side) else 0
-    lengths = code_lengths()[:, (side.cpu().int() - centre).abs()].sum(1)
-    return centre, LEAST_LEVEL + int(lengths.argmin())
-
-
-def _order(row_level: Tensor, column_level: Tensor) -> tuple[Any, dict[int, int]]:
-    """The order of integers in a stream: by level, and row by row within one; and how many each level has."""
-    rows = level_rows(row_level.cpu(), column_level.cpu()).flatten().numpy().astype(np.uint8)
-    counts = np.bincount(rows)
-    return np.argsort(rows, kind="stable"), {level: int(count) for level, count in enumerate(counts) if count}
-
-
-@cache
-def _model(level: int) -> Any:
-    one_sided = probabilities()[level]
-    return Categorical(torch.cat([one_sided.flip(0)[:-1], one_sided]).numpy(), perfect=False)

@@ -1,7 +1,11 @@
-"""Bytes -> integers: what `ans.encode` wrote, read by a compiled loop.
+"""Bytes -> integers as they were written in format versions 3 and 4: one stream a layer, read by a compiled loop.
 
-A module of its own because numba, which compiles the loop, takes half a second to import: who only writes, or only looks at a
-model, need not wait for it.
+A stream of asymmetric numeral systems is a stack, and a number in disguise: every one can be decoded, whatever has happened to
+it. Two things show damage. Once all integers are read, nothing may be left; and who reads on where nothing is left finds the
+least symbol for ever, so that symbol, -1023, has a code but is never written.
+
+A module of its own because numba, which compiles the loop, takes half a second to import: who only looks at a model need not
+wait for it.
 """
 
 from __future__ import annotations
@@ -15,14 +19,16 @@ from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from vq4dit.errors import FormatError
-from vq4dit.kernels import rans
-from vq4dit.layers.ans import GREATEST_LEVEL, GUARD, LEAST_LEVEL, UNIT, WORD_BYTES, Sides, probabilities
+from vq4dit.kernels import single_stream as kernel
+from vq4dit.layers.scale_classes import GREATEST_LEVEL, GUARD, LEAST_LEVEL, UNIT, Sides, probabilities
+
+WORD_BYTES = 4
 
 
 def decode(
     stream: UInt8[Tensor, " bytes"], side_models: UInt8[Tensor, "kinds 2"], rows: int, columns: int
 ) -> tuple[Integer[Tensor, "rows columns"], Sides]:
-    """Undo `encode`; integers are int16, all on the device of the stream (the work is one core's, about 9 ns an integer).
+    """The integers, int16, and their sides, all on the device of the stream (the work is one core's, about 9 ns an integer).
 
     Raises:
         FormatError: if the stream does not end with its last integer, or ends before it.
@@ -43,7 +49,7 @@ def decode(
         raise _damaged()
     integers = np.empty((rows, columns), dtype=np.int16)
     first = np.cumsum(counts) - counts
-    rans.place(symbols, row_level, column_level, LEAST_LEVEL, GREATEST_LEVEL, GUARD, first, integers)
+    kernel.place(symbols, row_level, column_level, LEAST_LEVEL, GREATEST_LEVEL, GUARD, first, integers)
     return torch.from_numpy(integers).to(stream.device), Sides(*(torch.from_numpy(side).to(stream.device) for side in found))
 
 
@@ -70,7 +76,7 @@ class _Reader:
             FormatError: if the stream ends before them.
         """
         symbols = np.empty(int(np.sum(counts)), np.int16)
-        if not rans.read(self._words, self._cursor, *_tables(), np.asarray(models), np.asarray(counts), symbols):
+        if not kernel.read(self._words, self._cursor, *_tables(), np.asarray(models), np.asarray(counts), symbols):
             raise _damaged()
         return symbols
 
@@ -102,4 +108,4 @@ def _tables() -> tuple[Any, Any]:
     below = np.cumsum(units, axis=1) - units
     starts = (below * (whole - symbols) // whole) + np.arange(symbols)
     starts = np.concatenate([starts, np.full((len(starts), 1), whole)], axis=1).astype(np.uint32)
-    return starts, rans.hints_of(starts)
+    return starts, kernel.hints_of(starts)

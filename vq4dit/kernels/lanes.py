@@ -1,0 +1,225 @@
+"""Interleaved asymmetric numeral systems: up to 32 lanes that take words from one stream in turn. Compiled, for the CPU.
+
+A lane is a coder of its own, with 32 bits of state. The lowest 12 of them lie in the range of one symbol, which has as many
+values as its frequency; the rest of the state, times the frequency, plus how far into the range they lie, is the state before
+that symbol was written. Where it falls below 2^16, the next 16-bit word follows. (Duda, arXiv:1311.2540; interleaved: Giesen,
+arXiv:1402.3392; FORMAT.md, section 4.) Lanes do not wait for each other, so a processor works at many of them at once.
+
+Which symbol a number of 12 bits belongs to is looked up: an entry of a table is symbol | frequency - 1 | how far into its
+range. Symbol 0 is the escape: what is so unlikely that it has no range follows in 12 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vq4dit.kernels.compiling import compiled
+
+PRECISION = 12  # bits of a frequency
+ENTRIES = 1 << PRECISION
+ORIGIN = 128  # the symbol of 0
+SYMBOLS = 256
+RAW_ORIGIN = 2048  # is added to what follows an escape
+LEAST = np.uint32(1 << 16)  # of a state
+BITS, HALF = np.uint32(PRECISION), np.uint32(16)
+LOW_BYTE, LOW_BITS, LOW_HALF = np.uint32(255), np.uint32(ENTRIES - 1), np.uint32(65535)
+FREQUENCY_AT, OFFSET_AT = np.uint32(8), np.uint32(20)  # in an entry
+FULL_AT = np.uint64(20)  # a state of this many bits more than the frequency has gives a word away before it takes a symbol
+ONE = np.uint32(1)
+NOTHING = np.int16(-ORIGIN)  # symbol 0, read as a value
+
+
+@compiled
+def encode_chunk(  # pragma: no cover  compiled
+    values: Any, tables: Any, shifts: Any, frequencies: Any, starts: Any, states: Any, words: Any
+) -> int:
+    """Write one chunk, its last value first; returns how many words.
+
+    Args:
+        values: (rows, columns) int16.
+        tables: (rows, columns) int16: by which table each is coded.
+        shifts: of each table, how many low bits of a value are told as they are.
+        frequencies, starts: (tables, 256) uint32: of each symbol; a frequency of 0 is that of a symbol that needs an escape.
+        states: (lanes,) uint32, written here: where a reader begins.
+        words: (>= 2 x values,) uint16, written here, those that are read last first.
+    """
+    rows, columns = values.shape
+    lanes = len(states)
+    states[:] = LEAST
+    count = 0
+    for first in range((rows - 1) // lanes * lanes, -1, -lanes):
+        for column in range(columns - 1, -1, -1):
+            for row in range(min(first + lanes, rows) - 1, first - 1, -1):
+                state, value, table = states[row - first], np.int64(values[row, column]), tables[row, column]
+                high = value >> shifts[table]
+                symbol = high + ORIGIN if abs(high) < ORIGIN else 0
+                symbol = 0 if frequencies[table, symbol] == 0 else symbol
+                num_raw = PRECISION if symbol == 0 else shifts[table]
+                if num_raw > 0:
+                    raw = value + RAW_ORIGIN if symbol == 0 else value - (high << shifts[table])
+                    if np.uint64(state) >> np.uint64(32 - num_raw) > 0:
+                        words[count] = np.uint16(state & LOW_HALF)
+                        count += 1
+                        state >>= HALF
+                    state = np.uint32((np.uint64(state) << np.uint64(num_raw)) | np.uint64(raw))
+                frequency = frequencies[table, symbol]
+                if np.uint64(state) >= np.uint64(frequency) << FULL_AT:
+                    words[count] = np.uint16(state & LOW_HALF)
+                    count += 1
+                    state >>= HALF
+                whole, rest = state // frequency, state % frequency
+                states[row - first] = np.uint32((whole << BITS) + starts[table, symbol] + rest)
+    return count
+
+
+@compiled
+def _read_raw(state: Any, num_raw: int, words: Any, at: int, end: int) -> Any:  # pragma: no cover  compiled
+    """The low bits of a state, the state without them, and where the words go on."""
+    raw = state & ((ONE << np.uint32(num_raw)) - ONE)
+    state >>= np.uint32(num_raw)
+    if state < LEAST and at < end:
+        state = (state << HALF) | np.uint32(words[at])
+        at += 1
+    return raw, state, at
+
+
+@compiled
+def _refill(  # pragma: no cover  compiled
+    states: Any, read: Any, bases: Any, shifts: Any, count: int, words: Any, at: int, end: int
+) -> int:
+    """Words for the lanes that need one, lane by lane; what follows an escape, or is told as it is, is read on the way."""
+    for lane in range(count):
+        state = states[lane]
+        if state < LEAST and at < end:
+            state = (state << HALF) | np.uint32(words[at])
+            at += 1
+        if read[lane] == NOTHING:
+            raw, state, at = _read_raw(state, PRECISION, words, at, end)
+            read[lane] = np.int16(raw) - RAW_ORIGIN
+        elif shifts[bases[lane] >> PRECISION] > 0:
+            shift = np.int64(shifts[bases[lane] >> PRECISION])
+            raw, state, at = _read_raw(state, shift, words, at, end)
+            read[lane] = np.int16((np.int64(read[lane]) << shift) + np.int64(raw))
+        states[lane] = state
+    return at
+
+
+@compiled
+def _read_column(  # pragma: no cover  compiled
+    states: Any, bases: Any, is_plain: bool, entries: Any, shifts: Any, words: Any, at: int, end: int, looked_up: Any, read: Any
+) -> int:
+    """One value of every lane, each by the table that begins at its base; returns where the words go on.
+
+    Args:
+        is_plain: no table has low bits that are told as they are.
+        looked_up: memory for an entry of each lane.
+        read: (lanes,) int16, written here.
+    """
+    count = len(bases)
+    least = np.int16(0)
+    for lane in range(count):  # without branches: vector instructions
+        looked_up[lane] = entries[bases[lane] + np.int32(states[lane] & LOW_BITS)]
+    for lane in range(count):
+        entry, state = looked_up[lane], states[lane]
+        value = np.int16(entry & LOW_BYTE) - np.int16(ORIGIN)
+        least = min(least, value)
+        read[lane] = value
+        states[lane] = (((entry >> FREQUENCY_AT) & LOW_BITS) + ONE) * (state >> BITS) + (entry >> OFFSET_AT)
+    if least == NOTHING or not is_plain or at + count > end:
+        return _refill(states, read, bases, shifts, count, words, at, end)
+    for lane in range(count):
+        state = states[lane]
+        is_low = state < LEAST
+        states[lane] = (state << HALF) | np.uint32(words[at]) if is_low else state
+        at += np.int64(is_low)
+    return at
+
+
+@compiled
+def decode_chunks(  # pragma: no cover  compiled
+    words: Any,
+    starts: Any,
+    lanes: int,
+    chunk_rows: int,
+    chunk_columns: int,
+    entries: Any,
+    shifts: Any,
+    row_level: Any,
+    column_level: Any,
+    levels: Any,
+    trellis: Any,
+    row_scale: Any,
+    column_scale: Any,
+    first: int,
+    last: int,
+    found: Any,
+) -> bool:
+    """Read the chunks from `first` up to `last`; False if one of them is damaged.
+
+    Args:
+        words: (words,) uint16.
+        starts: (chunks + 1,) int64: where each begins: the states of its lanes, two words each, and its words.
+        entries: (tables x 4096,) uint32; `shifts`: see `encode_chunk`.
+        row_level, column_level: (rows,) and (columns,) int32, whose sum is a value's scale class.
+        levels: the least and the greatest class that has a table, and how many tables there are of each kind of quantizer.
+        trellis: (states, 2) the state after each state and parity of an index, or (0, 2) for integers.
+        row_scale, column_scale: (rows,) and (columns,), by which values are multiplied, in the type of the result.
+        found: (rows, columns), written here.
+    """
+    rows, columns = found.shape
+    across = max(1, -(-columns // chunk_columns))
+    states, looked_up, bases = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32), np.empty(lanes, np.int32)
+    paths = np.zeros(lanes, np.int64)
+    read = np.empty((chunk_columns, lanes), np.int16)
+    low, high = np.int32(levels[0] << PRECISION), np.int32(levels[1] << PRECISION)
+    is_whole = True
+    for chunk in range(first, last):
+        top, left = chunk // across * chunk_rows, chunk % across * chunk_columns
+        bottom, right = min(top + chunk_rows, rows), min(left + chunk_columns, columns)
+        at, end = starts[chunk], starts[chunk + 1]
+        for lane in range(min(lanes, bottom - top)):
+            states[lane] = (np.uint32(words[at + 1]) << HALF) | np.uint32(words[at])
+            at += 2
+        for above in range(top, bottom, lanes):
+            count = min(lanes, bottom - above)
+            highest = row_level[above : above + count].max()
+            paths[:] = 0
+            for column in range(left, right):
+                level = column_level[column]
+                for lane in range(count):
+                    base = (row_level[above + lane] + level) << PRECISION
+                    bases[lane] = min(max(base, low), high) - low
+                if len(trellis) > 0:
+                    for lane in range(count):
+                        bases[lane] += np.int32((paths[lane] & 1) * levels[2] << PRECISION)
+                here = read[column - left]
+                is_plain = highest + level <= levels[3]
+                at = _read_column(states[:count], bases[:count], is_plain, entries, shifts, words, at, end, looked_up, here)
+                if len(trellis) > 0:
+                    for lane in range(count):
+                        index, path = np.int64(here[lane]), paths[lane]
+                        sign = (index > 0) - (index < 0) if path & 1 else 0
+                        here[lane] = 2 * index - sign
+                        paths[lane] = trellis[path, index & 1]
+            for start in range(left, right, 32):  # a square at a time stays in the fastest memory
+                stop = min(start + 32, right)
+                for lane in range(count):
+                    scale, row = row_scale[above + lane], found[above + lane]
+                    for column in range(start, stop):
+                        row[column] = read[column - left, lane] * scale * column_scale[column]
+        is_whole = is_whole and at == end
+        for lane in range(min(lanes, bottom - top)):
+            is_whole = is_whole and states[lane] == LEAST
+    return is_whole
+
+
+@compiled
+def tables_of_trellis(indices: Any, tables: Any, num_tables: int, trellis: Any) -> None:  # pragma: no cover  compiled
+    """Add to each table what leads to that of the state in which an index is; all rows begin in state 0."""
+    for row in range(len(indices)):
+        path = 0
+        for column in range(indices.shape[1]):
+            tables[row, column] += (path & 1) * num_tables
+            path = trellis[path, indices[row, column] & 1]
