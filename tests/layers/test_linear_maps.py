@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from coded_models import single_stream
 from torch import nn
 
 from vq4dit.layers.codebook import join_subvectors, num_subvectors, split_subvectors
-from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
 from vq4dit.layers.linear_maps import (
     channel_dim,
     is_linear_map,
@@ -111,12 +112,13 @@ def test_rows_that_the_length_of_subvectors_does_not_divide_end_in_zeros(columns
 
 def test_a_file_is_of_the_first_version_that_had_its_layers(layer):
     coded, vectors = packed(layer)
-    for quantized in (coded, vectors):
+    stream = SingleStreamLinear.from_tensors(single_stream(coded), (coded.out_features, coded.in_features))
+    for quantized in (coded, stream, vectors):
         put_layer(nn.ModuleDict({"a": layer}), "a", quantized)
     is_linear = isinstance(layer, nn.Linear)
-    assert format_version([coded]) == (3 if is_linear else 4)
+    assert format_version([coded]) == format_version([vectors, coded]) == format_version([stream, coded]) == 5
+    assert format_version([stream]) == format_version([vectors, stream]) == (3 if is_linear else 4)
     assert format_version([vectors]) == (1 if is_linear else 4)
-    assert format_version([vectors, coded]) == (3 if is_linear else 4)
     assert format_version([]) == 1
     wide = VQLinear.from_assignments(torch.randn(4, 4), torch.arange(8) % 4, (4, 6))
     assert format_version([wide]) == 4

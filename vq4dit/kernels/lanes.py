@@ -87,7 +87,7 @@ def _read_raw(state: Any, num_raw: int, words: Any, at: int, end: int) -> Any:  
 
 @compiled
 def _refill(  # pragma: no cover  compiled
-    states: Any, read: Any, bases: Any, shifts: Any, count: int, words: Any, at: int, end: int
+    states: Any, read: Any, column: int, bases: Any, shifts: Any, count: int, words: Any, at: int, end: int
 ) -> int:
     """Words for the lanes that need one, lane by lane; what follows an escape, or is told as it is, is read on the way."""
     for lane in range(count):
@@ -95,45 +95,77 @@ def _refill(  # pragma: no cover  compiled
         if state < LEAST and at < end:
             state = (state << HALF) | np.uint32(words[at])
             at += 1
-        if read[lane] == NOTHING:
+        shift = np.int64(shifts[bases[lane] >> PRECISION])
+        if read[column, lane] == NOTHING:
             raw, state, at = _read_raw(state, PRECISION, words, at, end)
-            read[lane] = np.int16(raw) - RAW_ORIGIN
-        elif shifts[bases[lane] >> PRECISION] > 0:
-            shift = np.int64(shifts[bases[lane] >> PRECISION])
+            read[column, lane] = np.int16(raw) - RAW_ORIGIN
+        elif shift > 0:
             raw, state, at = _read_raw(state, shift, words, at, end)
-            read[lane] = np.int16((np.int64(read[lane]) << shift) + np.int64(raw))
+            read[column, lane] = np.int16((np.int64(read[column, lane]) << shift) + np.int64(raw))
         states[lane] = state
     return at
 
 
 @compiled
-def _read_column(  # pragma: no cover  compiled
-    states: Any, bases: Any, is_plain: bool, entries: Any, shifts: Any, words: Any, at: int, end: int, looked_up: Any, read: Any
+def _follow(trellis: Any, paths: Any, read: Any, column: int, count: int) -> None:  # pragma: no cover  compiled
+    """Values in place of indices, and the states after them."""
+    for lane in range(count):
+        index, path = np.int64(read[column, lane]), paths[lane]
+        sign = (index > 0) - (index < 0) if path & 1 else 0
+        read[column, lane] = 2 * index - sign
+        paths[lane] = trellis[path, index & 1]
+
+
+@compiled
+def _read_group(  # pragma: no cover  compiled
+    states: Any,
+    row_level: Any,
+    column_level: Any,
+    entries: Any,
+    shifts: Any,
+    classes: Any,
+    trellis: Any,
+    words: Any,
+    at: int,
+    end: int,
+    memory: Any,
+    read: Any,
 ) -> int:
-    """One value of every lane, each by the table that begins at its base; returns where the words go on.
+    """As many rows as there are lanes, or fewer, column by column; returns where the words go on.
 
     Args:
-        is_plain: no table has low bits that are told as they are.
-        looked_up: memory for an entry of each lane.
-        read: (lanes,) int16, written here.
+        memory: an entry, a base of a table and a state of the trellis for each lane.
+        read: (columns, lanes) int16, written here.
     """
-    count = len(bases)
-    least = np.int16(0)
-    for lane in range(count):  # without branches: vector instructions
-        looked_up[lane] = entries[bases[lane] + np.int32(states[lane] & LOW_BITS)]
-    for lane in range(count):
-        entry, state = looked_up[lane], states[lane]
-        value = np.int16(entry & LOW_BYTE) - np.int16(ORIGIN)
-        least = min(least, value)
-        read[lane] = value
-        states[lane] = (((entry >> FREQUENCY_AT) & LOW_BITS) + ONE) * (state >> BITS) + (entry >> OFFSET_AT)
-    if least == NOTHING or not is_plain or at + count > end:
-        return _refill(states, read, bases, shifts, count, words, at, end)
-    for lane in range(count):
-        state = states[lane]
-        is_low = state < LEAST
-        states[lane] = (state << HALF) | np.uint32(words[at]) if is_low else state
-        at += np.int64(is_low)
+    looked_up, bases, paths = memory
+    count, highest = len(row_level), row_level.max()
+    low, high = np.int32(classes[0] << PRECISION), np.int32(classes[1] << PRECISION)
+    paths[:] = 0
+    for column in range(len(column_level)):
+        level, least = column_level[column], np.int16(0)
+        for lane in range(count):  # loops without branches become vector instructions
+            bases[lane] = min(max((row_level[lane] + level) << PRECISION, low), high) - low
+        if len(trellis) > 0:
+            for lane in range(count):
+                bases[lane] += np.int32((paths[lane] & 1) * classes[2] << PRECISION)
+        for lane in range(count):
+            looked_up[lane] = entries[bases[lane] + np.int32(states[lane] & LOW_BITS)]
+        for lane in range(count):
+            entry, state = looked_up[lane], states[lane]
+            value = np.int16(entry & LOW_BYTE) - np.int16(ORIGIN)
+            least = min(least, value)
+            read[column, lane] = value
+            states[lane] = (((entry >> FREQUENCY_AT) & LOW_BITS) + ONE) * (state >> BITS) + (entry >> OFFSET_AT)
+        if least == NOTHING or highest + level > classes[3] or at + count > end:
+            at = _refill(states, read, column, bases, shifts, count, words, at, end)
+        else:
+            for lane in range(count):
+                state = states[lane]
+                is_low = state < LEAST
+                states[lane] = (state << HALF) | np.uint32(words[at]) if is_low else state
+                at += np.int64(is_low)
+        if len(trellis) > 0:
+            _follow(trellis, paths, read, column, count)
     return at
 
 
@@ -148,7 +180,7 @@ def decode_chunks(  # pragma: no cover  compiled
     shifts: Any,
     row_level: Any,
     column_level: Any,
-    levels: Any,
+    classes: Any,
     trellis: Any,
     row_scale: Any,
     column_scale: Any,
@@ -163,17 +195,16 @@ def decode_chunks(  # pragma: no cover  compiled
         starts: (chunks + 1,) int64: where each begins: the states of its lanes, two words each, and its words.
         entries: (tables x 4096,) uint32; `shifts`: see `encode_chunk`.
         row_level, column_level: (rows,) and (columns,) int32, whose sum is a value's scale class.
-        levels: the least and the greatest class that has a table, and how many tables there are of each kind of quantizer.
+        classes: the least and the greatest that has a table, how many tables each kind of quantizer has, and the greatest class
+            whose integers have no low bits that are told as they are.
         trellis: (states, 2) the state after each state and parity of an index, or (0, 2) for integers.
         row_scale, column_scale: (rows,) and (columns,), by which values are multiplied, in the type of the result.
         found: (rows, columns), written here.
     """
     rows, columns = found.shape
     across = max(1, -(-columns // chunk_columns))
-    states, looked_up, bases = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32), np.empty(lanes, np.int32)
-    paths = np.zeros(lanes, np.int64)
-    read = np.empty((chunk_columns, lanes), np.int16)
-    low, high = np.int32(levels[0] << PRECISION), np.int32(levels[1] << PRECISION)
+    states, read = np.empty(lanes, np.uint32), np.empty((chunk_columns, lanes), np.int16)
+    memory = np.empty(lanes, np.uint32), np.empty(lanes, np.int32), np.empty(lanes, np.int64)
     is_whole = True
     for chunk in range(first, last):
         top, left = chunk // across * chunk_rows, chunk % across * chunk_columns
@@ -182,27 +213,11 @@ def decode_chunks(  # pragma: no cover  compiled
         for lane in range(min(lanes, bottom - top)):
             states[lane] = (np.uint32(words[at + 1]) << HALF) | np.uint32(words[at])
             at += 2
+        of_columns = column_level[left:right]
         for above in range(top, bottom, lanes):
             count = min(lanes, bottom - above)
-            highest = row_level[above : above + count].max()
-            paths[:] = 0
-            for column in range(left, right):
-                level = column_level[column]
-                for lane in range(count):
-                    base = (row_level[above + lane] + level) << PRECISION
-                    bases[lane] = min(max(base, low), high) - low
-                if len(trellis) > 0:
-                    for lane in range(count):
-                        bases[lane] += np.int32((paths[lane] & 1) * levels[2] << PRECISION)
-                here = read[column - left]
-                is_plain = highest + level <= levels[3]
-                at = _read_column(states[:count], bases[:count], is_plain, entries, shifts, words, at, end, looked_up, here)
-                if len(trellis) > 0:
-                    for lane in range(count):
-                        index, path = np.int64(here[lane]), paths[lane]
-                        sign = (index > 0) - (index < 0) if path & 1 else 0
-                        here[lane] = 2 * index - sign
-                        paths[lane] = trellis[path, index & 1]
+            of_rows = row_level[above : above + count]
+            at = _read_group(states, of_rows, of_columns, entries, shifts, classes, trellis, words, at, end, memory, read)
             for start in range(left, right, 32):  # a square at a time stays in the fastest memory
                 stop = min(start + 32, right)
                 for lane in range(count):
