@@ -24,7 +24,7 @@ from vq4dit.layers.scale_classes import (
 )
 
 GOLDEN = "af14af400000010002000000030000007826122680290f1e04000000da280100728ea20903000000df060100393b"
-GOLDEN_DIGEST = "02af383534295242f8622c52fd9f351ec84ed3ff6e46a003ac1103c2340e352b"
+GOLDEN_DIGEST = "9009ffda1440995667ff2c89c6b9fc919858808d6f7a8d619e740ff7f5baaa84"
 DAMAGED = "the coded integers are damaged"
 
 
@@ -143,7 +143,7 @@ def test_a_trellis_gives_the_values_of_its_indices(shape, generator):
     sides = with_levels(*estimate_levels(indices))
     content = lanes.encode(indices, sides, is_trellis=True)
     lanes.check(content, *shape)
-    assert lanes._cut(*shape, coded_bits(indices, sides.row_level, sides.column_level).sum().item())[2] == shape[1]
+    assert lanes._cut(*shape, coded_bits(indices, sides.row_level, sides.column_level).sum().item(), True)[2] == shape[1]
     assert torch.equal(lanes.decode(content, *shape).integers, values_of(indices))
 
 
@@ -232,11 +232,13 @@ def test_zeros_cost_nearly_nothing():
 
 
 def test_small_layers_have_few_lanes_and_large_ones_many():
-    assert lanes._cut(8, 24, float(400)) == (1, 8, 24)
-    assert lanes._cut(256, 256, float(2 * 256 * 256)) == (32, 128, 256)
-    assert lanes._cut(1152, 1152, float(2 * 1152 * 1152)) == (32, 32, 1152)
-    assert lanes._cut(1152, 4608, float(2 * 1152 * 4608)) == (32, 32, 1152)
-    assert lanes._cut(4, 10**6, float(2 * 4 * 10**6)) == (4, 4, 1024 + 1)
+    """The last chunks are smaller, never larger; those of a trellis hold whole rows."""
+    assert lanes._cut(8, 24, 400.0, False) == (1, 8, 24)
+    assert lanes._cut(256, 256, 2.0 * 256 * 256, False) == (32, 256, 256)
+    assert lanes._cut(1152, 1152, 2.0 * 1152 * 1152, False) == (32, 34, 1152)
+    assert lanes._cut(4, 10**6, 2.0 * 4 * 10**6, False) == (32, 1, 38462)
+    assert lanes._cut(1152, 1152, 2.0 * 1152 * 1152, True) == (32, 64, 1152)
+    assert lanes._cut(0, 3, 0.0, False) == lanes._cut(0, 3, 0.0, True) == (1, 1, 3)
 
 
 # --- tables ---

@@ -293,7 +293,7 @@ def decode_lanes(content: bytes, rows: int, columns: int) -> tuple[np.ndarray, l
         raise DamagedError("the header says what no writer writes")
     words = np.frombuffer(content, "<u2").tolist()
     at = 14
-    side = Chunk(words[at : at + q], 1)
+    side = Chunk(words[at : at + q], min(1, rows + columns))
     at += q
     sides = []
     for number, count in enumerate((rows, rows, 0 if has_gains else columns, columns)):
@@ -310,19 +310,20 @@ def decode_lanes(content: bytes, rows: int, columns: int) -> tuple[np.ndarray, l
     lengths = [words[at + 2 * i] | words[at + 2 * i + 1] << 16 for i in range(len(corners))]
     at += 2 * len(corners)
     found = np.zeros((rows, columns), dtype=int)
-    for (top, left), length in zip(corners, lengths, strict=True):
+    for (top, left), words_of_chunk in zip(corners, lengths, strict=True):
         bottom, right = min(top + R, rows), min(left + S, columns)
-        chunk = Chunk(words[at : at + length], min(n, bottom - top))
-        at += length
-        for above in range(top, bottom, n):
-            states = [0] * n
-            for column in range(left, right):
-                for row in range(above, min(above + n, bottom)):
-                    scale_class, t = sides[1][row] + sides[3][column], states[row - above]
-                    quantizer = "integers" if kind == 0 else ("even", "odd")[t % 2]
-                    k = chunk.read(row - above, quantizer, int(scale_class))
-                    found[row, column] = k if kind == 0 else 2 * k - (t % 2) * np.sign(k)
-                    states[row - above] = TRELLIS[k % 2][t]
+        places = [(row, column) for row in range(top, bottom) for column in range(left, right)]
+        if kind == 1:
+            places.sort(key=lambda place: place[1])
+        length, states = right - left if kind == 0 else bottom - top, dict.fromkeys(range(top, bottom), 0)
+        chunk = Chunk(words[at : at + words_of_chunk], min(n, length))
+        at += words_of_chunk
+        for number, (row, column) in enumerate(places):
+            t = states[row]
+            quantizer = "integers" if kind == 0 else ("even", "odd")[t % 2]
+            k = chunk.read(number % length % n, quantizer, int(sides[1][row] + sides[3][column]))
+            found[row, column] = k if kind == 0 else 2 * k - (t % 2) * np.sign(k)
+            states[row] = TRELLIS[k % 2][t]
         chunk.end()
     if at != len(words):
         raise DamagedError("the chunks do not end with the tensor")

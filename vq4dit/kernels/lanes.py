@@ -38,39 +38,39 @@ def encode_chunk(  # pragma: no cover  compiled
     """Write one chunk, its last value first; returns how many words.
 
     Args:
-        values: (rows, columns) int16.
-        tables: (rows, columns) int16: by which table each is coded.
+        values: (lines, length) int16: read line by line, and each as many values at a time as there are lanes.
+        tables: (lines, length) int16: by which table each is coded.
         shifts: of each table, how many low bits of a value are told as they are.
         frequencies, starts: (tables, 256) uint32: of each symbol; a frequency of 0 is that of a symbol that needs an escape.
         states: (lanes,) uint32, written here: where a reader begins.
         words: (>= 2 x values,) uint16, written here, those that are read last first.
     """
-    rows, columns = values.shape
+    lines, length = values.shape
     lanes = len(states)
     states[:] = LEAST
     count = 0
-    for first in range((rows - 1) // lanes * lanes, -1, -lanes):
-        for column in range(columns - 1, -1, -1):
-            for row in range(min(first + lanes, rows) - 1, first - 1, -1):
-                state, value, table = states[row - first], np.int64(values[row, column]), tables[row, column]
-                high = value >> shifts[table]
-                symbol = high + ORIGIN if abs(high) < ORIGIN else 0
-                symbol = 0 if frequencies[table, symbol] == 0 else symbol
-                num_raw = PRECISION if symbol == 0 else shifts[table]
-                if num_raw > 0:
-                    raw = value + RAW_ORIGIN if symbol == 0 else value - (high << shifts[table])
-                    if np.uint64(state) >> np.uint64(32 - num_raw) > 0:
-                        words[count] = np.uint16(state & LOW_HALF)
-                        count += 1
-                        state >>= HALF
-                    state = np.uint32((np.uint64(state) << np.uint64(num_raw)) | np.uint64(raw))
-                frequency = frequencies[table, symbol]
-                if np.uint64(state) >= np.uint64(frequency) << FULL_AT:
+    for line in range(lines - 1, -1, -1):
+        for place in range(length - 1, -1, -1):
+            lane = place % lanes
+            state, value, table = states[lane], np.int64(values[line, place]), tables[line, place]
+            high = value >> shifts[table]
+            symbol = high + ORIGIN if abs(high) < ORIGIN else 0
+            symbol = 0 if frequencies[table, symbol] == 0 else symbol
+            num_raw = PRECISION if symbol == 0 else shifts[table]
+            if num_raw > 0:
+                raw = value + RAW_ORIGIN if symbol == 0 else value - (high << shifts[table])
+                if np.uint64(state) >> np.uint64(32 - num_raw) > 0:
                     words[count] = np.uint16(state & LOW_HALF)
                     count += 1
                     state >>= HALF
-                whole, rest = state // frequency, state % frequency
-                states[row - first] = np.uint32((whole << BITS) + starts[table, symbol] + rest)
+                state = np.uint32((np.uint64(state) << np.uint64(num_raw)) | np.uint64(raw))
+            frequency = frequencies[table, symbol]
+            if np.uint64(state) >= np.uint64(frequency) << FULL_AT:
+                words[count] = np.uint16(state & LOW_HALF)
+                count += 1
+                state >>= HALF
+            whole, rest = state // frequency, state % frequency
+            states[lane] = np.uint32((whole << BITS) + starts[table, symbol] + rest)
     return count
 
 
@@ -87,7 +87,7 @@ def _read_raw(state: Any, num_raw: int, words: Any, at: int, end: int) -> Any:  
 
 @compiled
 def _refill(  # pragma: no cover  compiled
-    states: Any, read: Any, column: int, bases: Any, shifts: Any, count: int, words: Any, at: int, end: int
+    states: Any, line: Any, first: int, bases: Any, shifts: Any, count: int, words: Any, at: int, end: int
 ) -> int:
     """Words for the lanes that need one, lane by lane; what follows an escape, or is told as it is, is read on the way."""
     for lane in range(count):
@@ -96,77 +96,78 @@ def _refill(  # pragma: no cover  compiled
             state = (state << HALF) | np.uint32(words[at])
             at += 1
         shift = np.int64(shifts[bases[lane] >> PRECISION])
-        if read[column, lane] == NOTHING:
+        if line[first + lane] == NOTHING:
             raw, state, at = _read_raw(state, PRECISION, words, at, end)
-            read[column, lane] = np.int16(raw) - RAW_ORIGIN
+            line[first + lane] = np.int16(raw) - RAW_ORIGIN
         elif shift > 0:
             raw, state, at = _read_raw(state, shift, words, at, end)
-            read[column, lane] = np.int16((np.int64(read[column, lane]) << shift) + np.int64(raw))
+            line[first + lane] = np.int16((np.int64(line[first + lane]) << shift) + np.int64(raw))
         states[lane] = state
     return at
 
 
 @compiled
-def _follow(trellis: Any, paths: Any, read: Any, column: int, count: int) -> None:  # pragma: no cover  compiled
-    """Values in place of indices, and the states after them."""
-    for lane in range(count):
-        index, path = np.int64(read[column, lane]), paths[lane]
-        sign = (index > 0) - (index < 0) if path & 1 else 0
-        read[column, lane] = 2 * index - sign
-        paths[lane] = trellis[path, index & 1]
-
-
-@compiled
-def _read_group(  # pragma: no cover  compiled
+def _read_line(  # pragma: no cover  compiled
     states: Any,
-    row_level: Any,
-    column_level: Any,
+    level: Any,
+    levels: Any,
+    paths: Any,
     entries: Any,
     shifts: Any,
     classes: Any,
-    trellis: Any,
     words: Any,
     at: int,
     end: int,
     memory: Any,
-    read: Any,
+    line: Any,
 ) -> int:
-    """As many rows as there are lanes, or fewer, column by column; returns where the words go on.
+    """As many values at a time as there are lanes; returns where the words go on.
 
     Args:
-        memory: an entry, a base of a table and a state of the trellis for each lane.
-        read: (columns, lanes) int16, written here.
+        level, levels: whose sum is the scale class: of the line, and (length,) int32 across it.
+        paths: (length,) int64: of a trellis, the state of each; or none.
+        memory: an entry and a base of a table for each lane.
+        line: (length,) int16, written here.
     """
-    looked_up, bases, paths = memory
-    count, highest = len(row_level), row_level.max()
-    low, high = np.int32(classes[0] << PRECISION), np.int32(classes[1] << PRECISION)
-    paths[:] = 0
-    for column in range(len(column_level)):
-        level, least = column_level[column], np.int16(0)
+    looked_up, bases = memory
+    lanes, low, high = len(states), np.int32(classes[0] << PRECISION), np.int32(classes[1] << PRECISION)
+    is_plain = level + levels.max() <= classes[3]
+    for first in range(0, len(levels), lanes):
+        count, least = min(lanes, len(levels) - first), np.int16(0)
+        here, of_here = line[first : first + count], levels[first : first + count]
         for lane in range(count):  # loops without branches become vector instructions
-            bases[lane] = min(max((row_level[lane] + level) << PRECISION, low), high) - low
-        if len(trellis) > 0:
+            bases[lane] = min(max((level + of_here[lane]) << PRECISION, low), high) - low
+        if len(paths) > 0:
             for lane in range(count):
-                bases[lane] += np.int32((paths[lane] & 1) * classes[2] << PRECISION)
+                bases[lane] += np.int32((paths[first + lane] & 1) * classes[2] << PRECISION)
         for lane in range(count):
-            looked_up[lane] = entries[bases[lane] + np.int32(states[lane] & LOW_BITS)]
+            looked_up[lane] = entries[np.uint32(bases[lane]) + (states[lane] & LOW_BITS)]
         for lane in range(count):
             entry, state = looked_up[lane], states[lane]
             value = np.int16(entry & LOW_BYTE) - np.int16(ORIGIN)
             least = min(least, value)
-            read[column, lane] = value
+            here[lane] = value
             states[lane] = (((entry >> FREQUENCY_AT) & LOW_BITS) + ONE) * (state >> BITS) + (entry >> OFFSET_AT)
-        if least == NOTHING or highest + level > classes[3] or at + count > end:
-            at = _refill(states, read, column, bases, shifts, count, words, at, end)
+        if least == NOTHING or not is_plain or at + count > end:
+            at = _refill(states, line, first, bases, shifts, count, words, at, end)
         else:
             for lane in range(count):
                 state = states[lane]
-                is_low = state < LEAST
-                states[lane] = (state << HALF) | np.uint32(words[at]) if is_low else state
+                is_low = np.uint32(state < LEAST)
+                word = np.uint32(words[np.uint64(at)])  # no branch here either: half of them would be foreseen wrongly
+                states[lane] = (state << (is_low << np.uint32(4))) | (word * is_low)
                 at += np.int64(is_low)
-        if len(trellis) > 0:
-            _follow(trellis, paths, read, column, count)
     return at
+
+
+@compiled
+def _follow(trellis: Any, paths: Any, line: Any) -> None:  # pragma: no cover  compiled
+    """Values in place of indices, and the states after them."""
+    for place in range(len(line)):
+        index, path = np.int64(line[place]), paths[place]
+        sign = (index > 0) - (index < 0) if path & 1 else 0
+        line[place] = 2 * index - sign
+        paths[place] = trellis[path, index & 1]
 
 
 @compiled
@@ -190,6 +191,8 @@ def decode_chunks(  # pragma: no cover  compiled
 ) -> bool:
     """Read the chunks from `first` up to `last`; False if one of them is damaged.
 
+    The lines of a chunk are its rows; those of a trellis are its columns, because its paths go along the rows.
+
     Args:
         words: (words,) uint16.
         starts: (chunks + 1,) int64: where each begins: the states of its lanes, two words each, and its words.
@@ -202,30 +205,36 @@ def decode_chunks(  # pragma: no cover  compiled
         found: (rows, columns), written here.
     """
     rows, columns = found.shape
-    across = max(1, -(-columns // chunk_columns))
-    states, read = np.empty(lanes, np.uint32), np.empty((chunk_columns, lanes), np.int16)
-    memory = np.empty(lanes, np.uint32), np.empty(lanes, np.int32), np.empty(lanes, np.int64)
+    across, is_trellis = max(1, -(-columns // chunk_columns)), len(trellis) > 0
+    lines, memory = np.empty(lanes, np.uint32), (np.empty(lanes, np.uint32), np.empty(lanes, np.int32))
+    longest = np.empty(chunk_rows if is_trellis else chunk_columns, np.int16)
     is_whole = True
     for chunk in range(first, last):
         top, left = chunk // across * chunk_rows, chunk % across * chunk_columns
         bottom, right = min(top + chunk_rows, rows), min(left + chunk_columns, columns)
         at, end = starts[chunk], starts[chunk + 1]
-        for lane in range(min(lanes, bottom - top)):
+        line = longest[: bottom - top if is_trellis else right - left]
+        states = lines[: min(lanes, len(line))]
+        for lane in range(len(states)):
             states[lane] = (np.uint32(words[at + 1]) << HALF) | np.uint32(words[at])
             at += 2
-        of_columns = column_level[left:right]
-        for above in range(top, bottom, lanes):
-            count = min(lanes, bottom - above)
-            of_rows = row_level[above : above + count]
-            at = _read_group(states, of_rows, of_columns, entries, shifts, classes, trellis, words, at, end, memory, read)
-            for start in range(left, right, 32):  # a square at a time stays in the fastest memory
-                stop = min(start + 32, right)
-                for lane in range(count):
-                    scale, row = row_scale[above + lane], found[above + lane]
-                    for column in range(start, stop):
-                        row[column] = read[column - left, lane] * scale * column_scale[column]
+        if is_trellis:
+            levels, scales, paths = row_level[top:bottom], row_scale[top:bottom], np.zeros(bottom - top, np.int64)
+            for column in range(left, right):
+                level = column_level[column]
+                at = _read_line(states, level, levels, paths, entries, shifts, classes, words, at, end, memory, line)
+                _follow(trellis, paths, line)
+                for row in range(len(line)):
+                    found[top + row, column] = line[row] * scales[row] * column_scale[column]
+        else:
+            levels, scales, paths = column_level[left:right], column_scale[left:right], np.zeros(0, np.int64)
+            for row in range(top, bottom):
+                level, scale, row_found = row_level[row], row_scale[row], found[row, left:right]
+                at = _read_line(states, level, levels, paths, entries, shifts, classes, words, at, end, memory, line)
+                for column in range(len(line)):
+                    row_found[column] = line[column] * scale * scales[column]
         is_whole = is_whole and at == end
-        for lane in range(min(lanes, bottom - top)):
+        for lane in range(len(states)):
             is_whole = is_whole and states[lane] == LEAST
     return is_whole
 

@@ -2,8 +2,9 @@
 
 A layer is cut into *chunks*, blocks of rows and columns, and each chunk is coded by itself in up to 32 interleaved lanes of
 range asymmetric numeral systems (`vq4dit/kernels/lanes.py`): threads take chunks, a processor's or a GPU's vector units take
-lanes, and a few rows can be read without the others. What this costs, the states of the lanes and the lengths of chunks, is
-kept below 1 % by the size of the chunks: a lane is worth its 17 bits of overhead where it carries about 2,000.
+lanes, and a few rows can be read without the others. Lanes take the integers of a row in turn, so what they find lies side by
+side. What all this costs, the states of the lanes and the lengths of chunks, is kept below 1 % by the size of the chunks: a
+lane is worth its 17 bits of overhead where it carries about 2,400.
 
 Two quantizers share this. In a row of plain *integers* the value of index k is k. In a *trellis* (entropy-coded trellis-coded
 quantization: Fischer and Wang 1992, Marcellin 1994) the index goes through the eight states of Ungerboeck's code: even states
@@ -31,7 +32,7 @@ from vq4dit.layers.scale_classes import GREATEST_LEVEL, LARGEST, LEAST_LEVEL, Si
 HEADER = struct.Struct("<IBBBBII8sI")  # FORMAT.md, 4.1
 MOST_LANES = 32
 WEIGHTS_OF_THREAD = 2**17  # that are worth one: they take half a millisecond
-BITS_OF_LANE = 2048  # worth the overhead of a lane
+BITS_OF_LANE = 2400  # worth the 17 bits that a lane costs
 TRELLIS = ((0, 1), (3, 2), (5, 4), (6, 7), (1, 0), (2, 3), (4, 5), (7, 6))  # the next state by state and parity of the index
 
 
@@ -68,7 +69,7 @@ def encode(
     row_level, column_level = (level.cpu().numpy().astype(np.int32) for level in (sides.row_level, sides.column_level))
     bits = coded_bits(integers, sides.row_level, sides.column_level).sum(dtype=torch.float64).item()
     rows, columns = values.shape
-    lanes, chunk_rows, chunk_columns = _cut(rows, columns, bits)
+    lanes, chunk_rows, chunk_columns = _cut(rows, columns, bits, is_trellis)
     chunks = [
         _encode_chunk(values[part], row_level[part[0]], column_level[part[1]], lanes, is_trellis)
         for part in _parts(rows, columns, chunk_rows, chunk_columns)
@@ -94,15 +95,16 @@ def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:
     return centre, LEAST_LEVEL + int(lengths.argmin())
 
 
-def _cut(rows: int, columns: int, bits: float) -> tuple[int, int, int]:
+def _cut(rows: int, columns: int, bits: float, is_trellis: bool) -> tuple[int, int, int]:
     """How many lanes a chunk has, and how many rows and columns, so that each lane carries about `BITS_OF_LANE` or more."""
-    lanes = 1 << min(int(math.log2(max(1.0, bits / BITS_OF_LANE))), int(math.log2(max(1, rows))))
-    lanes = min(lanes, MOST_LANES)
-    of_lanes = bits * lanes / max(1, rows)  # of as many rows as there are lanes
-    wanted = BITS_OF_LANE * lanes
-    across = max(1, int(of_lanes / wanted))
-    down = max(1, math.ceil(wanted / max(of_lanes, 1e-3))) if across == 1 else 1
-    return lanes, min(lanes * down, max(1, rows)), max(1, math.ceil(columns / across))
+    length, num_lines = (rows, columns) if is_trellis else (columns, rows)
+    most = max(1, min(MOST_LANES, length, int(bits / BITS_OF_LANE)))
+    lanes = 1 << int(math.log2(most))
+    chunks = max(1, int(bits / (lanes * BITS_OF_LANE)))
+    if is_trellis:
+        return lanes, min(max(1, rows), math.ceil(rows / chunks / lanes) * lanes or 1), max(1, columns)
+    across = math.ceil(chunks / max(1, rows))
+    return lanes, max(1, math.ceil(rows / max(1, chunks // across))), max(1, math.ceil(columns / across))
 
 
 def _parts(rows: int, columns: int, chunk_rows: int, chunk_columns: int) -> list[tuple[slice, slice]]:
@@ -120,10 +122,10 @@ def _encode_chunk(values: Any, row_level: Any, column_level: Any, lanes: int, is
     if is_trellis:
         rows += np.int16(len(levels_of("integers")))
         kernel.tables_of_trellis(values, rows, len(of_kind), np.array(TRELLIS))
-    states, words = np.zeros(min(lanes, len(values)), np.uint32), np.empty(2 * values.size, np.uint16)
+    lines, rows = (np.ascontiguousarray(part.T if is_trellis else part) for part in (values, rows))
+    states, words = np.zeros(min(lanes, lines.shape[1]), np.uint32), np.empty(2 * values.size, np.uint16)
     found = tables()
-    values = np.ascontiguousarray(values)
-    count = kernel.encode_chunk(values, rows, found.shifts, found.frequencies, found.starts, states, words)
+    count = kernel.encode_chunk(lines, rows, found.shifts, found.frequencies, found.starts, states, words)
     return states.astype("<u4").tobytes() + words[:count][::-1].astype("<u2").tobytes()
 
 
@@ -194,13 +196,15 @@ class _Reader:
         self.side_starts = np.array([side_at, gain_at], np.int64)
         self.gain = self.words[gain_at:lengths_at].view("<f2").astype(np.float32) if self.has_gain else None
         self.starts = np.concatenate([[chunks_at], chunks_at + np.cumsum(lengths)])
-        heads = np.array([2 * min(self.lanes, part.stop - part.start) for part, _ in self._parts()], np.int64)
-        if self.starts[-1] != len(self.words) or (lengths < heads).any() or num_side < 2:
+        heads = np.array([2 * min(self.lanes, length) for length in self._lengths_of_lines()], np.int64)
+        if self.starts[-1] != len(self.words) or (lengths < heads).any() or num_side < 2 * min(1, rows + columns):
             raise damaged()
 
-    def _parts(self) -> list[tuple[slice, slice]]:
+    def _lengths_of_lines(self) -> list[int]:
+        """Of each chunk: of its rows, or, of a trellis, of its columns."""
+        axis = 0 if self.is_trellis else 1
         parts = _parts(*self.shape, self.chunk_rows, self.chunk_columns)
-        return [(slice(part.start, min(part.stop, self.shape[0])), across) for part, across in parts]
+        return [min(part[axis].stop, self.shape[axis]) - part[axis].start for part in parts]
 
     def sides(self) -> tuple[Any, Any]:
         """Side information, four arrays of uint8, and the gains of columns, if there are any."""
@@ -241,6 +245,8 @@ class _Reader:
     ) -> bool:
         from vq4dit.kernels import lanes as kernel  # numba takes half a second to import
 
+        if found.size == 0:
+            return bool(starts[0] == starts[-1])
         of_kind, all_tables = levels_of("even" if is_trellis else "integers"), tables()
         skipped = len(levels_of("integers")) if is_trellis else 0
         entries, shifts = all_tables.entries[skipped * UNITS :], all_tables.shifts[skipped:]
