@@ -98,6 +98,7 @@ def test_larger_integers_are_refused(value):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_finds_the_same(threads, generator, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(lanes, "WEIGHTS_OF_THREAD", 1000)
     integers, _ = separable_integers(700, 800, generator)
     content = check_round_trip(integers, with_levels(*estimate_levels(integers)))
     with ThreadPoolExecutor(3) as pool:

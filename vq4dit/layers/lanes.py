@@ -31,7 +31,7 @@ from vq4dit.layers.scale_classes import GREATEST_LEVEL, LARGEST, LEAST_LEVEL, Si
 
 HEADER = struct.Struct("<IBBBBII8sI")  # FORMAT.md, 4.1
 MOST_LANES = 32
-WEIGHTS_OF_THREAD = 2**17  # that are worth one: they take half a millisecond
+WEIGHTS_OF_THREAD = 2**20  # that are worth one: below, it waits longer for threads of torch, which still spin, than it saves
 BITS_OF_LANE = 2400  # worth the 17 bits that a lane costs
 TRELLIS = ((0, 1), (3, 2), (5, 4), (6, 7), (1, 0), (2, 3), (4, 5), (7, 6))  # the next state by state and parity of the index
 
