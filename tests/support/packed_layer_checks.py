@@ -21,7 +21,7 @@ def check_decoding_changes_no_bit(layer: PackedLinear, x: torch.Tensor) -> None:
 
 
 def check_compiled_equals_eager(folder: Path) -> None:
-    """The transformer in `folder`, in both modes, and a block without a graph break where it is decoded.
+    """The transformer in `folder`, in both modes, and a part of a block without a graph break, exported too.
 
     In a process of its own: the compiler cannot look through the type checks of the test run. What is looked at is how torch
     reads our layers (dynamo, AOTAutograd), not the C++ that it makes of them: that takes minutes, and now and then a library
@@ -38,8 +38,10 @@ for mode in ("load", "forward"):
     vq4dit.set_decode_mode(model, mode)
     torch._dynamo.reset()
     with torch.no_grad():
-        if mode == "load":
-            torch.compile(block, fullgraph=True, backend="aot_eager")(torch.ones(1, 2, 64))
+        wanted = block(torch.ones(1, 2, 64))
+        exported = torch.export.export(block, (torch.ones(1, 2, 64),)).module()
+        for whole in (torch.compile(block, fullgraph=True, backend="aot_eager"), exported):
+            torch.testing.assert_close(whole(torch.ones(1, 2, 64)), wanted, rtol=1e-4, atol=1e-5)
         eager = model(latents, **inputs).sample
         compiled = torch.compile(model, backend="aot_eager")(latents, **inputs).sample
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

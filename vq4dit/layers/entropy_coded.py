@@ -41,6 +41,24 @@ def step_size(step: UInt8[Tensor, " n"]) -> Float[Tensor, " n"]:
     return torch.from_numpy(STEP_SIZES).to(step.device)[step.long()]
 
 
+SCHEMA = "(Tensor content, int rows, int columns, ScalarType dtype) -> Tensor"
+
+
+@torch.library.custom_op("vq4dit::decode_lanes", mutates_args=(), schema=SCHEMA)
+def decode_lanes(content: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight of a layer of these bytes, on their device: one operation for who traces or exports a model.
+
+    Raises:
+        FormatError: if the bytes are damaged.
+    """
+    return lanes.decode_weight(content, rows, columns, STEP_SIZES).to(content.device, dtype)
+
+
+@decode_lanes.register_fake
+def _(content: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return content.new_empty(rows, columns, dtype=dtype)
+
+
 class EntropyCodedLinear(PackedLinear):
     """A linear layer whose weight is Ŵ = diag(r) Z diag(c), Z integers.
 
@@ -126,12 +144,9 @@ class EntropyCodedLinear(PackedLinear):
         found = lanes.decode(self._content(), self.out_features, self.in_features)
         return found.integers, found.sides
 
-    @torch.compiler.disable
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
-        content = self._content()
-        weight = lanes.decode_weight(content, self.out_features, self.in_features, STEP_SIZES)
-        return weight.to(content.device, dtype)
+        return decode_lanes(self._content(), self.out_features, self.in_features, dtype)
 
     def _content(self) -> UInt8[Tensor, " bytes"]:
         return as_bytes(self.coded_weight, "coded_weight")
