@@ -1,7 +1,5 @@
 """Tiny real models, seeded, shared by all tests. Nothing here needs a network or a GPU."""
 
-import threading
-
 import hub_environment  # noqa: F401  sets the environment, so it comes first
 import pytest
 import torch
@@ -10,23 +8,20 @@ from hub_fixtures import ann, hub  # noqa: F401  fixtures
 from tiny import new_pipeline, new_transformer
 
 import vq4dit
+from vq4dit.projects.work_queue import WorkQueue
 
 
 @pytest.fixture(autouse=True)
-def no_work_goes_on():
+def no_work_goes_on(monkeypatch):
     """What a test leaves to the thread of a queue ends with it.
 
     It would load models beside the next test, and accelerate does that by changing `nn.Module` for all threads.
     """
+    queues = set()
+    put = WorkQueue.put
+    monkeypatch.setattr(WorkQueue, "put", lambda queue, task: queues.add(queue) or put(queue, task))
     yield
-    for thread in threading.enumerate():
-        if thread.name == "vq4dit-worker":
-            queue = thread._target.__self__
-            while queue._entries:
-                entry = queue._entries[0]
-                entry.next = None
-                entry.task.project.ask_to_stop()
-                entry.over.wait(1)
+    assert all([queue.stop(120) for queue in queues]), "a task does not hear that it shall stop"
 
 
 @pytest.fixture

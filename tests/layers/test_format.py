@@ -1,6 +1,7 @@
 """Format versions 1, 3 and 5: files made once load for ever, and need nothing but numpy and safetensors to be read."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import reference_decoder as reference
 import torch
 from safetensors.numpy import load_file
 
+from vq4dit.layers import lanes
 from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
+from vq4dit.layers.scale_classes import Sides, estimate_levels
 from vq4dit.layers.schema import stored
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
@@ -17,6 +20,11 @@ from vq4dit.pipelines.decode_modes import packed_layers
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.safetensors"
 GOLDEN_CODED = GOLDEN.with_name("v3.safetensors")
 GOLDEN_LANES = GOLDEN.with_name("v5.safetensors")
+SHAPES_OF_LANES = {
+    **dict.fromkeys(("plain", "extreme", "zeros", "trellis", "gains"), (48, 72)),
+    "chunks": (150, 203),
+    "chunks-of-a-trellis": (150, 150),
+}
 GOLDEN_MODEL = GOLDEN.with_name("v1-mixed")
 
 
@@ -105,15 +113,43 @@ def test_a_golden_file_of_coded_integers_is_read_for_ever():
     assert digest.hexdigest() == "d20da7376ebcf68cbbf59c38a0c7673450753f9fd7d8873dabe063df98a55df0"
 
 
+def golden_lanes() -> dict[str, torch.Tensor]:
+    """Integers, large ones, zeros, a trellis, gains; and of several chunks, ragged at their ends, integers and a trellis."""
+    found = {}
+    for name, (rows, columns) in SHAPES_OF_LANES.items():
+        i = torch.arange(rows * columns)
+        bell = (i * 7919 % 9 + i * 104729 % 9 + i * 1299709 % 9 - 12) * (1 + i % 5) // 2
+        wide = i * 7919 % 2045 - 1022
+        values = wide if name in ("extreme", "chunks", "chunks-of-a-trellis") else 0 * i if name == "zeros" else bell
+        integers = (values // 2 if name == "trellis" else values).view(rows, columns).short()
+        row_level, column_level = estimate_levels(integers)
+        sides = Sides(
+            (100 + torch.arange(rows) % 50).byte(), row_level, (110 + torch.arange(columns) % 30).byte(), column_level
+        )
+        gain = ((1 + torch.arange(columns)) / 64).half().float() if name == "gains" else None
+        found[name] = lanes.encode(integers, sides, gain, is_trellis="trellis" in name)
+    return found
+
+
 def test_a_golden_file_of_lanes_is_read_for_ever():
-    """Integers, large ones, zeros, a trellis, and one with gains."""
     tensors, digest = load_file(GOLDEN_LANES), hashlib.sha256()
-    for name in ("plain", "extreme", "zeros", "trellis", "gains"):
-        parts = {key.rpartition(".")[2]: torch.from_numpy(value) for key, value in tensors.items() if key.startswith(name)}
-        found = EntropyCodedLinear.from_tensors(parts, (48, 72)).reconstruct(torch.float32).numpy()
-        np.testing.assert_array_equal(found, reference.weight_of(tensors, name, 48, 72))
+    for name, shape in SHAPES_OF_LANES.items():
+        parts = {"coded_weight": torch.from_numpy(tensors[f"{name}.coded_weight"])}
+        found = EntropyCodedLinear.from_tensors(parts, shape).reconstruct(torch.float32).numpy()
+        np.testing.assert_array_equal(found, reference.weight_of(tensors, name, *shape))
         digest.update(found.tobytes())
-    assert digest.hexdigest() == "79309e42d90bb807e24852e1e048d1122e4398a1ac12caaacb413edd6dbc9951"
+    assert digest.hexdigest() == "ef256fc60e7ac6de949f75a288da79367d9b03d38004aec7a0cb021b2cc3c03f"
+
+
+def test_lanes_are_written_as_they_were():
+    """`save_file({f"{name}.coded_weight": content for name, content in golden_lanes().items()}, GOLDEN_LANES)` made it."""
+    tensors = load_file(GOLDEN_LANES)
+    made = golden_lanes()
+    assert made.keys() == {name.removesuffix(".coded_weight") for name in tensors}
+    for name, content in made.items():
+        assert content.numpy().tobytes() == tensors[f"{name}.coded_weight"].tobytes(), name
+    num_chunks = [math.prod(map(math.ceil, np.divide(SHAPES_OF_LANES[n], made[n][8:16].numpy().view("<u4")))) for n in made]
+    assert num_chunks[-2] > 3 and num_chunks[-1] > 2
 
 
 @pytest.mark.parametrize("name, size", [("two", 48), ("three", 72), ("four", 96), ("odd", 48)])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from functools import cache
+from math import erfc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import vq4dit
 from vq4dit.errors import FormatError
 from vq4dit.layers import lanes
 from vq4dit.layers.entropy_coded import STEP_SIZES, step_size
+from vq4dit.layers.frequencies import frequencies
 from vq4dit.layers.scale_classes import Sides, estimate_levels
 from vq4dit.layers.single_stream import decode
 from vq4dit.models.blocks import named_blocks
@@ -190,6 +192,37 @@ def test_lanes_of_any_shape_are_read(shape, is_trellis, has_gains, generator):
     assert gain is None or np.array_equal(found_gain, gain.numpy())
     weight = lanes.decode_weight(content, *shape, STEP_SIZES)
     np.testing.assert_array_equal(reference.weight_of_lanes(content.numpy().tobytes(), *shape), weight.numpy())
+
+
+CUTS = {"ragged": (3, 7, 11), "columns": (32, 40, 33), "one lane": (1, 16, 50), "rows": (31, 33, 96), "small": (4, 1, 9)}
+
+
+@pytest.mark.parametrize("has_gains", [False, True], ids=["steps", "gains"])
+@pytest.mark.parametrize("is_trellis", [False, True], ids=["integers", "trellis"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_layers_are_read_however_they_are_cut(cut, is_trellis, has_gains, generator, monkeypatch):
+    """A writer chooses lanes, and rows and columns of a chunk; those at the right and at the bottom may be smaller."""
+    monkeypatch.setattr(lanes, "_cut", lambda *_: cut)
+    shape = (40, 96)
+    integers = (torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-4, 7, (96,), generator=generator))).round()
+    row_level, column_level = estimate_levels(integers.short())
+    sides = Sides(torch.full((40,), 120).byte(), row_level, torch.full((96,), 131).byte(), column_level)
+    gain = torch.rand(96, generator=generator).half().float() if has_gains else None
+    content = lanes.encode(integers.short(), sides, gain, is_trellis=is_trellis)
+    weight = lanes.decode_weight(content, *shape, STEP_SIZES)
+    np.testing.assert_array_equal(reference.weight_of_lanes(content.numpy().tobytes(), *shape), weight.numpy())
+    assert is_trellis or torch.equal(lanes.decode(content, *shape).integers, integers.short())
+
+
+@pytest.mark.parametrize("quantizer", reference.EDGES)
+def test_frequencies_are_those_of_the_description_on_every_machine(quantizer):
+    for scale_class in range(12, 53):
+        escape, *found = reference.frequencies_of_lanes(quantizer, scale_class)
+        assert frequencies(quantizer, scale_class) == (tuple(found), escape)
+        spread = 2 ** ((scale_class - 32) / 4) * 2**0.5
+        t = [4096 * erfc(reference.EDGES[quantizer](k) / spread) / 2 for k in range(1, len(found) + 2)]
+        rounded = [here - beyond for here, beyond in zip(t, t[1:], strict=False)] + [2 * t[len(found) - 1]]
+        assert all(abs(value % 1 - 0.5) > 6e-5 for value in rounded)  # erfc is right to 1e-15
 
 
 def test_scale_indices_are_eighths_of_an_octave():

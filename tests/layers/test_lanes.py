@@ -2,8 +2,15 @@
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
+import tempfile
+import tracemalloc
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,7 +162,7 @@ def beam_search(weight: torch.Tensor, step: float, price: float, is_trellis: boo
     lengths = {}
     for kind in KINDS:
         of_indices, escape = frequencies(kind, level)
-        lengths[kind] = torch.tensor(of_indices + [escape / UNITS] * (LARGEST + 2 - len(of_indices))).div(UNITS).log2().neg()
+        lengths[kind] = torch.tensor([*of_indices] + [escape / UNITS] * (LARGEST + 2 - len(of_indices))).div(UNITS).log2().neg()
     rows = len(weight)
     total, state = torch.zeros(rows, 1), torch.zeros(rows, 1, dtype=torch.long)
     indices, values = (torch.zeros(rows, 1, 0, dtype=torch.long) for _ in range(2))
@@ -291,10 +298,9 @@ def coded() -> torch.Tensor:
     return lanes.encode(integers, with_levels(*estimate_levels(integers)))
 
 
-def with_checksum(content: torch.Tensor) -> torch.Tensor:
+def with_checksum(content: bytes) -> torch.Tensor:
     """As somebody makes it who wants it to be read."""
-    whole = content.numpy().tobytes()
-    return torch.frombuffer(bytearray(zlib.crc32(whole[4:]).to_bytes(4, "little") + whole[4:]), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(zlib.crc32(content[4:]).to_bytes(4, "little") + content[4:]), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -329,17 +335,86 @@ def test_every_changed_bit_is_noticed(coded):
             lanes.check(changed, 64, 96)
 
 
-def test_bytes_that_were_made_to_be_read_do_no_harm(coded, generator):
-    """With a checksum that fits: they are refused, or read as other integers, and never beyond their end."""
-    refused = 0
-    for _ in range(300):
-        changed, place = coded.clone(), int(torch.randint(4, len(coded), (1,), generator=generator))
-        changed[place] = int(torch.randint(256, (1,), generator=generator))
+FIELDS = {4: 1, 5: 1, 6: 1, 7: 1, 8: 4, 12: 4, **dict.fromkeys(range(16, 24), 1), 24: 4}  # of the header: where, how many bytes
+
+
+def hostile(content: torch.Tensor, rows: int, columns: int) -> Iterator[torch.Tensor]:
+    """Every field of the header and every length of a chunk: 0, one less, one more, the most there can be; and any bytes."""
+    whole = content.numpy().tobytes()
+    lengths_at = 28 + 2 * int.from_bytes(whole[24:28], "little")
+    chunk_rows, chunk_columns = (int.from_bytes(whole[at : at + 4], "little") for at in (8, 12))
+    num_chunks = math.ceil(rows / chunk_rows) * math.ceil(columns / chunk_columns)
+    assert num_chunks > 3
+    for at, size in (FIELDS | {lengths_at + 4 * chunk: 4 for chunk in range(num_chunks)}).items():
+        was, most = int.from_bytes(whole[at : at + size], "little"), 256**size - 1
+        for value in {0, 1, max(was - 1, 0), min(was + 1, most), most // 2, most} - {was}:
+            yield with_checksum(whole[:at] + value.to_bytes(size, "little") + whole[at + size :])
+    generator = torch.Generator().manual_seed(0)
+    for at in torch.randint(4, len(whole), (200,), generator=generator).tolist():
+        value = int(torch.randint(256, (1,), generator=generator))
+        yield with_checksum(whole[:at] + bytes([value]) + whole[at + 1 :])
+
+
+def check_hostile(is_trellis: bool) -> float:
+    """What part is refused; none does anything else but being refused or read."""
+    rows, columns, generator = 512, 700, torch.Generator().manual_seed(0)
+    integers, _ = separable_integers(rows, columns, generator)
+    found = 0
+    contents = list(
+        hostile(lanes.encode(integers, with_levels(*estimate_levels(integers)), is_trellis=is_trellis), rows, columns)
+    )
+    for content in contents:
         try:
-            assert lanes.decode(with_checksum(changed), 64, 96).integers.shape == (64, 96)
+            assert lanes.decode(content, rows, columns).integers.shape == (rows, columns)
         except FormatError as error:
-            refused += DAMAGED in str(error)
-    assert refused > 250
+            found += DAMAGED in str(error)
+    return found / len(contents)
+
+
+@pytest.mark.parametrize("is_trellis", [False, True], ids=["integers", "trellis"])
+def test_bytes_that_were_made_to_be_read_do_no_harm(is_trellis):
+    """With a checksum that fits: they are refused, or read as other integers."""
+    assert check_hostile(is_trellis) > 0.8
+
+
+def test_nothing_is_read_beyond_the_bytes():
+    """Compiled with a look at every index, in a process of its own: one out of bounds is an IndexError there."""
+    paths = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parent)]
+    calls = "print(test_lanes.check_hostile(False), test_lanes.check_hostile(True))"
+    program = f"import sys; sys.path[:0] = {paths!r}; import test_lanes; {calls}"
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": tempfile.mkdtemp()}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and all(float(part) > 0.8 for part in done.stdout.split()), done.stderr
+
+
+def test_a_file_of_many_empty_chunks_is_refused_before_anything_is_made_of_it(coded):
+    """What is made of them takes a few times their own bytes."""
+    header = bytearray(coded.numpy().tobytes()[:28])
+    header[8:16], header[24:28] = b"\x01\0\0\0\x01\0\0\0", (2).to_bytes(4, "little")
+    content = with_checksum(bytes(header) + b"\0\0\x01\0" + bytes(4 * 2000 * 1000))
+    tracemalloc.start()
+    with pytest.raises(FormatError, match=DAMAGED):
+        lanes.decode(content, 2000, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(content)
+
+
+def test_bytes_may_begin_anywhere(coded):
+    moved = torch.cat([torch.zeros(1, dtype=torch.uint8), coded])[1:]
+    assert torch.equal(lanes.decode(moved, 64, 96).integers, lanes.decode(coded, 64, 96).integers)
+
+
+@pytest.mark.parametrize("what", ["a short side", "large gains", "fine gains", "gains that are no numbers"])
+def test_what_cannot_be_written_is_refused(what, generator):
+    integers, _ = separable_integers(8, 24, generator)
+    sides, gain = with_levels(*estimate_levels(integers)), torch.ones(24)
+    if what == "a short side":
+        sides = sides._replace(row_level=sides.row_level[:-1])
+    else:
+        gain[3] = {"large gains": 1e6, "fine gains": 0.1, "gains that are no numbers": math.nan}[what]
+    with pytest.raises(ValueError, match="sides of 8 rows and 24 columns|finite values of fp16"):
+        lanes.encode(integers, sides, gain)
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 95), (64, 97), (63, 96), (96, 64)])

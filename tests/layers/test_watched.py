@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from coded_models import new_coded, new_vector_quantized
+from coded_models import KINDS
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -17,21 +17,20 @@ from vq4dit.layers.watched import WatchedParameter, digest, frozen, is_held_else
 ROWS, COLUMNS = 12, 16
 
 
-@pytest.fixture(params=["vector-quantized", "coded"])
+@pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
 
 
 def new_layer(kind: str, seed: int) -> PackedLinear:
-    make = new_vector_quantized if kind == "vector-quantized" else new_coded
-    return make(ROWS, COLUMNS, torch.Generator().manual_seed(seed))
+    return KINDS[kind](ROWS, COLUMNS, torch.Generator().manual_seed(seed))
 
 
 def of_one_length(kind: str, seed: int, length: int | None = None) -> PackedLinear:
     """Another layer whose tensors have the same shapes."""
     while True:
         layer = new_layer(kind, seed)
-        if length is None or kind == "vector-quantized" or len(layer.coded_weight) == length:
+        if length is None or kind == "vector-quantized" or len(getattr(layer, layer.BYTES[0])) == length:
             return layer
         seed += 1
 
@@ -43,7 +42,7 @@ def layer(kind) -> PackedLinear:
 
 @pytest.fixture
 def other(kind, layer) -> PackedLinear:
-    return of_one_length(kind, 1, len(getattr(layer, "coded_weight", ())))
+    return of_one_length(kind, 1, len(getattr(layer, layer.BYTES[0])))
 
 
 @pytest.fixture(params=["load", "forward"])
@@ -107,14 +106,14 @@ def test_so_does_a_copy(layer, mode, other, again, x):
     assert torch.equal(copied(x), wanted) and not torch.equal(layer(x), wanted)
 
 
-def test_called_with_other_tensors_a_layer_computes_with_those_for_once(layer, mode, other, x):
+def test_called_with_other_tensors_a_layer_computes_with_those_for_once(kind, layer, mode, other, x):
     before, wanted = layer(x), other(x)
     tensors = {name: p.detach().clone() for name, p in other.named_parameters()}
     for _ in range(2):
         assert torch.equal(torch.func.functional_call(layer, tensors, (x,)), wanted)
         assert torch.equal(layer(x), before)
     for seed in (2, 3, 4):  # whose memory may be where that of the one before was
-        another = of_one_length("coded" if hasattr(layer, "coded_weight") else "vector-quantized", seed)
+        another = of_one_length(kind, seed)
         if all(p.shape == q.shape for p, q in zip(layer.parameters(), another.parameters(), strict=True)):
             found = torch.func.functional_call(layer, {n: p.detach().clone() for n, p in another.named_parameters()}, (x,))
             assert torch.equal(found, another(x))

@@ -9,7 +9,7 @@ from tiny import new_pipeline, quick_settings
 
 import vq4dit
 from vq4dit.config import VQ4DiTConfig
-from vq4dit.layers.entropy_coded import EntropyCodedLinear
+from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.quantizer import attach
@@ -34,11 +34,17 @@ def new_coded(
 
 def single_stream(layer: EntropyCodedLinear) -> dict[str, torch.Tensor]:
     """The packed tensors of the same layer in format version 3."""
-    integers, sides = layer.unpack()
+    integers, sides, _ = layer.unpack()
     models = [[128, 44], [16, 40], [128, 44], [16, 40]]
     content = reference.encode_integers(integers.numpy(), [side.numpy() for side in sides], models)
     stream = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
     return {"coded_integers": stream, "side_models": torch.tensor(models, dtype=torch.uint8)}
+
+
+def new_single_stream(rows: int, columns: int, generator: torch.Generator) -> SingleStreamLinear:
+    """As format versions 3 and 4 have it."""
+    layer = new_coded(rows, columns, generator)
+    return SingleStreamLinear.from_tensors(single_stream(layer) | {"bias": layer.bias.data}, (rows, columns))
 
 
 def new_vector_quantized(rows: int, columns: int, generator: torch.Generator) -> VQLinear:
@@ -47,6 +53,9 @@ def new_vector_quantized(rows: int, columns: int, generator: torch.Generator) ->
         torch.randint(16, (rows * columns // 2,), generator=generator),
     )
     return VQLinear.from_assignments(codebook, assignments, (rows, columns), torch.randn(rows, generator=generator))
+
+
+KINDS = {"vector-quantized": new_vector_quantized, "coded": new_coded, "single stream": new_single_stream}
 
 
 def new_mixed_pipeline():

@@ -256,6 +256,8 @@ class Chunk:
         if len(words) < 2 * lanes:
             raise DamagedError("a chunk has fewer words than its lanes' states")
         self.states = [words[2 * lane] | words[2 * lane + 1] << 16 for lane in range(lanes)]
+        if any(state < 2**16 for state in self.states):
+            raise DamagedError("a state is at least 2^16")
         self.words = words[: 2 * lanes - 1 : -1]
 
     def refill(self, lane: int) -> None:
@@ -271,6 +273,8 @@ class Chunk:
         k, frequency, first = slots_of_lanes(quantizer, table_class)[state % 4096]
         self.states[lane] = (state // 4096) * frequency + state % 4096 - first
         self.refill(lane)
+        if k is not None and h == 0:
+            return k
         raw_bits = 12 if k is None else h
         raw = self.states[lane] % 2**raw_bits
         self.states[lane] //= 2**raw_bits

@@ -99,7 +99,7 @@ def test_nonsense_in_a_link_is_told_in_words(server, browser):
     assert visitor.errors == other.errors == []
 
 
-def test_some_seconds_after_whatever_one_does_the_page_asks_for_nothing(server, browser):
+def test_some_seconds_after_whatever_it_asked_the_page_asks_for_nothing(server, browser):
     """So that an answer is told that was ready just as Gradio closed the stream of answers."""
     visitor = Visitor(browser, server.url).arrive("?model=folder:tiny")
     visitor.events.wait_until_over()

@@ -20,7 +20,6 @@ from vq4dit.kernels.compiling import compiled
 PRECISION = 12  # bits of a frequency
 ENTRIES = 1 << PRECISION
 ORIGIN = 128  # the symbol of 0
-SYMBOLS = 256
 RAW_ORIGIN = 2048  # is added to what follows an escape
 LEAST = np.uint32(1 << 16)  # of a state
 BITS, HALF = np.uint32(PRECISION), np.uint32(16)
@@ -206,7 +205,7 @@ def decode_chunks(  # pragma: no cover  compiled
     """
     rows, columns = found.shape
     across, is_trellis = max(1, -(-columns // chunk_columns)), len(trellis) > 0
-    lines, memory = np.empty(lanes, np.uint32), (np.empty(lanes, np.uint32), np.empty(lanes, np.int32))
+    all_states, memory = np.empty(lanes, np.uint32), (np.empty(lanes, np.uint32), np.empty(lanes, np.int32))
     longest = np.empty(chunk_rows if is_trellis else chunk_columns, np.int16)
     is_whole = True
     for chunk in range(first, last):
@@ -214,9 +213,10 @@ def decode_chunks(  # pragma: no cover  compiled
         bottom, right = min(top + chunk_rows, rows), min(left + chunk_columns, columns)
         at, end = starts[chunk], starts[chunk + 1]
         line = longest[: bottom - top if is_trellis else right - left]
-        states = lines[: min(lanes, len(line))]
+        states = all_states[: min(lanes, len(line))]
         for lane in range(len(states)):
             states[lane] = (np.uint32(words[at + 1]) << HALF) | np.uint32(words[at])
+            is_whole = is_whole and states[lane] >= LEAST
             at += 2
         if is_trellis:
             levels, scales, paths = row_level[top:bottom], row_scale[top:bottom], np.zeros(bottom - top, np.int64)

@@ -59,17 +59,10 @@ def _(content: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return content.new_empty(rows, columns, dtype=dtype)
 
 
-class EntropyCodedLinear(PackedLinear):
-    """A linear layer whose weight is Ŵ = diag(r) Z diag(c), Z integers.
-
-    coded_weight (bytes,) uint8: Z, in chunks that are decoded beside each other, and before them the steps and levels of rows
-    and columns. Without a decoded weight they are decoded in every forward pass: as small as the file, at 2 to 4 ns a weight
-    and core.
-    """
+class CodedLinear(PackedLinear):
+    """A linear layer whose weight is Ŵ = diag(r) Z diag(c), Z integers that were coded by their probabilities."""
 
     EXACT = ()
-    BYTES: tuple[str, ...] = ("coded_weight",)
-    coded_weight: nn.Parameter
 
     def __init__(
         self,
@@ -88,6 +81,73 @@ class EntropyCodedLinear(PackedLinear):
     @classmethod
     def shapes_of_bytes(cls, num_bytes: int) -> dict[str, tuple[int, ...]]:
         """Of the packed tensors; the first holds the integers and has so many bytes."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Self:
+        """The layer of a state dict, of (rows, columns); its bias in `dtype`.
+
+        Raises:
+            FormatError: if its tensors are not those of such a layer.
+        """
+        rows, columns = shape
+        found = [tensors.get(name) for name in cls.BYTES]
+        if found[0] is None or found[0].ndim != 1 or any(part is None or part.dtype != torch.uint8 for part in found):
+            raise FormatError(
+                f"a layer of coded integers has bytes of {' and '.join(cls.BYTES)}: download or quantize it again"
+            )
+        device = found[0].device
+        layer = cls(columns, rows, num_bytes=len(found[0]), bias="bias" in tensors, device=device, dtype=dtype)
+        try:
+            layer.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise FormatError(f"the tensors of a layer do not fit it ({error}): download or quantize it again") from error
+        return layer
+
+    def decode(self, dtype: torch.dtype | None = None, name: str = "a layer") -> None:
+        """Keep the decoded weight from now on, if the bytes are those that were written."""
+        with _named(name):
+            self._check_bytes()
+            self._keep_decoded(dtype)
+        check_weight(self.numbers(), name)
+
+    def check(self, name: str) -> None:
+        """Raise `FormatError` if the bytes are not those that were written, or hold weights that the type cannot tell."""
+        if self.decoded_weight is None:
+            with _named(name):
+                self._check_bytes()
+                weight = self.numbers()
+            check_weight(weight, name)
+
+    def _check_bytes(self) -> None:
+        """Raise `FormatError` if the bytes are not those that were written, as far as that can be told without decoding."""
+
+    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
+        """Streams of the same shape differ in length."""
+        name = self.BYTES[0]
+        content = given.get(f"{prefix}{name}")
+        if content is not None and content.ndim == 1 and len(content) != len(getattr(self, name)):
+            setattr(self, name, frozen(getattr(self, name).new_zeros(len(content))))
+
+    def extra_repr(self) -> str:
+        num_bytes = len(getattr(self, self.BYTES[0]))
+        return f"{self.in_features}, {self.out_features}, bytes={num_bytes}, bias={self.bias is not None}"
+
+
+class EntropyCodedLinear(CodedLinear):
+    """Coded in lanes: what the recipe `best` makes.
+
+    coded_weight (bytes,) uint8: Z, in chunks that are decoded beside each other, and before them the steps and levels of rows
+    and columns. Without a decoded weight they are decoded in every forward pass: as small as the file, at 2 to 3 ns a weight
+    and core.
+    """
+
+    BYTES = ("coded_weight",)
+    FIRST_VERSION = 5
+    coded_weight: nn.Parameter
+
+    @classmethod
+    def shapes_of_bytes(cls, num_bytes: int) -> dict[str, tuple[int, ...]]:
         return {"coded_weight": (num_bytes,)}
 
     @classmethod
@@ -115,34 +175,10 @@ class EntropyCodedLinear(PackedLinear):
             layer.bias.data.copy_(bias.detach().half())
         return layer
 
-    @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
-    ) -> EntropyCodedLinear:
-        """The layer of a state dict, of (rows, columns); its bias in `dtype`.
-
-        Raises:
-            FormatError: if its tensors are not those of such a layer.
-        """
-        rows, columns = shape
-        found = [tensors.get(name) for name in cls.BYTES]
-        if found[0] is None or found[0].ndim != 1 or any(part is None or part.dtype != torch.uint8 for part in found):
-            raise FormatError(
-                f"a layer of coded integers has bytes of {' and '.join(cls.BYTES)}: download or quantize it again"
-            )
-        device = found[0].device
-        layer = cls(columns, rows, num_bytes=len(found[0]), bias="bias" in tensors, device=device, dtype=dtype)
-        try:
-            layer.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise FormatError(f"the tensors of a layer do not fit it ({error}): download or quantize it again") from error
-        return layer
-
     @torch.compiler.disable
-    def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
-        """The integers, and the steps and levels of rows and columns."""
-        found = lanes.decode(self._content(), self.out_features, self.in_features)
-        return found.integers, found.sides
+    def unpack(self) -> lanes.Lanes:
+        """The integers, the steps and levels of rows and columns, and gains of columns if they have them."""
+        return lanes.decode(self._content(), self.out_features, self.in_features)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
@@ -151,43 +187,18 @@ class EntropyCodedLinear(PackedLinear):
     def _content(self) -> UInt8[Tensor, " bytes"]:
         return as_bytes(self.coded_weight, "coded_weight")
 
-    def decode(self, dtype: torch.dtype | None = None, name: str = "a layer") -> None:
-        """Keep the decoded weight from now on, if the bytes are those that were written."""
-        with _named(name):
-            self._check_bytes()
-            self._keep_decoded(dtype)
-        check_weight(self.numbers(), name)
-
-    def check(self, name: str) -> None:
-        """Raise `FormatError` if the bytes are not those that were written, or hold weights that the type cannot tell."""
-        if self.decoded_weight is None:
-            with _named(name):
-                self._check_bytes()
-                weight = self.numbers()
-            check_weight(weight, name)
-
     def _check_bytes(self) -> None:
         lanes.check(self._content(), self.out_features, self.in_features)
 
-    def _make_room(self, given: dict[str, Tensor], prefix: str) -> None:
-        """Streams of the same shape differ in length."""
-        name = self.BYTES[0]
-        content = given.get(f"{prefix}{name}")
-        if content is not None and content.ndim == 1 and len(content) != len(getattr(self, name)):
-            setattr(self, name, frozen(getattr(self, name).new_zeros(len(content))))
 
-    def extra_repr(self) -> str:
-        num_bytes = len(getattr(self, self.BYTES[0]))
-        return f"{self.in_features}, {self.out_features}, bytes={num_bytes}, bias={self.bias is not None}"
-
-
-class SingleStreamLinear(EntropyCodedLinear):
-    """The same as it was written in format versions 3 and 4: one stream, which takes one core about 10 ns a weight.
+class SingleStreamLinear(CodedLinear):
+    """The same as it was written in format versions 3 and 4: one stream, which takes one core about 9 ns a weight.
 
     coded_integers (bytes,) uint8: steps, levels and Z; side_models (4, 2) uint8: how steps and levels are coded.
     """
 
     BYTES = ("coded_integers", "side_models")
+    FIRST_VERSION = 3
 
     @classmethod
     def shapes_of_bytes(cls, num_bytes: int) -> dict[str, tuple[int, ...]]:
@@ -195,17 +206,16 @@ class SingleStreamLinear(EntropyCodedLinear):
 
     @torch.compiler.disable
     def unpack(self) -> tuple[Integer[Tensor, "rows columns"], Sides]:
+        """The integers, and the steps and levels of rows and columns."""
         from vq4dit.layers.single_stream import decode  # slow to import: numba
 
         stream, models = (as_bytes(getattr(self, name), name) for name in self.BYTES)
         return decode(stream, models, self.out_features, self.in_features)
 
     def reconstruct(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Ŵ = diag(r) Z diag(c) in `dtype`, from the packed tensors."""
         integers, sides = self.unpack()
         return (integers * step_size(sides.row_step).unsqueeze(1) * step_size(sides.column_step)).to(dtype)
-
-    def _check_bytes(self) -> None:
-        """Nothing tells whether a stream is whole but decoding it."""
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from vq4dit.layers.scale_classes import GREATEST_LEVEL, LEAST_LEVEL, LEVEL_OF_ON
 
 UNITS = 2**12
 LARGEST_SYMBOL = 127
-ORIGIN = 128  # the symbol of 0; symbol 0 is the escape
+ORIGIN, ESCAPE = 128, 0  # the symbols of 0, and of what follows in 12 bits
 GREATEST_PLAIN = 52  # the greatest class whose integers have no low bits that are told as they are
 KINDS = ("integers", "even", "odd")  # of quantizers: the multiples that have an index
 
 
 @cache
-def frequencies(kind: str, level: int) -> tuple[list[int], int]:
+def frequencies(kind: str, level: int) -> tuple[tuple[int, ...], int]:
     """Of the indices 0, 1, ... (each also of the negative one), in units of 2^-12, and of the escape; FORMAT.md, 4.3.
 
     An index has the probability that a Gaussian of standard deviation 2^((level - 32) / 4) lies nearest to its value. Only the
@@ -41,7 +41,7 @@ def frequencies(kind: str, level: int) -> tuple[list[int], int]:
     while len(found) < LARGEST_SYMBOL and (units := round(beyond(len(found) + 1) - beyond(len(found) + 2))):
         found.append(units)
     escape = max(1, round(2 * beyond(len(found) + 1)))
-    return [UNITS - escape - 2 * sum(found), *found], escape
+    return (UNITS - escape - 2 * sum(found), *found), escape
 
 
 class Tables(NamedTuple):
@@ -49,7 +49,7 @@ class Tables(NamedTuple):
 
     frequencies: Any  # (tables, 256) uint32
     starts: Any  # (tables, 256) uint32: where the range of each symbol begins
-    entries: Any  # (tables x 4096,) uint32: symbol | frequency - 1 | how far into its range
+    entries: Any  # (tables x 4096,) uint32: symbol, in 8 bits | frequency - 1, in 12 | how far into its range, in 12
     shifts: Any  # (tables,) int64: low bits that are told as they are
 
 
@@ -67,7 +67,7 @@ def tables() -> Tables:
     for row, (kind, level, _) in enumerate(rows):
         of_indices, escape = frequencies(kind, level)
         negative = of_indices[:0:-1]
-        used = [0, *range(ORIGIN - len(negative), ORIGIN + len(of_indices))]
+        used = [ESCAPE, *range(ORIGIN - len(negative), ORIGIN + len(of_indices))]
         found.frequencies[row, used] = [escape, *negative, *of_indices]
         found.starts[row] = np.cumsum(found.frequencies[row]) - found.frequencies[row]
         symbols = np.repeat(np.arange(256, dtype=np.uint32), found.frequencies[row])

@@ -6,10 +6,11 @@ lanes, and a few rows can be read without the others. Lanes take the integers of
 side. What all this costs, the states of the lanes and the lengths of chunks, is kept below 1 % by the size of the chunks: a
 lane is worth its 17 bits of overhead where it carries about 2,400.
 
-Two quantizers share this. In a row of plain *integers* the value of index k is k. In a *trellis* (entropy-coded trellis-coded
-quantization: Fischer and Wang 1992, Marcellin 1994) the index goes through the eight states of Ungerboeck's code: even states
-have the even multiples 2k, odd ones the odd multiples and 0, 2k - sign(k), and the parity of k leads to the next state. So
-steps are twice as long, and whoever quantizes chooses among the two sets by the path: about 0.8 dB at 2 bits.
+What is coded are indices of values, and there are two quantizers. Of plain *integers* the value of index k is k. In a
+*trellis* (entropy-coded trellis-coded quantization: Fischer and Wang 1992, Marcellin 1994) indices lead through the eight
+states of Ungerboeck's code: even states have the even multiples 2k, odd ones the odd multiples and 0, 2k - sign(k), and the
+parity of k leads to the next state. So steps are twice as long, and whoever quantizes chooses among the two sets by the path:
+about 0.7 dB at 2 bits.
 """
 
 from __future__ import annotations
@@ -58,16 +59,18 @@ def encode(
 
     Args:
         integers: those of a trellis are its indices.
-        column_gain: stored in fp16 in place of the steps of columns; must have values of fp16.
+        column_gain: stored in fp16 in place of the steps of columns.
 
     Raises:
-        ValueError: if an integer is larger than `LARGEST`.
+        ValueError: if an integer is larger than `LARGEST`, a side or the gains have another length than the axis, or gains are
+            no finite values of fp16.
     """
+    _check_sides(integers, sides, column_gain)
     if integers.numel() and not -LARGEST <= int(integers.min()) <= int(integers.max()) <= LARGEST:
         raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
     values = integers.cpu().short().numpy()
     row_level, column_level = (level.cpu().numpy().astype(np.int32) for level in (sides.row_level, sides.column_level))
-    bits = coded_bits(integers, sides.row_level, sides.column_level).sum(dtype=torch.float64).item()
+    bits = round(coded_bits(integers, sides.row_level, sides.column_level).sum(dtype=torch.float64).item(), -1)
     rows, columns = values.shape
     lanes, chunk_rows, chunk_columns = _cut(rows, columns, bits, is_trellis)
     chunks = [
@@ -79,7 +82,7 @@ def encode(
     told = [side.cpu().numpy().astype(np.int16) - centre for side, (centre, _) in zip(coded, models, strict=True)]
     levels = np.repeat(np.array([level for _, level in models], np.int32), [len(side) for side in told])
     of_sides = _encode_chunk(np.concatenate(told)[None], np.zeros(1, np.int32), levels, 1, is_trellis=False)
-    gains = b"" if column_gain is None else column_gain.cpu().numpy().astype("<f2").tobytes()
+    gains = b"" if column_gain is None else column_gain.cpu().half().numpy().astype("<f2").tobytes()
     lengths = np.array([len(chunk) // 2 for chunk in chunks], "<u4")
     what = (int(is_trellis), int(column_gain is not None), lanes, 0, chunk_rows, chunk_columns)
     header = HEADER.pack(0, *what, bytes(value for model in models for value in model), len(of_sides) // 2)
@@ -88,11 +91,24 @@ def encode(
     return torch.frombuffer(whole, dtype=torch.uint8).to(integers.device)
 
 
+def _check_sides(integers: Tensor, sides: Sides, column_gain: Tensor | None) -> None:
+    rows, columns = integers.shape
+    lengths = [len(side) for side in (*sides, *([] if column_gain is None else [column_gain]))]
+    if lengths != [rows, rows, columns, columns, columns][: len(lengths)]:
+        raise ValueError(f"sides of {rows} rows and {columns} columns are wanted, got lengths {lengths}")
+    if column_gain is not None and not (column_gain.half().isfinite() & (column_gain.half() == column_gain)).all():
+        raise ValueError("gains must be finite values of fp16: round them before the weight is rounded in their units")
+
+
 def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:
-    """The median of one kind of side, and the level under which what it differs by takes the fewest bits."""
-    centre = int(side.int().median()) if len(side) else 0
-    lengths = code_lengths()[:, (side.cpu().int() - centre).abs()].sum(1)
-    return centre, LEAST_LEVEL + int(lengths.argmin())
+    """The median of one kind of side, and the level under which what it differs by takes the fewest bits.
+
+    In fp64, and of equal levels the first: the same bytes on every machine.
+    """
+    values = side.cpu().numpy().astype(np.int64)
+    centre = int(np.sort(values)[(len(values) - 1) // 2]) if len(values) else 0
+    lengths = code_lengths().double().numpy()[:, np.abs(values - centre)].sum(1)
+    return centre, LEAST_LEVEL + int(lengths.round(3).argmin())
 
 
 def _cut(rows: int, columns: int, bits: float, is_trellis: bool) -> tuple[int, int, int]:
@@ -175,12 +191,13 @@ class _Reader:
     def __init__(self, data: Any, rows: int, columns: int):
         if len(data) % 2 or len(data) < HEADER.size:
             raise damaged()
+        data = data if data.ctypes.data % 2 == 0 else data.copy()  # a tensor may begin anywhere in its file
         self.shape = (rows, columns)
         self.checksum, kind, has_gain, self.lanes, zero, *cut, models, num_side = HEADER.unpack_from(memoryview(data))
         self.chunk_rows, self.chunk_columns = cut
         self.models = [(models[i], models[i + 1]) for i in range(0, len(models), 2)]
         is_known = kind <= 1 and has_gain <= 1 and zero == 0 and 1 <= self.lanes <= MOST_LANES
-        is_known = is_known and all(LEAST_LEVEL <= level <= GREATEST_LEVEL for _, level in self.models)
+        is_known = is_known and all(LEAST_LEVEL <= level <= GREATEST_LEVEL for _, level in self.models)  # that of no side, too
         if not (is_known and 1 <= self.chunk_rows <= max(1, rows) and 1 <= self.chunk_columns <= max(1, columns)):
             raise damaged()
         self.is_trellis, self.has_gain = kind == 1, has_gain == 1
@@ -196,15 +213,22 @@ class _Reader:
         self.side_starts = np.array([side_at, gain_at], np.int64)
         self.gain = self.words[gain_at:lengths_at].view("<f2").astype(np.float32) if self.has_gain else None
         self.starts = np.concatenate([[chunks_at], chunks_at + np.cumsum(lengths)])
-        heads = np.array([2 * min(self.lanes, length) for length in self._lengths_of_lines()], np.int64)
-        if self.starts[-1] != len(self.words) or (lengths < heads).any() or num_side < 2 * min(1, rows + columns):
+        if (
+            self.starts[-1] != len(self.words)
+            or (lengths < 2 * self._lanes_of_chunks()).any()
+            or num_side < 2 * min(1, rows + columns)
+        ):
             raise damaged()
 
-    def _lengths_of_lines(self) -> list[int]:
-        """Of each chunk: of its rows, or, of a trellis, of its columns."""
-        axis = 0 if self.is_trellis else 1
-        parts = _parts(*self.shape, self.chunk_rows, self.chunk_columns)
-        return [min(part[axis].stop, self.shape[axis]) - part[axis].start for part in parts]
+    def _lanes_of_chunks(self) -> Any:
+        """Of each chunk: as many as the header says, or as its lines are long: its rows, or, of a trellis, its columns."""
+        rows, columns = (
+            np.minimum(size, at + length) - at
+            for size, length in zip(self.shape, (self.chunk_rows, self.chunk_columns), strict=True)
+            for at in [np.arange(0, size, length)]
+        )
+        lines = np.repeat(rows, len(columns)) if self.is_trellis else np.tile(columns, len(rows))
+        return np.minimum(self.lanes, lines)
 
     def sides(self) -> tuple[Any, Any]:
         """Side information, four arrays of uint8, and the gains of columns, if there are any."""

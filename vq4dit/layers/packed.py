@@ -31,6 +31,7 @@ class PackedLinear(HeldWeight):
     Packed tensors are parameters, not buffers, because that is what offloading moves; none of them takes gradients.
     """
 
+    FIRST_VERSION: int  # of the format that has such layers
     channel_dim: int = LAST  # of its inputs; another one in the place of a 1x1 convolution
     room: Any | None  # if it shall be decoded where memory suffices, and not elsewhere: what tells that of a device
 

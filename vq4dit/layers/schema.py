@@ -30,14 +30,14 @@ from vq4dit.errors import FormatError
 from vq4dit.layers.bitstream import packed_size
 from vq4dit.layers.casts import as_bytes, as_scales
 from vq4dit.layers.codebook import assignment_bits, num_subvectors
-from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
+from vq4dit.layers.entropy_coded import CodedLinear, EntropyCodedLinear, SingleStreamLinear
 from vq4dit.layers.linear_maps import LAST, LinearMap, matrix_shape
 from vq4dit.layers.packed import PackedLinear
 from vq4dit.layers.vector import VQLinear
 
 SCALES = {"codebook", "row_scale"}  # fp16 in the file, fp32 in memory
 BYTES = {*VQLinear.BYTES, *EntropyCodedLinear.BYTES, *SingleStreamLinear.BYTES}
-WORD_BYTES = {EntropyCodedLinear: 2, SingleStreamLinear: 4}
+WORD_BYTES: dict[type[CodedLinear], int] = {EntropyCodedLinear: 2, SingleStreamLinear: 4}
 PACKED_TYPES = dict.fromkeys(SCALES, ("F16", "F32")) | dict.fromkeys(BYTES, ("U8",))
 PACKED_SUFFIXES = tuple(f".{tensor}" for tensor in PACKED_TYPES)
 
@@ -65,8 +65,7 @@ def format_version(layers: Iterable[PackedLinear]) -> int:
     for layer in layers:
         is_padded = isinstance(layer, VQLinear) and layer.in_features % layer.codebook.shape[1] > 0
         is_new = is_padded or layer.channel_dim != LAST
-        of_kind = 3 if isinstance(layer, SingleStreamLinear) else 5 if isinstance(layer, EntropyCodedLinear) else 1
-        versions.append(max(of_kind, 4 if is_new else 1))
+        versions.append(max(layer.FIRST_VERSION, 4 if is_new else 1))
     return max(versions)
 
 
@@ -98,7 +97,7 @@ def _check_quantized(name: str, shapes: dict[str, list[int]], linear: LinearMap)
     _check_length(name, "row_scale", rows, shapes)
 
 
-def _check_coded(name: str, shapes: dict[str, list[int]], kind: type[EntropyCodedLinear]) -> None:
+def _check_coded(name: str, shapes: dict[str, list[int]], kind: type[CodedLinear]) -> None:
     first, others = kind.BYTES[0], kind.BYTES[1:]
     _check_present(name, set(others), shapes)
     if len(shapes[first]) != 1 or shapes[first][0] % WORD_BYTES[kind]:

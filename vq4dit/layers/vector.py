@@ -27,6 +27,7 @@ class VQLinear(PackedLinear):
 
     EXACT = ("codebook", "row_scale")
     BYTES = ("packed_assignments",)
+    FIRST_VERSION = 1
     row_scale: nn.Parameter | None
 
     def __init__(

@@ -139,7 +139,7 @@ class Fitting:
             layer = EntropyCodedLinear.from_tensors(piece, matrix_shape(linear), linear.weight.dtype)
             layer.decode(linear.weight.dtype)
             put_layer(self.student, name, layer)
-            integer_bytes = len(layer.coded_weight) - sum(matrix_shape(linear))  # a byte of a row or column was set aside
+            integer_bytes = len(piece["coded_weight"]) - sum(matrix_shape(linear))  # a byte of a row or column was set aside
             self.bits.spend(name, 8 * integer_bytes)
 
         return put

@@ -180,7 +180,7 @@ class Page:
         started, worked = self._wire_run()
         self._wire_compare(worked)
         self._wire_keep(arrived, started, worked)
-        self.on(self.nudge.click, lambda: None, [], [])
+        self.on(self.nudge.click, lambda: None, [], [], trigger_mode="multiple")
         endpoints = Endpoints(self.studio)
         gr.api(endpoints.inspect, api_name="inspect")
         gr.api(endpoints.estimate, api_name="estimate")

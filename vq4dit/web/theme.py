@@ -17,13 +17,19 @@ setInterval(async () => {
 }, 3000);
 </script>"""
 # Answers come in one stream, which the server closes when nothing is asked. What is asked in that very moment has its answer in
-# no stream, until the page asks something else: so some seconds after whatever one does, it asks for nothing.
+# no stream, until the page asks something else: so some seconds after whatever it asked last, it asks for nothing.
 NUDGE = """<script>
-for (const what of ['click', 'input']) addEventListener(what, (event) => {
-  if (event.target.closest?.('#nudge')) return;
-  clearTimeout(window.nudge);
-  window.nudge = setTimeout(() => document.querySelector('#nudge')?.click(), 4000);
-}, true);
+{
+  let timer, isOwn = false;
+  new PerformanceObserver((list) => {
+    for (const { name } of list.getEntries()) {
+      if (!name.includes('/queue/join')) continue;
+      if (isOwn) { isOwn = false; continue; }
+      clearTimeout(timer);
+      timer = setTimeout(() => { isOwn = true; document.querySelector('#nudge')?.click(); }, 4000);
+    }
+  }).observe({ type: 'resource' });
+}
 </script>"""
 # Gradio confines a page's style sheet to the column inside these two, so their own margins are set in the head.
 HEAD = (
