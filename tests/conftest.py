@@ -21,7 +21,7 @@ def no_work_goes_on(monkeypatch):
     put = WorkQueue.put
     monkeypatch.setattr(WorkQueue, "put", lambda queue, task: queues.add(queue) or put(queue, task))
     yield
-    assert all([queue.stop(120) for queue in queues]), "a task does not hear that it shall stop"
+    assert all([queue.stop(120.0) for queue in queues]), "a task does not hear that it shall stop"
 
 
 @pytest.fixture
