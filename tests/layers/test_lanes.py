@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from coded_models import separable_integers
+from coded_models import damages, separable_integers, with_levels
 
 from vq4dit.errors import FormatError
+from vq4dit.kernels import lanes as kernel
 from vq4dit.layers import lanes
 from vq4dit.layers.entropy_coded import STEP_SIZES
-from vq4dit.layers.frequencies import GREATEST_PLAIN, KINDS, UNITS, frequencies, tables
+from vq4dit.layers.frequencies import ESCAPE, GREATEST_PLAIN, KINDS, ORIGIN, UNITS, frequencies, tables
 from vq4dit.layers.scale_classes import (
     GREATEST_LEVEL,
     LARGEST,
@@ -37,11 +38,6 @@ DAMAGED = "the coded integers are damaged"
 
 def levels(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.uint8)
-
-
-def with_levels(row: torch.Tensor, column: torch.Tensor) -> Sides:
-    """Sides of these levels, and of steps that differ."""
-    return Sides(*(side for level in (row, column) for side in ((120 + torch.arange(len(level)) % 17).to(torch.uint8), level)))
 
 
 def check_round_trip(integers: torch.Tensor, sides: Sides) -> torch.Tensor:
@@ -262,6 +258,11 @@ def test_frequencies_are_those_of_gaussians_that_are_rounded(kind):
         assert found[0] == pytest.approx(UNITS * math.erf(edge / spread / 2**0.5), abs=1 + len(found))
 
 
+def test_tables_and_loops_mean_the_same_by_a_symbol():
+    """The loops import nothing of layers, and the tables no numba: each has these by itself."""
+    assert (kernel.ENTRIES, kernel.ORIGIN, kernel.NOTHING) == (UNITS, ORIGIN, ESCAPE - ORIGIN)
+
+
 def test_every_number_of_twelve_bits_belongs_to_the_symbol_in_whose_range_it_lies():
     found = tables()
     entries = found.entries.reshape(-1, UNITS)
@@ -303,23 +304,7 @@ def with_checksum(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(zlib.crc32(content[4:]).to_bytes(4, "little") + content[4:]), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-2],
-        lambda content: content[2:],
-        lambda content: content[: len(content) // 4 * 2],
-        lambda content: content[:0],
-        lambda content: content[:20],
-        lambda content: content[:-1],
-        lambda content: torch.cat([content, content[-2:]]),
-        lambda content: torch.cat([content, torch.zeros(2, dtype=torch.uint8)]),
-        torch.zeros_like,
-        lambda content: torch.full_like(content, 255),
-        lambda content: content.flip(0),
-    ],
-    ids=["end", "start", "half", "all", "header", "a byte", "more", "zeros behind", "zeros", "ones", "backwards"],
-)
+@pytest.mark.parametrize("damage", damages(2).values(), ids=damages(2))
 def test_damaged_bytes_are_refused(coded, damage):
     with pytest.raises(FormatError, match=DAMAGED):
         lanes.check(damage(coded), 64, 96)

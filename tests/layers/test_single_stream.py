@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_decoder as reference
 import torch
-from coded_models import separable_integers
+from coded_models import damages, separable_integers, with_levels
 
 from vq4dit.errors import FormatError
 from vq4dit.layers.scale_classes import GREATEST_LEVEL, LARGEST, LEAST_LEVEL, LEVEL_OF_ONE, Sides, estimate_levels
@@ -18,11 +18,6 @@ from vq4dit.layers.single_stream import decode
 GOLDEN = "8533b6c1dc0f82da6fec39f1ec8b4103"
 GOLDEN_MODELS = [[121, 30], [14, 40], [121, 33], [18, 50]]
 MODELS = [[128, 44], [16, 40], [128, 44], [16, 40]]
-
-
-def with_levels(row: torch.Tensor, column: torch.Tensor) -> Sides:
-    """Sides of these levels, and of steps that differ."""
-    return Sides(*(side for level in (row, column) for side in ((120 + torch.arange(len(level)) % 17).to(torch.uint8), level)))
 
 
 def encode(integers: torch.Tensor, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,23 +73,7 @@ def coded():
     return encode(integers, with_levels(*estimate_levels(integers)))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda stream: stream[:-4],
-        lambda stream: stream[4:],
-        lambda stream: stream[: len(stream) // 8 * 4],
-        lambda stream: stream[:0],
-        lambda stream: stream[:-1],
-        lambda stream: torch.cat([stream, stream[-4:]]),
-        lambda stream: torch.cat([stream[:4], stream]),
-        lambda stream: torch.cat([stream, torch.zeros(4, dtype=torch.uint8)]),
-        torch.zeros_like,
-        lambda stream: torch.full_like(stream, 255),
-        lambda stream: stream.flip(0),
-    ],
-    ids=["end", "start", "half", "all", "a byte", "more", "more before", "zeros behind", "zeros", "ones", "backwards"],
-)
+@pytest.mark.parametrize("damage", damages(4).values(), ids=damages(4))
 def test_a_damaged_stream_is_refused(coded, damage):
     stream, models = coded
     with pytest.raises(FormatError, match="the coded integers are damaged"):

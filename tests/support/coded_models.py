@@ -1,5 +1,6 @@
 """Layers of both kinds, and models that have both kinds of packed layers, made without quantizing anything."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import new_pipeline, quick_settings
 import vq4dit
 from vq4dit.config import VQ4DiTConfig
 from vq4dit.layers.entropy_coded import EntropyCodedLinear, SingleStreamLinear
+from vq4dit.layers.scale_classes import Sides
 from vq4dit.layers.vector import VQLinear
 from vq4dit.pipelines.decode_modes import packed_layers
 from vq4dit.pipelines.quantizer import attach
@@ -21,6 +23,29 @@ def separable_integers(rows: int, columns: int, generator: torch.Generator) -> t
     column = torch.exp2(torch.rand(columns, generator=generator, dtype=torch.float64) * 6 - 4)
     spread = row * column
     return (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * spread).round().short(), spread
+
+
+def with_levels(row: torch.Tensor, column: torch.Tensor) -> Sides:
+    """Sides of these levels, and of steps that differ."""
+    return Sides(*(side for level in (row, column) for side in ((120 + torch.arange(len(level)) % 17).to(torch.uint8), level)))
+
+
+def damages(word: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What may befall bytes that are words of so many."""
+    return {
+        "end": lambda content: content[:-word],
+        "start": lambda content: content[word:],
+        "half": lambda content: content[: len(content) // (2 * word) * word],
+        "all": lambda content: content[:0],
+        "most": lambda content: content[:20],
+        "a byte": lambda content: content[:-1],
+        "more": lambda content: torch.cat([content, content[-word:]]),
+        "more before": lambda content: torch.cat([content[:word], content]),
+        "zeros behind": lambda content: torch.cat([content, torch.zeros(word, dtype=torch.uint8)]),
+        "zeros": torch.zeros_like,
+        "ones": lambda content: torch.full_like(content, 255),
+        "backwards": lambda content: content.flip(0),
+    }
 
 
 def new_coded(

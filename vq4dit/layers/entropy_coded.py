@@ -84,7 +84,9 @@ class CodedLinear(PackedLinear):
         raise NotImplementedError
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Self:
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    ) -> CodedLinear:
         """The layer of a state dict, of (rows, columns); its bias in `dtype`.
 
         Raises:

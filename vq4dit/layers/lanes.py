@@ -70,6 +70,7 @@ def encode(
         raise ValueError(f"integers must lie in [-{LARGEST}, {LARGEST}], got {int(integers.min())} ... {int(integers.max())}")
     values = integers.cpu().short().numpy()
     row_level, column_level = (level.cpu().numpy().astype(np.int32) for level in (sides.row_level, sides.column_level))
+    # in tens: how a machine adds them up shall not decide where the layer is cut
     bits = round(coded_bits(integers, sides.row_level, sides.column_level).sum(dtype=torch.float64).item(), -1)
     rows, columns = values.shape
     lanes, chunk_rows, chunk_columns = _cut(rows, columns, bits, is_trellis)
@@ -113,7 +114,7 @@ def _centre_and_level(side: UInt8[Tensor, " n"]) -> tuple[int, int]:
 
 def _cut(rows: int, columns: int, bits: float, is_trellis: bool) -> tuple[int, int, int]:
     """How many lanes a chunk has, and how many rows and columns, so that each lane carries about `BITS_OF_LANE` or more."""
-    length, num_lines = (rows, columns) if is_trellis else (columns, rows)
+    length = rows if is_trellis else columns
     most = max(1, min(MOST_LANES, length, int(bits / BITS_OF_LANE)))
     lanes = 1 << int(math.log2(most))
     chunks = max(1, int(bits / (lanes * BITS_OF_LANE)))
@@ -222,11 +223,8 @@ class _Reader:
 
     def _lanes_of_chunks(self) -> Any:
         """Of each chunk: as many as the header says, or as its lines are long: its rows, or, of a trellis, its columns."""
-        rows, columns = (
-            np.minimum(size, at + length) - at
-            for size, length in zip(self.shape, (self.chunk_rows, self.chunk_columns), strict=True)
-            for at in [np.arange(0, size, length)]
-        )
+        cuts = zip(self.shape, (self.chunk_rows, self.chunk_columns), strict=True)
+        rows, columns = (np.diff(np.append(np.arange(0, size, length), size)) for size, length in cuts)
         lines = np.repeat(rows, len(columns)) if self.is_trellis else np.tile(columns, len(rows))
         return np.minimum(self.lanes, lines)
 

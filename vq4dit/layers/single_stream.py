@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-from vq4dit.errors import FormatError
 from vq4dit.kernels import single_stream as kernel
+from vq4dit.layers.lanes import damaged
 from vq4dit.layers.scale_classes import GREATEST_LEVEL, GUARD, LEAST_LEVEL, UNIT, Sides, probabilities
 
 WORD_BYTES = 4
@@ -37,24 +37,20 @@ def decode(
     found = []
     for (centre, level), count in zip(side_models.tolist(), (rows, rows, columns, columns), strict=True):
         if not LEAST_LEVEL <= level <= GREATEST_LEVEL:
-            raise _damaged()
+            raise damaged()
         values = reader.read([level - LEAST_LEVEL], [count]).astype(np.int32) - GUARD + centre
         if count and not 0 <= values.min() <= values.max() <= 255:
-            raise _damaged()
+            raise damaged()
         found.append(values.astype(np.uint8))
     _, row_level, _, column_level = found
     counts = _counts_of_levels(row_level, column_level)
     symbols = reader.read(np.arange(len(counts)), counts)
     if not reader.is_at_end:
-        raise _damaged()
+        raise damaged()
     integers = np.empty((rows, columns), dtype=np.int16)
     first = np.cumsum(counts) - counts
     kernel.place(symbols, row_level, column_level, LEAST_LEVEL, GREATEST_LEVEL, GUARD, first, integers)
     return torch.from_numpy(integers).to(stream.device), Sides(*(torch.from_numpy(side).to(stream.device) for side in found))
-
-
-def _damaged() -> FormatError:
-    return FormatError("the coded integers are damaged: download or quantize the model again")
 
 
 class _Reader:
@@ -62,10 +58,10 @@ class _Reader:
 
     def __init__(self, content: Any):
         if len(content) % WORD_BYTES:
-            raise _damaged()
+            raise damaged()
         self._words = np.ascontiguousarray(content).view("<u4").astype(np.uint32)
         if len(self._words) and not self._words[-1]:  # which no encoder writes
-            raise _damaged()
+            raise damaged()
         state = [int(word) for word in self._words[-2:]]
         self._cursor = np.array([sum(word << 32 * n for n, word in enumerate(state)), max(0, len(self._words) - 2)], np.uint64)
 
@@ -77,7 +73,7 @@ class _Reader:
         """
         symbols = np.empty(int(np.sum(counts)), np.int16)
         if not kernel.read(self._words, self._cursor, *_tables(), np.asarray(models), np.asarray(counts), symbols):
-            raise _damaged()
+            raise damaged()
         return symbols
 
     @property

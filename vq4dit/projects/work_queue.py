@@ -177,18 +177,6 @@ class WorkQueue:
             self._remove(entry)
             return True
 
-    def stop(self, seconds: float) -> bool:
-        """Take back what waits, and ask what is at work to stop; whether all is over after so many seconds."""
-        with self._changed:
-            entries = list(self._entries)
-            for entry in entries:
-                entry.next = None
-                if self._is_at_work(entry):
-                    entry.task.project.ask_to_stop()
-                else:
-                    self._remove(entry)
-        return all([entry.over.wait(seconds) for entry in entries])
-
     def place(self, project: Project) -> Place | None:
         """Where a waiting task stands; None if there is none, or it is at work."""
         with self._changed:
